@@ -1,0 +1,851 @@
+"""One Transformer: every layer from scratch, everybody's checkpoints, fast generation.
+
+    python model.py generate --model out --prompt "Once upon a time"
+    python model.py chat --model Qwen3-0.6B
+    python model.py account --model gpt2-xl
+    python model.py bench
+
+A model is a directory of config.json, model.safetensors and tokenizer.json in the Hugging Face
+layout. Shapes: B batch, T time, S time of the keys, D d_model, H heads, K key/value heads,
+E d_head, V vocabulary, F d_ff.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---- configuration -----------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """Everything that shapes the model. Sizes left None follow d_model."""
+
+    vocab_size: int = 32768
+    context_length: int = 1024
+    d_model: int = 512
+    num_layers: int = 8
+    num_heads: int = 8
+    num_kv_heads: int | None = None  # fewer than num_heads: grouped-query attention
+    d_head: int | None = None
+    d_ff: int | None = None
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "llama3" | "yarn" | "linear", "factor": ...}
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qk_norm: bool | str = True  # True: each head alone (Qwen3); "full": all heads together (OLMo-2)
+    qkv_bias: bool = False  # Qwen2
+    bias: bool = False  # on every Linear and LayerNorm: GPT-2
+    ffn: str = "swiglu"  # swiglu | silu | gelu | relu2
+    norm: str = "pre"  # pre | post: norm(x + f(x)) | output: x + norm(f(x)), OLMo-2 | none
+    norm_type: str = "rms"  # rms | layer
+    position: str = "rope"  # rope | learned | none
+    attention: str = "sdpa"  # sdpa: torch's kernel | flash: kernels.py | naive
+    sliding_window: int | None = None  # keys a query sees, itself included (Mistral)
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0  # cap * tanh(logits / cap), Gemma-2
+    zero_init: bool = False  # every block starts as the identity (muP, modded-nanogpt)
+    value_embeddings: int = 0  # tables, each mixed into the values of layers i and -1-i
+    residual_scalars: bool = False  # each block reads a * x + b * embedding, a and b learned
+
+    def __post_init__(self):
+        self.num_kv_heads = self.num_kv_heads or self.num_heads
+        self.d_head = self.d_head or self.d_model // self.num_heads
+        if self.d_ff is None:  # SwiGLU has three matrices where the others have two
+            self.d_ff = -(-self.d_model * 8 // 3 // 64) * 64 if self.ffn == "swiglu" else (
+                4 * self.d_model)
+        choices = {"ffn": ("swiglu", "silu", "gelu", "relu2"), "norm_type": ("rms", "layer"),
+                   "norm": ("pre", "post", "output", "none"),
+                   "position": ("rope", "learned", "none"),
+                   "attention": ("sdpa", "flash", "naive"), "qk_norm": (True, False, "full")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of "
+                             f"num_kv_heads={self.num_kv_heads}")
+
+
+# ---- layers ------------------------------------------------------------------------------------
+
+
+def softmax(x, dim=-1):
+    """exp(x) / sum(exp(x)) along `dim`; the maximum is subtracted so that 1e4 does not overflow."""
+    e = torch.exp(x - x.amax(dim, keepdim=True))
+    return e / e.sum(dim, keepdim=True)
+
+
+def silu(x):
+    """x * sigmoid(x)."""
+    return x * torch.sigmoid(x)
+
+
+def truncated_normal(shape, std, device=None, dtype=None):
+    """A Parameter drawn from N(0, std^2), cut at three standard deviations."""
+    weight = torch.empty(shape, device=device, dtype=dtype)
+    return nn.Parameter(nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std))
+
+
+class Linear(nn.Module):
+    """y = x W^T (+ b), W (d_out, d_in) of variance 2 / (d_in + d_out) (Glorot & Bengio 2010)."""
+
+    def __init__(self, d_in, d_out, device=None, dtype=None, bias=False):
+        super().__init__()
+        std = math.sqrt(2 / (d_in + d_out))
+        self.weight = truncated_normal((d_out, d_in), std, device, dtype)
+        self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Row `id` of a (num_embeddings, embedding_dim) table."""
+
+    def __init__(self, num_embeddings, embedding_dim, device=None, dtype=None, std=1.0):
+        super().__init__()
+        self.weight = truncated_normal((num_embeddings, embedding_dim), std, device, dtype)
+
+    def forward(self, ids):
+        return F.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in fp32 whatever x is (Zhang & Sennrich 2019)."""
+
+    def __init__(self, d_model, eps=1e-6, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return (h * scale).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight (+ bias), in fp32 (Ba et al. 2016)."""
+
+    def __init__(self, d_model, eps=1e-5, bias=True, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(d_model, device=device, dtype=dtype)) if bias else None
+        self.eps = eps
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+
+
+def make_norm(config, width):
+    if config.norm_type == "rms":
+        return RMSNorm(width, config.norm_eps)
+    return LayerNorm(width, config.norm_eps, config.bias)
+
+
+def rotate(x, cos, sin):
+    """Turn pair i of x (B, T, H, E) = dimensions (i, i + E/2), as Llama does, by its angle."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (Su et al. 2021): pair i turns by position * theta^(-2i/E)."""
+
+    def __init__(self, d_head, theta=10000.0, max_len=None, interleaved=False, scaling=None):
+        super().__init__()
+        self.max_len, self.interleaved = max_len, interleaved
+        # A plain attribute, not a buffer: casting the model to bf16 must not round frequencies.
+        powers = torch.arange(0, d_head, 2, dtype=torch.float32, device="cpu") / d_head
+        self.frequencies = theta**-powers
+
+    def tables(self, positions, dtype=torch.float32):
+        """cos and sin of every angle: positions (..., T) -> two of (..., T, 1, E/2)."""
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[..., None, None] * self.frequencies
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def forward(self, x, positions):
+        """x (..., T, E), positions (T,) or (..., T) -> x turned, same shape and dtype."""
+        cos, sin = (t.squeeze(-2) for t in self.tables(positions, x.dtype))
+        if not self.interleaved:
+            return rotate(x, cos, sin)
+        x1, x2 = x[..., 0::2], x[..., 1::2]  # RoFormer and GPT-J pair neighbours instead
+        return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
+
+
+def scaled_dot_product_attention(q, k, v, mask=None, softcap=0.0):
+    """softmax(q k^T / sqrt(E)) v; q (..., T, E), k and v (..., S, E); mask (T, S) True = attend."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return softmax(scores.float()).to(v.dtype) @ v
+
+
+def cross_entropy(logits, targets, reduction="mean", ignore_index=-100, z_loss=0.0):
+    """-log softmax(logits)[target] in fp32; logits (..., V), targets (...) int64.
+
+    z_loss adds z_loss * logsumexp^2, which keeps the logits from drifting (PaLM, section 5).
+    """
+    logits, ignored = logits.float(), targets == ignore_index
+    lse = torch.logsumexp(logits, -1)
+    picked = logits.gather(-1, targets.masked_fill(ignored, 0)[..., None]).squeeze(-1)
+    loss = (lse - picked + z_loss * lse.square()).masked_fill(ignored, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() / (~ignored).sum() if reduction == "mean" else loss.sum()
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Head and cross-entropy together, a chunk of tokens at a time; the sum over tokens.
+
+    The (N, V) logits are the largest tensor of a small model. Here a chunk of them lives once, in
+    place, and turns into its own gradient before the next chunk comes (as in Liger Kernel,
+    Hsu et al. 2024), so the forward pass already leaves both gradients behind.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index, softcap, z_loss, chunk):
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        with torch.autocast(hidden.device.type, enabled=False):
+            w, need_grad = weight.to(dtype), any(ctx.needs_input_grad)
+            total = torch.zeros((), device=hidden.device)
+            d_hidden = torch.empty_like(hidden) if need_grad else None
+            d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
+            for start in range(0, hidden.shape[0], chunk):
+                h = hidden[start:start + chunk].to(dtype)  # (N, D)
+                target = targets[start:start + chunk, None]  # (N, 1)
+                kept = target != ignore_index
+                target = target.masked_fill(~kept, 0)
+                z = (h @ w.T).float()  # (N, V)
+                if softcap:
+                    z = z.div_(softcap).tanh_().mul_(softcap)
+                slope = 1 - (z / softcap).square() if softcap and need_grad else None
+                lse = z.logsumexp(-1, keepdim=True)
+                loss = lse - z.gather(-1, target) + z_loss * lse.square()
+                total += (loss * kept).sum()
+                if need_grad:
+                    p = z.sub_(lse).exp_().mul_(1 + 2 * z_loss * lse)
+                    p.scatter_add_(-1, target, -torch.ones_like(lse)).mul_(kept)
+                    p = (p * slope if softcap else p).to(dtype)
+                    d_hidden[start:start + chunk] = p @ w
+                    d_weight += p.T @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad, d_weight * grad, None, None, None, None, None
+
+
+# ---- the model ---------------------------------------------------------------------------------
+
+
+def attend(q, k, v, mask, config):
+    """Attention of q (B, T, H, E) over k, v (B, S, K, E), by the kernel the config names.
+
+    mask is (B or 1, 1, T, S) True = attend; None means causal when T == S, everything when T == 1.
+    """
+    causal = mask is None and q.shape[1] > 1
+    if config.attention == "flash" and mask is None:
+        from kernels import flash_attention
+        return flash_attention(q, k, v, causal=causal)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, E)
+    if config.attention != "naive" and not config.attention_softcap:
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        return y.transpose(1, 2)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    y = scaled_dot_product_attention(q, k, v, mask, config.attention_softcap)
+    return y.transpose(1, 2)  # (B, T, H, E)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with the switches of ModelConfig."""
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        D, H, K, E = config.d_model, config.num_heads, config.num_kv_heads, config.d_head
+        self.config, self.layer = config, layer
+        bias = config.bias or config.qkv_bias
+        self.q = Linear(D, H * E, bias=bias)
+        self.k = Linear(D, K * E, bias=bias)
+        self.v = Linear(D, K * E, bias=bias)
+        self.o = Linear(H * E, D, bias=config.bias)
+        if config.qk_norm:
+            full = config.qk_norm == "full"
+            self.q_norm = RMSNorm(H * E if full else E, config.norm_eps)
+            self.k_norm = RMSNorm(K * E if full else E, config.norm_eps)
+        if min(layer, config.num_layers - 1 - layer) < config.value_embeddings:
+            self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
+
+    def forward(self, x, rope=None, mask=None, cache=None, values=None):
+        B, T, _ = x.shape
+        E, qk_norm = self.config.d_head, self.config.qk_norm
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(B, T, -1, E) for t in (q, k, v))  # (B, T, H or K, E)
+        if qk_norm is True:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if values is not None:  # (B, T, K E) of the token itself, whatever the context made of it
+            v = self.value_mix[0] * v + self.value_mix[1] * values.view_as(v)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, S, K, E)
+        y = attend(q, k, v, mask, self.config)
+        return self.o(y.reshape(B, T, -1))  # (B, T, H, E) -> (B, T, H E) -> (B, T, D)
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
+
+    def __init__(self, d_model, d_ff, bias=False):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, bias=bias)
+        self.w3 = Linear(d_model, d_ff, bias=bias)
+        self.w2 = Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class MLP(nn.Module):
+    """w2(f(w1 x)) with f SiLU, GELU (the tanh form of GPT-2) or ReLU^2 (So et al. 2021)."""
+
+    def __init__(self, d_model, d_ff, kind="gelu", bias=False):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, bias=bias)
+        self.w2 = Linear(d_ff, d_model, bias=bias)
+        self.kind = kind
+
+    def forward(self, x):
+        h = self.w1(x)
+        if self.kind == "relu2":
+            return self.w2(F.relu(h).square())
+        return self.w2(F.silu(h) if self.kind == "silu" else F.gelu(h, approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward network, each added to the residual stream x."""
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        self.norm = config.norm
+        self.attn = Attention(config, layer)
+        if config.ffn == "swiglu":
+            self.ffn = SwiGLU(config.d_model, config.d_ff, config.bias)
+        else:
+            self.ffn = MLP(config.d_model, config.d_ff, config.ffn, config.bias)
+        if config.norm != "none":
+            self.attn_norm = make_norm(config, config.d_model)
+            self.ffn_norm = make_norm(config, config.d_model)
+        if config.residual_scalars:
+            self.residual = nn.Parameter(torch.tensor([1.0, 0.0]))
+        if config.zero_init:
+            nn.init.zeros_(self.attn.o.weight)
+            nn.init.zeros_(self.ffn.w2.weight)
+
+    def add(self, x, norm, f):
+        if self.norm == "post":
+            return norm(x + f(x))
+        if self.norm == "output":
+            return x + norm(f(x))
+        return x + f(norm(x) if self.norm == "pre" else x)
+
+    def forward(self, x, x0=None, **context):
+        if x0 is not None:
+            x = self.residual[0] * x + self.residual[1] * x0
+        x = self.add(x, getattr(self, "attn_norm", None), lambda h: self.attn(h, **context))
+        return self.add(x, getattr(self, "ffn_norm", None), self.ffn)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, norm, head: ids (B, T) int64 -> logits (B, T, V)."""
+
+    def __init__(self, config):
+        super().__init__()
+        V, D = config.vocab_size, config.d_model
+        self.config = config
+        # A tied table is also the head: std 1 would make the first logits sqrt(D) wide.
+        self.embed = Embedding(V, D, std=D**-0.5 if config.tie_embeddings else 1.0)
+        if config.position == "learned":
+            self.pos = Embedding(config.context_length, D, std=0.02)
+        if config.position == "rope":
+            self.rope = RotaryEmbedding(config.d_head, config.rope_theta, config.context_length,
+                                        scaling=config.rope_scaling)
+        width = config.num_kv_heads * config.d_head
+        self.value_tables = nn.ModuleList(
+            Embedding(V, width, std=0.02) for _ in range(config.value_embeddings))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        if config.norm in ("pre", "output"):
+            self.norm = make_norm(config, D)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(D, V)
+            if config.zero_init:
+                nn.init.zeros_(self.lm_head.weight)
+
+    def hidden(self, ids, cache=None, starts=None):
+        """ids (B, T) -> the residual stream (B, T, D) after the final norm.
+
+        With a KVCache, row b of ids continues that row of the cache at position starts[b].
+        """
+        c, T = self.config, ids.shape[1]
+        x = self.embed(ids)  # (B, T, D)
+        if cache is None:
+            if c.context_length < T:
+                raise ValueError(f"{T} tokens do not fit context_length={c.context_length}")
+            positions, mask = torch.arange(T, device=ids.device), None
+            if c.sliding_window and c.sliding_window < T:
+                gap = positions[:, None] - positions
+                mask = ((gap >= 0) & (gap < c.sliding_window))[None, None]  # (1, 1, T, T)
+        else:
+            positions, mask = cache.begin(starts, T, c.sliding_window)
+        if c.position == "learned":
+            x = x + self.pos(positions.clamp(max=c.context_length - 1))
+        rope = self.rope.tables(positions, self.compute_dtype(x)) if c.position == "rope" else None
+        x0 = x if c.residual_scalars else None
+        values = [table(ids) for table in self.value_tables]
+        values += [None] * (c.num_layers - 2 * len(values)) + values[::-1]
+        for layer, value in zip(self.layers, values):
+            x = layer(x, x0, rope=rope, mask=mask, cache=cache, values=value)
+        return self.norm(x) if c.norm in ("pre", "output") else x
+
+    @staticmethod
+    def compute_dtype(x):
+        """The dtype matrix products have here: autocast's if it is on."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+    def head_weight(self):
+        return self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def head(self, hidden):
+        """hidden (..., D) -> logits (..., V)."""
+        logits, cap = F.linear(hidden, self.head_weight()), self.config.logit_softcap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits
+
+    def forward(self, ids, cache=None, starts=None):
+        return self.head(self.hidden(ids, cache, starts))
+
+    def loss(self, ids, targets, reduction="mean", ignore_index=-100, z_loss=0.0, chunk=512):
+        """Cross-entropy of targets (B, T) in fp32 ("none": (B, T)); mean over the kept targets."""
+        hidden = self.hidden(ids)
+        if reduction == "none":
+            return cross_entropy(self.head(hidden), targets, "none", ignore_index, z_loss)
+        total = FusedCrossEntropy.apply(hidden.flatten(0, 1), self.head_weight(),
+                                        targets.flatten(), ignore_index,
+                                        self.config.logit_softcap, z_loss, chunk)
+        return total / (targets != ignore_index).sum() if reduction == "mean" else total
+
+    def num_parameters(self, embeddings=True):
+        """Learned numbers; embeddings=False leaves out the token and position tables."""
+        total = sum(p.numel() for p in self.parameters())
+        tables = [m for m in self.modules() if isinstance(m, Embedding)]
+        if self.config.tie_embeddings and not embeddings:
+            tables.remove(self.embed)  # tied, it is also the head, which computes
+        return total if embeddings else total - sum(t.weight.numel() for t in tables)
+
+    def flops_per_token(self, T=None):
+        """Training FLOPs a token at length T: 6 a matmul weight, and causal attention's products.
+
+        A token attends to (T + 1) / 2 keys on average; q k^T and the weighted sum of v cost
+        2 H E each a key, three times that with the backward pass.
+        """
+        c = self.config
+        T = T or c.context_length
+        matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        if c.tie_embeddings:
+            matmul += self.embed.weight.numel()
+        w = min(c.sliding_window or T, T)
+        keys = (w * (w + 1) / 2 + (T - w) * w) / T
+        return 6.0 * matmul + 12.0 * c.num_layers * c.num_heads * c.d_head * keys
+
+    def new_cache(self, batch, length):
+        """An empty KVCache for `batch` rows of `length` tokens."""
+        c, w = self.config, self.embed.weight
+        shape = (batch, length, c.num_kv_heads, c.d_head)
+        return KVCache(*([w.new_zeros(shape) for _ in self.layers] for _ in "kv"))
+
+    @torch.inference_mode()
+    def stream(self, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+               stop=(), seed=0, n=1, batch_size=64, tokenizer=None, draft=None, draft_tokens=4):
+        """Yield (sample, token, log-probability, reason or None) as tokens come; see generate.
+
+        Sample i belongs to prompt i // n. Every sample owns its row of uniform random numbers, so
+        what it draws does not depend on the batch it happens to run in.
+        """
+        check_prompts(prompts, max_new_tokens, self.config)
+        queue = deque(Row(i, list(prompts[i // n])) for i in range(len(prompts) * n))
+        uniform = torch.rand(len(queue), max_new_tokens, 3,
+                             generator=torch.Generator().manual_seed(seed))
+        capacity = min(max(map(len, prompts)) + max_new_tokens, self.config.context_length)
+        engine = Engine(self, min(batch_size, len(queue)), capacity)
+        rows, filters = [], (temperature, top_k, top_p, min_p)
+        while queue or rows:
+            while queue and len(rows) < batch_size:
+                rows.append(queue.popleft())
+            engine.prefill(rows)
+            logits = engine.step(rows)
+            p = distribution(logits[:, -1], *filters)
+            u = uniform[[r.sample for r in rows], [len(r.ids) - r.prompt for r in rows], 0]
+            tokens = draw(p, u.to(p.device))
+            scores = logits[:, -1].float().log_softmax(-1).gather(-1, tokens[:, None])
+            for row, token, score in zip(rows, tokens.tolist(), scores.flatten().tolist()):
+                row.ids.append(token)
+                row.reason = finished(row, max_new_tokens, stop, capacity, tokenizer)
+                yield row.sample, token, score, row.reason
+            engine.keep([i for i, row in enumerate(rows) if not row.reason])
+            rows = [row for row in rows if not row.reason]
+
+    def generate(self, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0,
+                 min_p=0.0, stop=(), seed=0, n=1, tokenizer=None, **options):
+        """Continue each prompt (a list of ids) n times; returns len(prompts) * n Completions."""
+        done = [Completion(i // n, [], [], "", "") for i in range(len(prompts) * n)]
+        for i, token, logprob, reason in self.stream(
+                prompts, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, n,
+                tokenizer=tokenizer, **options):
+            done[i].tokens.append(token)
+            done[i].logprobs.append(logprob)
+            done[i].reason = reason
+        for completion in done if tokenizer else ():
+            completion.text = tokenizer.decode(completion.tokens)
+        return done
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors in the Hugging Face layout."""
+        save_pretrained(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=None, device=None):
+        """Open a directory in the Hugging Face layout; see load_pretrained."""
+        return load_pretrained(cls, directory, dtype, device)
+
+
+# ---- generation --------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of every layer, (B, length, K, E) each, allocated once, written in place.
+
+    Position t of a row lies at index t, so rows of different lengths need no padding on the left:
+    what lies beyond a row's end is masked now and overwritten later.
+    """
+
+    def __init__(self, k, v):
+        self.k, self.v = k, v
+
+    def rows(self, start, stop):
+        """The same memory, rows start to stop only."""
+        return KVCache([k[start:stop] for k in self.k], [v[start:stop] for v in self.v])
+
+    def copy_row(self, source, target, length):
+        for t in self.k + self.v:
+            t[target, :length] = t[source, :length]
+
+    def begin(self, starts, T, window=None):
+        """Positions (B, T) of T new tokens a row, and the mask (B, 1, T, S) over the cache."""
+        device, B = self.k[0].device, len(starts)
+        self.end = max(starts) + T
+        if self.end > self.k[0].shape[1]:
+            raise ValueError(f"{self.end} tokens do not fit a cache of {self.k[0].shape[1]}")
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
+        self.at = torch.arange(B, device=device)[:, None], positions
+        if (self.end == T or T == 1 and min(starts) == max(starts)) and (
+                not window or self.end <= window):
+            return positions, None  # plain causal, or one query that sees every key
+        gap = positions[..., None] - torch.arange(self.end, device=device)  # (B, T, S)
+        mask = (gap >= 0) & (gap < window) if window else gap >= 0
+        return positions, mask[:, None]
+
+    def update(self, layer, k, v):
+        """Write k, v (B, T, K, E) at their positions; return all so far, (B, S, K, E) each."""
+        B = k.shape[0]
+        self.k[layer][self.at] = k.to(self.k[layer].dtype)
+        self.v[layer][self.at] = v.to(self.v[layer].dtype)
+        return self.k[layer][:B, :self.end], self.v[layer][:B, :self.end]
+
+
+@dataclass
+class Row:
+    """One sample on its way through the batch."""
+
+    sample: int
+    ids: list
+    reason: str | None = None
+
+    def __post_init__(self):
+        self.prompt = len(self.ids)
+
+
+@dataclass
+class Completion:
+    """What generate returns: reason is "stop", "length" or "context" (context_length is full)."""
+
+    prompt: int
+    tokens: list
+    logprobs: list  # of the model itself, before temperature and filters
+    text: str
+    reason: str
+
+
+class Engine:
+    """A model and its cache, rows 0, 1, ... of which belong to the running samples."""
+
+    def __init__(self, model, batch, capacity):
+        self.model, self.cache = model, model.new_cache(batch, capacity)
+        self.device, self.running = model.embed.weight.device, 0
+
+    def prefill(self, rows):
+        """Cache all but the last token of the rows that are new, each different prompt once.
+
+        The last token is then the first decoding step, so samples of a prompt share its prefill.
+        """
+        new = rows[self.running:]
+        first = {}
+        for row in new:
+            first.setdefault(tuple(row.ids[:-1]), len(first))
+        T = max(map(len, first), default=0)
+        if T:
+            ids = torch.tensor([list(p) + [0] * (T - len(p)) for p in first], device=self.device)
+            cache = self.cache.rows(self.running, self.running + len(first))
+            self.model.hidden(ids, cache, [0] * len(first))
+        for i in reversed(range(len(new))):  # backwards: a prompt's row is never below its number
+            source = first[tuple(new[i].ids[:-1])]
+            if source != i:
+                self.cache.copy_row(self.running + source, self.running + i, len(new[i].ids) - 1)
+        self.running = len(rows)
+
+    def step(self, rows, T=1):
+        """Logits (B, T, V) of the last T tokens of every row."""
+        ids = torch.tensor([row.ids[-T:] for row in rows], device=self.device)
+        return self.model(ids, self.cache, [len(row.ids) - T for row in rows])
+
+    def keep(self, kept):
+        """Move the rows that go on to the front."""
+        for target, source in enumerate(kept):
+            if target != source:
+                self.cache.copy_row(source, target, self.cache.end)
+        self.running = len(kept)
+
+
+def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities (..., V) to draw from; temperature 0 puts everything on the largest logit."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    logits = logits.float() / temperature
+    if top_k and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, -1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    p = softmax(logits)
+    if top_p < 1:  # the smallest set that holds top_p (Holtzman et al. 2020)
+        sorted_p, order = p.sort(-1, descending=True)
+        outside = sorted_p.cumsum(-1) - sorted_p >= top_p
+        p = p.masked_fill(outside.scatter(-1, order, outside), 0)
+    if min_p:  # relative to the likeliest (Nguyen et al. 2024)
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
+    return p / p.sum(-1, keepdim=True)
+
+
+def draw(p, u):
+    """Invert the cumulative distribution: p (..., V), u (...) uniform in [0, 1) -> ids (...)."""
+    total = p.double().cumsum(-1)
+    ids = torch.searchsorted(total, (u.double() * total[..., -1])[..., None], right=True)
+    return ids.squeeze(-1).clamp(max=p.shape[-1] - 1)
+
+
+def finished(row, max_new_tokens, stop, capacity, tokenizer):
+    """Why the row is done, or None."""
+    new = row.ids[row.prompt:]
+    if new[-1] in stop:
+        return "stop"
+    for s in (s for s in stop if isinstance(s, str)):
+        if s in tokenizer.decode(new[-len(s.encode()) - 1:]):
+            return "stop"
+    if len(new) >= max_new_tokens:
+        return "length"
+    return "context" if len(row.ids) >= capacity else None
+
+
+def check_prompts(prompts, max_new_tokens, config):
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: give at least one token")
+        if len(prompt) >= config.context_length:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens: context_length="
+                             f"{config.context_length} leaves no room for a new one")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(f"prompt {i} has a token outside vocab_size={config.vocab_size}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+# Our part of a parameter's name -> Hugging Face's, for the Llama family.
+LLAMA_NAMES = {
+    "embed": "embed_tokens", "attn": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj",
+    "o": "o_proj", "ffn": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "router": "gate"}
+
+
+def hf_name(name, model_type):
+    """layers.0.attn.q.weight -> model.layers.0.self_attn.q_proj.weight."""
+    if model_type == "scratchlm":
+        return name
+    name = ".".join(LLAMA_NAMES.get(part, part) for part in name.split("."))
+    return name if name.startswith("lm_head") else "model." + name
+
+
+def config_to_hf(c):
+    """The config.json of the architecture that computes what `c` computes, else of our own."""
+    plain = ModelConfig(**{f.name: getattr(c, f.name) for f in fields(c) if f.name in SIZES})
+    changed = {f.name for f in fields(c) if getattr(c, f.name) != getattr(plain, f.name)}
+    if changed - {"attention", "zero_init", "qk_norm", "qkv_bias"} or (c.qk_norm and c.qkv_bias):
+        return {"model_type": "scratchlm", "architectures": ["Transformer"], **asdict(c)}
+    kind = "qwen3" if c.qk_norm is True else "qwen2" if c.qkv_bias else "llama"
+    name = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[kind] + "ForCausalLM"
+    return {"model_type": kind, "architectures": [name], "hidden_act": "silu",
+            "attention_bias": False, "use_sliding_window": False, "vocab_size": c.vocab_size,
+            "max_position_embeddings": c.context_length, "hidden_size": c.d_model,
+            "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads, "head_dim": c.d_head,
+            "intermediate_size": c.d_ff, "rope_theta": c.rope_theta, "rms_norm_eps": c.norm_eps,
+            "tie_word_embeddings": c.tie_embeddings}
+
+
+SIZES = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads",
+         "d_head", "d_ff", "rope_theta", "norm_eps", "tie_embeddings")
+
+
+def config_from_hf(h):
+    """ModelConfig of a config.json already parsed."""
+    kind = h.get("model_type")
+    if kind == "scratchlm":
+        known = {f.name for f in fields(ModelConfig)}
+        return ModelConfig(**{k: v for k, v in h.items() if k in known})
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"config.json: model_type {kind!r} is not known")
+    return ModelConfig(
+        vocab_size=h["vocab_size"], context_length=h["max_position_embeddings"],
+        d_model=h["hidden_size"], num_layers=h["num_hidden_layers"],
+        num_heads=h["num_attention_heads"], num_kv_heads=h["num_key_value_heads"],
+        d_head=h.get("head_dim"), d_ff=h["intermediate_size"],
+        rope_theta=h.get("rope_theta") or h["rope_parameters"]["rope_theta"],
+        norm_eps=h["rms_norm_eps"], tie_embeddings=h.get("tie_word_embeddings", False),
+        qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2")
+
+
+def save_pretrained(model, directory):
+    from safetensors.torch import save_file
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = config_to_hf(model.config)
+    if config["model_type"] == "scratchlm":
+        print("model.py: no Hugging Face architecture has these flags together; saved as "
+              "model_type scratchlm, which only this file opens", file=sys.stderr)
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    tensors = {hf_name(name, config["model_type"]): p.detach().contiguous().cpu()
+               for name, p in model.state_dict().items()}
+    temporary = directory / "model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, directory / "model.safetensors")
+    temporary = directory / "config.json.tmp"
+    temporary.write_text(json.dumps({**config, "torch_dtype": dtype}, indent=2) + "\n")
+    os.replace(temporary, directory / "config.json")
+
+
+def load_pretrained(cls, directory, dtype=None, device=None):
+    from safetensors.torch import load_file
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory}: no config.json there; give a model directory")
+    h = json.loads((directory / "config.json").read_text())
+    with torch.device("meta"):
+        model = cls(config_from_hf(h))
+    tensors = load_file(directory / "model.safetensors")
+    state = {}
+    for name in model.state_dict():
+        state[name] = tensors.pop(hf_name(name, h["model_type"])).to(device or "cpu", dtype)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+
+def load(args):
+    """The model and tokenizer that --model names."""
+    from tokenizer import Tokenizer
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    model = Transformer.from_pretrained(args.model, dtype, device).eval()
+    return model, Tokenizer.load(args.model)
+
+
+def run_generate(args):
+    model, tokenizer = load(args)
+    stop = [tokenizer.eot_id] if tokenizer.eot_id is not None else []
+    ids = tokenizer.encode(args.prompt) or stop
+    print(args.prompt, end="", flush=True)
+    tokens = (token for _, token, _, _ in model.stream(
+        [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
+        stop, args.seed))
+    for text in tokenizer.decode_stream(token for token in tokens if token not in stop):
+        print(text, end="", flush=True)
+    print()
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    g = commands.add_parser("generate", help="continue a prompt")
+    g.set_defaults(run=run_generate)
+    g.add_argument("--model", required=True, help="directory of config.json and model.safetensors")
+    g.add_argument("--prompt", default="", help="text to continue")
+    g.add_argument("--max-new-tokens", type=int, default=256, help="tokens to write at most")
+    g.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    g.add_argument("--top-k", type=int, default=0, help="draw from this many tokens; 0: all")
+    g.add_argument("--top-p", type=float, default=0.95, help="draw from this much probability")
+    g.add_argument("--min-p", type=float, default=0.0, help="least probability, of the largest")
+    g.add_argument("--seed", type=int, default=0, help="of the random numbers")
+    g.add_argument("--device", help="cpu, cuda; default: cuda if there is one")
+    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                   help="of the weights; default: as saved")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
