@@ -1,0 +1,1183 @@
+"""Train a language model: text or tokens in, a Hugging Face checkpoint out.
+
+    python train.py                            # five minutes on two cores: Python's own library
+    python train.py --data my.txt --out out-my        # your text: file, folder, glob, .jsonl, .gz
+    torchrun --nproc-per-node 8 train.py --data 'fineweb/*.npy' --tokenizer fineweb/tokenizer.json
+    python train.py --init-from out --data notes/ --out out-notes     # go on from any checkpoint
+
+The same command continues a run that was stopped, to the bit. The recipe `speedrun` follows Muon
+(Jordan et al. 2024), with a warmup-stable-decay schedule (Hu et al. 2024, MiniCPM), QK-norm
+(Henry et al. 2020) and zero-initialised projections; `cs336` is AdamW (Loshchilov & Hutter 2019)
+with a cosine. Shapes: B windows of a batch, T context length, D d_model, V vocabulary.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import model as model_py
+import tokenizer as tokenizer_py
+
+# ---- ranks -------------------------------------------------------------------------------------
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three; without it there is one process
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def say(*words):
+    """Print once, not once a rank."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def setup_ranks(device_name):
+    """Pick this rank's device, divide the cores among the ranks and join the process group."""
+    if device_name == "auto":
+        device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, cores // LOCAL_WORLD_SIZE))
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def all_reduce_sum(values, device):
+    """Sum a short list of numbers over the ranks, in float64."""
+    if WORLD_SIZE == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def average_gradients(parameters):
+    """Sum the gradients over the ranks, all in one message.
+
+    Every rank has already divided its loss by the tokens of the *whole* batch, so the sum of the
+    ranks' gradients is the gradient of the mean: no rank needs an equal share.
+    """
+    if WORLD_SIZE == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(piece.view_as(grad))
+
+
+# ---- the corpus --------------------------------------------------------------------------------
+
+
+def stdlib_files():
+    """Python's standard library source: about 700 files and 12 MB that every machine has.
+
+    Its tests, and packages installed beside it, are left out: they differ between machines.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts)]
+    if len(files) < 100:
+        raise ValueError(f"--data is needed: this Python came without its library's source ({root} "
+                         f"has {len(files)} .py files, about 700 expected)")
+    return sorted(map(str, files))
+
+
+def is_held_out(document, fraction):
+    """Whether a document is for validation: by a hash of its text, so the same on every machine."""
+    digest = hashlib.blake2b(document.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def split_documents(files, fraction):
+    """Yield (document, is for validation).
+
+    Of fewer than 20 documents no sensible share can be held out whole: there the last `fraction`
+    of each is, cut at a line.
+    """
+    few = [d for _, d in zip(range(20), tokenizer_py.read_documents(files))]
+    if len(few) == 20:
+        for document in tokenizer_py.read_documents(files):
+            yield document, is_held_out(document, fraction)
+        return
+    for document in few:
+        cut = document.rfind("\n", 0, int(len(document) * (1 - fraction)) + 1) + 1
+        cut = cut or int(len(document) * (1 - fraction))
+        yield document[:cut], False
+        yield document[cut:], True
+
+
+def content_hash(files, *settings):
+    """Names the cache: the same bytes and settings give the same name, wherever they lie."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+    for file in files:
+        with open(file, "rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+        digest.update(b"\0end of file\0")
+    return digest.hexdigest()
+
+
+def write_tokens(path, documents, tok):
+    """Append every document's ids, <|endoftext|> after each, to a .npy file; returns their count.
+
+    The count is known only at the end, so the header is written last, into room left for it.
+    """
+    dtype = np.dtype(np.uint16 if tok.vocab_size <= 65536 else np.uint32)
+    count, end = 0, np.array([tok.eot_id], dtype)
+    with open(path, "wb") as f:
+        f.write(b" " * 128)
+        for document in documents:
+            ids = tok.encode_numpy(document, allowed_special=()).astype(dtype)
+            f.write(ids.tobytes() + end.tobytes())
+            count += len(ids) + 1
+        f.seek(0)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(f, header | {"shape": (count,)})
+    return count
+
+
+def tokenize_corpus(files, folder, vocab_size, tokenizer_path, fraction):
+    """Text files -> folder/{tokenizer.json, train.npy, val.npy}; the folder appears whole."""
+    work = Path(f"{folder}.{os.getpid()}.tmp")
+    work.mkdir(parents=True)
+    try:
+        start = time.time()
+        if tokenizer_path:
+            tok = tokenizer_py.Tokenizer.load(tokenizer_path)
+        else:
+            texts = (d for d, held in split_documents(files, fraction) if not held)
+            vocab, merges = tokenizer_py.train_bpe(texts, vocab_size, [tokenizer_py.EOT])
+            tok = tokenizer_py.Tokenizer(vocab, merges, [tokenizer_py.EOT])
+            say(f"{'tokenizer':<12}trained in {time.time() - start:.1f} s")
+        if tok.eot_id is None:
+            raise ValueError(f"--tokenizer {tokenizer_path}: has no {tokenizer_py.EOT} to put "
+                             "between documents")
+        tok.save(work / "tokenizer.json")
+        start = time.time()
+        counts = [write_tokens(work / f"{name}.npy",
+                               (d for d, h in split_documents(files, fraction) if h == held), tok)
+                  for name, held in (("train", False), ("val", True))]
+        say(f"{'tokens':<12}{sum(counts):,} written in {time.time() - start:.1f} s")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+LLM_C_MAGIC = 20240520  # llm.c and modded-nanogpt shards: 256 int32 of header, then uint16 ids
+
+
+def load_tokens(path):
+    """Memory-map a token file: .npy, an llm.c shard (by its header) or nanoGPT's bare uint16."""
+    if str(path).endswith(".npy"):
+        tokens = np.load(path, mmap_mode="r")
+        if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+            raise ValueError(f"{path}: {tokens.dtype} of shape {tokens.shape}, not a row of ids")
+        return tokens
+    if os.path.getsize(path) < 2:
+        raise ValueError(f"{path}: no tokens in it")
+    header = np.fromfile(path, np.int32, 1)
+    has_header = len(header) and header[0] == LLM_C_MAGIC
+    return np.memmap(path, np.uint16, "r", offset=1024 if has_header else 0)
+
+
+@dataclass
+class Data:
+    """Token arrays (memory-mapped), the tokenizer (None if unknown) and the name in the cache."""
+
+    train: list
+    val: list
+    tokenizer: object
+    name: str
+
+
+def open_token_files(files, tokenizer_path, fraction):
+    """Files with "val" in their name are for validation; without one, the tail of the last is."""
+    train = [load_tokens(f) for f in files if "val" not in Path(f).name]
+    val = [load_tokens(f) for f in files if "val" in Path(f).name]
+    if not train:
+        raise ValueError("--data: every token file is named for validation, none is left to train")
+    if not val:
+        cut = len(train[-1]) - min(int(len(train[-1]) * fraction), 10_000_000)
+        train[-1], val = train[-1][:cut], [train[-1][cut:]]
+    tok = tokenizer_py.Tokenizer.load(tokenizer_path) if tokenizer_path else None
+    return Data(train, val, tok, ",".join(files))
+
+
+def prepare_data(args):
+    """--data -> Data. Text is tokenised once, by rank 0, and kept in the cache by its content."""
+    files = tokenizer_py.list_files(args.data) if args.data else stdlib_files()
+    is_tokens = [f.endswith((".npy", ".bin")) for f in files]
+    if any(is_tokens):
+        files = [f for f, yes in zip(files, is_tokens) if yes]
+        return open_token_files(files, args.tokenizer, args.val_fraction)
+    size = sum(map(os.path.getsize, files))
+    say(f"{'corpus':<12}{len(files)} files, {size / 1e6:.2f} MB, "
+        + (str(args.data) if args.data else "Python's own standard library"))
+    settings = [args.tokenizer or args.vocab_size, args.val_fraction, "v1"]
+    extra = [str(Path(args.tokenizer))] if args.tokenizer and Path(args.tokenizer).is_file() else []
+    folder = Path(args.cache) / content_hash(files + extra, *settings)
+    if RANK == 0 and not (folder / "val.npy").exists():
+        tokenize_corpus(files, folder, args.vocab_size, args.tokenizer, args.val_fraction)
+    if WORLD_SIZE > 1:
+        dist.barrier()
+    tok = tokenizer_py.Tokenizer.load(folder / "tokenizer.json")
+    return Data([load_tokens(folder / "train.npy")], [load_tokens(folder / "val.npy")], tok,
+                folder.name)
+
+
+# ---- batches -----------------------------------------------------------------------------------
+
+
+def get_batch(tokens, batch_size, context_length, device):
+    """Windows at random places: two (B, T) int64 tensors, the second one token further on."""
+    starts = np.random.randint(0, len(tokens) - context_length, batch_size)
+    rows = np.stack([tokens[s:s + context_length + 1] for s in starts]).astype(np.int64)
+    batch = torch.from_numpy(rows).to(device)  # (B, T + 1)
+    return batch[:, :-1], batch[:, 1:]
+
+
+def shuffled(index, n, key):
+    """Element `index` of a random order of range(n), found without storing the order.
+
+    A four-round Feistel network permutes the smallest 4^k >= n numbers; a result outside range(n)
+    goes through again until it is inside (cycle walking, Black & Rogaway 2002). So an epoch over a
+    100 GB file needs no memory, and the state of the shuffle is one integer: the position.
+    """
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for round_number in range(4):
+            text = f"{key} {round_number} {right}".encode()
+            mixed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+            left, right = right, left ^ (mixed & mask)
+        index = left << half | right
+        if index < n:
+            return index
+
+
+class Windows:
+    """Windows of T + 1 tokens over a list of token arrays, each once an epoch, in random order.
+
+    Every epoch has its own order and its own first token (0 to T - 1), so the cuts between windows
+    move. Window number p of a run is a function of p and the seed alone: any number of ranks reads
+    the same batches, and a restarted run needs only its step.
+    """
+
+    def __init__(self, arrays, T, seed):
+        self.arrays, self.T, self.seed = arrays, T, seed
+        counts = [max(0, (len(a) - T) // T) for a in arrays]  # for every offset in 0 .. T - 1
+        self.ends = np.cumsum(counts)
+        self.per_epoch = int(self.ends[-1])
+        if not self.per_epoch:
+            longest = max(map(len, arrays))
+            raise ValueError(f"--data: {longest} tokens are too few for one window of "
+                             f"--context-length {T}; give more text or a shorter context")
+
+    def window(self, position):
+        epoch, index = divmod(position, self.per_epoch)
+        index = shuffled(index, self.per_epoch, f"{self.seed} {epoch}")
+        shard = int(np.searchsorted(self.ends, index, "right"))
+        index -= int(self.ends[shard - 1]) if shard else 0
+        offset = shuffled(epoch % self.T, self.T, f"offset {self.seed}")
+        start = offset + index * self.T
+        return self.arrays[shard][start:start + self.T + 1]
+
+    def batch(self, positions, device):
+        """Positions -> inputs (B, T) and targets (B, T), int64."""
+        rows = torch.from_numpy(np.stack([self.window(p) for p in positions]).astype(np.int64))
+        if device.type == "cuda":
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        return rows[:, :-1], rows[:, 1:]
+
+
+# ---- optimizers --------------------------------------------------------------------------------
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
+
+    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
+    p = p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+    The _foreach calls do one operation on all parameters of a group: one kernel on a GPU.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+            self.update(group, params)
+        return loss
+
+    def update(self, group, params):
+        group["step"] = t = group.get("step", 0) + 1
+        (b1, b2), lr = group["betas"], group["lr"]
+        grads = [p.grad for p in params]
+        m = [self.state[p]["m"] for p in params]
+        v = [self.state[p]["v"] for p in params]
+        torch._foreach_lerp_(m, grads, 1 - b1)
+        torch._foreach_mul_(v, b2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - b2)
+        scale = torch._foreach_sqrt(v)
+        torch._foreach_div_(scale, math.sqrt(1 - b2**t))
+        torch._foreach_add_(scale, group["eps"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(params, m, scale, -lr / (1 - b1**t))
+
+
+class SGD(torch.optim.Optimizer):
+    """p = p - lr b, b = momentum b + g + wd p (Sutskever et al. 2013, as torch has it)."""
+
+    def __init__(self, params, lr=1e-3, momentum=0.0, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                change = p.grad.add(p, alpha=group["weight_decay"])
+                if group["momentum"]:
+                    buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
+                    change = buffer.mul_(group["momentum"]).add_(change)
+                p.sub_(change, alpha=group["lr"])
+        return loss
+
+
+def newton_schulz(G, steps=5):
+    """Near-orthogonalise matrices G (..., m, n): U S V^T -> about U V^T, in bf16.
+
+    X <- a X + (b A + c A^2) X with A = X X^T pushes every singular value towards 1; with these
+    coefficients five steps land them in about [0.7, 1.2], which is close enough to train by and
+    five matrix products cheaper than exact (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.bfloat16()
+    tall = X.size(-2) > X.size(-1)
+    if tall:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: the update of an (m, n) matrix has all singular values near 1.
+
+    p = p - lr sqrt(max(1, m / n)) newton_schulz(g + mu buffer), for hidden matrices only; tables,
+    head, norms and scalars want AdamW. Momentum mu warms up from 0.85 over 300 steps. Matrices of
+    one shape go through Newton-Schulz together, as one batched product.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, cautious=False):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      cautious=cautious))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            group["step"] = t = group.get("step", 0) + 1
+            mu = min(group["momentum"], 0.85 + (group["momentum"] - 0.85) * t / 300)
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for params in shapes.values():
+                self.update(group, params, mu)
+        return loss
+
+    def update(self, group, params, mu):
+        for p in params:
+            buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
+            buffer.lerp_(p.grad, 1 - mu)
+        nesterov = torch.stack([p.grad.lerp(self.state[p]["buffer"], mu) for p in params])
+        rows, columns = nesterov.shape[1:]
+        lr, wd = group["lr"] * max(1, rows / columns) ** 0.5, group["lr"] * group["weight_decay"]
+        for p, change in zip(params, newton_schulz(nesterov).to(params[0].dtype)):
+            if wd:  # cautious: only where the step itself points towards zero (Liang et al. 2024)
+                p.sub_(p * (p * change > 0) * wd if group["cautious"] else p * wd)
+            p.sub_(change, alpha=lr)
+
+
+def clip_grad_norm(parameters, max_norm):
+    """Scale the gradients in place so that their common L2 norm is at most max_norm; returns it."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if max_norm:
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
+def make_optimizers(model, args):
+    """Muon for the blocks' matrices and AdamW for the rest, or one optimizer for everything.
+
+    Only matrices decay; tables, norms and scalars do not.
+    """
+    inside = {id(p) for p in model.layers.parameters() if p.ndim == 2}
+    matrices = [p for p in model.parameters() if id(p) in inside]
+    tables = [p for p in model.parameters() if p.ndim == 2 and id(p) not in inside]
+    vectors = [p for p in model.parameters() if p.ndim != 2]
+    if args.optimizer == "sgd":
+        return [SGD(model.parameters(), args.lr, args.momentum, args.weight_decay)]
+    adam = dict(lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps)
+    groups = [dict(params=tables, weight_decay=0.0), dict(params=vectors, weight_decay=0.0)]
+    if args.optimizer == "adamw":
+        groups.insert(0, dict(params=matrices, weight_decay=args.weight_decay))
+        return [AdamW([g for g in groups if g["params"]], **adam)]
+    return [Muon(matrices, args.muon_lr, args.momentum, args.weight_decay, args.cautious),
+            AdamW([g for g in groups if g["params"]], **adam)]
+
+
+# ---- schedules: the learning rate at a step, counted from 0 ------------------------------------
+
+
+def cosine_schedule(step, max_lr, min_lr, warmup_steps, cosine_steps):
+    """Linear warm-up from 0, half a cosine from max_lr down to min_lr at cosine_steps, min_lr."""
+    if step < warmup_steps:
+        return max_lr * step / warmup_steps
+    if step > cosine_steps:
+        return min_lr
+    done = (step - warmup_steps) / max(1, cosine_steps - warmup_steps)
+    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def wsd_schedule(step, max_lr, min_lr, warmup_steps, decay_steps, total_steps):
+    """Warm up, stay, and fall linearly to min_lr over the last decay_steps (Hu et al. 2024)."""
+    if step < warmup_steps:
+        return max_lr * step / warmup_steps
+    left = max(0, total_steps - step)
+    return min_lr + (max_lr - min_lr) * min(1.0, left / max(1, decay_steps))
+
+
+def schedule(step, args):
+    """The factor on every learning rate at `step`: 1 is the full rate."""
+    if args.schedule == "cosine":
+        return cosine_schedule(step + 1, 1.0, args.min_lr, args.warmup, args.steps)
+    decay = {"wsd": args.decay, "linear": 1.0, "constant": 0.0}[args.schedule]
+    decay_steps = int(decay * (args.steps - args.warmup))
+    floor = args.min_lr if decay else 1.0
+    return wsd_schedule(step + 1, 1.0, floor, args.warmup, decay_steps, args.steps)
+
+
+# ---- evaluation and samples --------------------------------------------------------------------
+
+
+@dataclass
+class Score:
+    """Validation: nats per token, its exponential, and bits per byte of text."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float  # nan without a tokenizer: the bytes behind the tokens are unknown
+
+    def __str__(self):
+        return (f"loss {self.loss:.4f} nats/token, perplexity {self.perplexity:.2f}, "
+                f"{self.bits_per_byte:.4f} bits/byte")
+
+
+def byte_lengths(tok, vocab_size):
+    """How many bytes of text each id stands for, (V,); special tokens stand for none."""
+    lengths = np.zeros(vocab_size)
+    for i, word in tok.vocab.items() if tok else ():
+        lengths[i] = 0 if i in tok.special_tokens.values() else len(word)
+    return torch.from_numpy(lengths)
+
+
+@torch.no_grad()
+def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
+    """Score the validation arrays in windows of T tokens that do not overlap, shared by the ranks.
+
+    Bits per byte divides all nats, those of <|endoftext|> too, by the bytes of the text, so it
+    compares across tokenizers: nats / ln 2 / bytes.
+    """
+    T, B = args.context_length, args.micro_batch
+    starts = [(a, i) for a in val for i in range(0, len(a) - T, T)]
+    starts = starts or [(a, 0) for a in val if len(a) > 1]  # shorter than one window: as it is
+    starts = starts[:max(1, (max_tokens or 10**12) // T)]
+    mine = starts[RANK::WORLD_SIZE]
+    lengths = byte_lengths(tok, args.vocab_size).to(device)
+    nats, tokens, text_bytes = 0.0, 0, 0.0
+    for i in range(0, len(mine), B):
+        rows = np.stack([a[s:s + T + 1] for a, s in mine[i:i + B]]).astype(np.int64)
+        ids = torch.from_numpy(rows).to(device)  # (B, T + 1)
+        with autocast():
+            nats += model.loss(ids[:, :-1], ids[:, 1:], reduction="sum").item()
+        tokens += ids[:, 1:].numel()
+        text_bytes += lengths[ids[:, 1:]].sum().item()
+    nats, tokens, text_bytes = all_reduce_sum([nats, tokens, text_bytes], device)
+    loss = nats / tokens
+    bits = nats / math.log(2) / text_bytes if text_bytes else math.nan
+    return Score(loss, math.exp(min(loss, 700)), bits)
+
+
+def show_samples(model, tok, args):
+    """Print what the model writes after each of --sample-prompts."""
+    model.eval()
+    for i, prompt in enumerate(args.sample_prompts or []):
+        ids = [tok.eot_id] if tok.eot_id is not None else []
+        ids += tok.encode(prompt, allowed_special=())
+        done = model.generate([ids], args.sample_tokens, temperature=0.7, top_k=50, seed=i,
+                              stop=[tok.eot_id], tokenizer=tok)[0]
+        say(f"\n---- sample {i + 1} " + "-" * 60)
+        say(prompt + done.text.replace(tokenizer_py.EOT, ""))
+    model.train()
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+def save_checkpoint(model, optimizer, iteration, out, **extra):
+    """Everything a restart needs in one file (a path or a file object), replaced whole.
+
+    model may be None where the weights are kept elsewhere; optimizer may be a list of them.
+    """
+    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    state = {"model": model.state_dict() if model else None, "iteration": iteration,
+             "optimizers": [o.state_dict() for o in optimizers], **extra}
+    if not isinstance(out, (str, os.PathLike)):
+        torch.save(state, out)
+        return
+    beside = f"{out}.{os.getpid()}.tmp"
+    try:
+        torch.save(state, beside)
+        os.replace(beside, out)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def load_checkpoint(src, model, optimizer):
+    """Restore what save_checkpoint wrote; returns the iteration. Nothing in the file executes."""
+    state = torch.load(src, map_location="cpu", weights_only=True)
+    if model is not None:
+        model.load_state_dict(state["model"])
+    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for o, o_state in zip(optimizers, state["optimizers"]):
+        o.load_state_dict(o_state)
+    return state["iteration"]
+
+
+# What a run is: to go on under other values would be a different run.
+IDENTITY = ("recipe", "optimizer", "batch_size", "schedule", "warmup", "decay", "min_lr", "lr",
+            "muon_lr", "weight_decay", "cautious", "momentum", "beta1", "beta2", "eps", "clip",
+            "seed", "context_length", "data_name")
+
+
+def step_folders(out):
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(Path(out).glob("step-[0-9]*[0-9]"), key=lambda p: int(p.name[5:]))
+
+
+def save_run(model, optimizers, step, args, tok):
+    """Write out/step-N whole, under another name first, and link its files into out/.
+
+    A kill at any moment leaves the previous step-* folder intact; out/ itself always opens as a
+    model. Older folders than the newest --keep go.
+    """
+    if RANK:
+        return
+    folder = Path(args.out) / f"step-{step:06d}"
+    work = folder.with_name(f"saving-{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        model.save_pretrained(work)
+        if tok:
+            tok.save(work / "tokenizer.json")
+        save_checkpoint(None, optimizers, step, work / "train_state.pt",
+                        settings={k: getattr(args, k) for k in IDENTITY}, steps=args.steps)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(work, folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    for file in folder.iterdir():
+        beside = Path(args.out) / f"{file.name}.tmp"
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(file, beside)  # the same bytes under two names
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, beside)
+        os.replace(beside, Path(args.out) / file.name)
+    for old in step_folders(args.out)[:-args.keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def find_run(args):
+    """The newest checkpoint of this very run in --out, or None; refuses a different run's."""
+    folders = step_folders(args.out)
+    if not folders:
+        return None
+    state_file = folders[-1] / "train_state.pt"
+    state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)
+    other = [f"--{k.replace('_', '-')} {state['settings'][k]}" for k in IDENTITY
+             if state["settings"].get(k) != getattr(args, k)]
+    if other:
+        raise ValueError(f"--out {args.out}: holds a run with {', '.join(other)}; give those, "
+                         "another --out, or --restart to begin again")
+    return folders[-1]
+
+
+def lock_run(out):
+    """Refuse a second process that would write into the same folder; the lock dies with us."""
+    if RANK:
+        return None
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(out) / ".lock", "w")
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another run is writing there; give another --out") from None
+    return lock
+
+
+# ---- the log -----------------------------------------------------------------------------------
+
+
+COLUMNS = f"{'step':>13} {'loss':>7} {'lr':>6} {'gnorm':>6} {'tok/s':>8} {'MFU':>5} {'GB':>5} left"
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+class Log:
+    """One line a step into log.jsonl, one in --log-every on the screen, a plot of it all."""
+
+    def __init__(self, out, resumed_at):
+        self.path, self.records = Path(out) / "log.jsonl", []
+        if RANK == 0 and resumed_at and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                record = json.loads(line) if line.endswith("}") else {}  # a kill cuts lines short
+                if record.get("step", math.inf) <= resumed_at:
+                    self.records.append(record)
+        if RANK == 0:  # drop what a killed run had logged beyond its last checkpoint
+            beside = self.path.with_suffix(".tmp")
+            beside.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+            os.replace(beside, self.path)
+        self.file = open(self.path, "a", buffering=1) if RANK == 0 else None
+
+    def write(self, **record):
+        if self.file:
+            self.records.append(record)
+            self.file.write(json.dumps(record) + "\n")
+
+    def draw(self):
+        """loss.png: the training loss, its running mean, and validation, against tokens."""
+        if RANK:
+            return
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        train = [(r["tokens"], r["loss"]) for r in self.records if "loss" in r]
+        val = [(r["tokens"], r["val_loss"]) for r in self.records if "val_loss" in r]
+        figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
+        if train:
+            x, y = np.array(train).T
+            axes.plot(x, y, color="#9ecae1", linewidth=0.8, label="training, each step")
+            width = max(1, len(y) // 50)
+            mean = np.convolve(y, np.ones(width) / width, "valid")
+            axes.plot(x[width - 1:], mean, color="#08519c", label=f"training, mean of {width}")
+            axes.set_ylim(min(y.min(), *(v for _, v in val or [(0, y.min())])) - 0.1, y.max() + 0.1)
+        if val:
+            axes.plot(*zip(*val), "o-", color="#d94801", label="validation")
+        axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        beside = self.path.with_name("loss.tmp.png")
+        figure.savefig(beside, bbox_inches="tight")
+        plt.close(figure)
+        os.replace(beside, self.path.with_name("loss.png"))
+
+
+# ---- what the machine can do -------------------------------------------------------------------
+
+# Dense bf16 peak of the data sheets, in TFLOP/s: what MFU is measured against by convention.
+GPU_PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "B200": 2250}
+
+
+def matmul_flops(device, dtype, size=1024, repeats=5):
+    """FLOP/s of a (size, size) matrix product here, best of a few."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        b = a @ a
+        b[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def choose_dtype(args, device):
+    """--dtype auto: bf16 where its products are faster than fp32's; returns (dtype, peak FLOP/s).
+
+    Some CPUs multiply bf16 four times as fast (AVX512-BF16, AMX), others emulate it at a tenth.
+    """
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if device.type == "cuda":
+        dtype = names["bf16" if args.dtype == "auto" else args.dtype]
+        gpu = torch.cuda.get_device_name(device)
+        peak = next((p * 1e12 for k, p in GPU_PEAKS.items() if k in gpu), 0)
+        return dtype, peak or matmul_flops(device, dtype, 8192)
+    speeds = {n: matmul_flops(device, d) if args.dtype in ("auto", n) else 0
+              for n, d in names.items()}
+    speeds["fp32"] *= 1.5  # bf16 also costs casts: it has to be clearly faster
+    best = max(speeds, key=speeds.get)
+    best = names_agree(best, device)
+    return names[best], speeds[best] / (1.5 if best == "fp32" else 1)
+
+
+def names_agree(name, device):
+    """All ranks take rank 0's choice."""
+    return ("bf16", "fp32")[round(all_reduce_sum([float(name != "bf16") * (RANK == 0)], device)[0])]
+
+
+def can_compile(args, device):
+    """torch.compile writes C++ on a CPU, so it needs a compiler; Triton does the GPU's part."""
+    if args.compile != "auto":
+        return args.compile == "on"
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return device.type == "cuda" or bool(compiler)
+
+
+def memory_gb(device):
+    """Peak memory: the allocator's on a GPU, the process's (resident) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What the loop carries from step to step."""
+
+    args: argparse.Namespace
+    model: torch.nn.Module
+    optimizers: list
+    data: Data
+    windows: Windows
+    device: torch.device
+    autocast: object  # a function that gives the context the forward pass runs in
+    loss_fn: object  # (inputs, targets) -> sum of the token losses, compiled or not
+    peak: float  # FLOP/s, what MFU is measured against
+
+
+def micro_batches(run, step):
+    """This rank's share of the step's batch, --micro-batch windows at a time."""
+    first = step * run.args.batch_size
+    mine = np.array_split(np.arange(first, first + run.args.batch_size), WORLD_SIZE)[RANK]
+    for i in range(0, len(mine), run.args.micro_batch):
+        positions = mine[i:i + run.args.micro_batch].tolist()
+        inputs, targets = run.windows.batch(positions, run.device)
+        if targets.max() >= run.args.vocab_size:
+            raise ValueError(f"--data: token id {targets.max().item()} is outside the vocabulary "
+                             f"of {run.args.vocab_size}; give the --tokenizer it was made with")
+        yield inputs, targets
+
+
+def forward_backward(run, step):
+    """Gradients of the mean loss over the whole batch, all ranks; returns this rank's part of it.
+
+    The divisor is the token count of all micro-batches on all ranks, so neither accumulation nor
+    the number of ranks changes the gradient.
+    """
+    tokens = run.args.batch_size * run.args.context_length
+    total = torch.zeros((), device=run.device)
+    for inputs, targets in micro_batches(run, step):
+        with run.autocast():
+            loss = run.loss_fn(inputs, targets) / tokens
+        loss.backward()
+        total += loss.detach()
+    average_gradients(list(run.model.parameters()))
+    return total.item()
+
+
+def train_step(run, step, stopping):
+    """One update. Returns (mean loss, gradient norm, learning-rate factor, does a rank stop)."""
+    factor = schedule(step, run.args)
+    loss = forward_backward(run, step)
+    norm = clip_grad_norm(list(run.model.parameters()), run.args.clip).item()
+    loss, stop = all_reduce_sum([loss, float(stopping)], run.device)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}")
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("full_lr", group["lr"])
+            group["lr"] = group["full_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss, norm, factor, stop > 0
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C: finish the step, save, go. A second Ctrl-C goes at once."""
+
+    def __init__(self):
+        self.signal = None
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def warm_up(run):
+    """Compile, find a micro-batch that fits the GPU, and time one batch: seconds a step, about."""
+    while True:
+        try:
+            for _ in range(2):  # the first call compiles
+                start = time.perf_counter()
+                forward_backward(run, 0)
+                run.model.zero_grad(set_to_none=True)
+            return time.perf_counter() - start
+        except torch.cuda.OutOfMemoryError:
+            if run.args.micro_batch == 1:
+                raise ValueError("--context-length: one window does not fit the GPU's memory; "
+                                 "shorten it or shrink the model") from None
+            run.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            run.args.micro_batch = (run.args.micro_batch + 1) // 2
+            say(f"{'memory':<12}full: micro-batches of {run.args.micro_batch} windows")
+
+
+def evaluate_and_log(run, log, step, max_tokens=None):
+    tokens = step * run.args.batch_size * run.args.context_length
+    score = evaluate(run.model, run.data.val, run.args, run.device, run.data.tokenizer,
+                     run.autocast, max_tokens)
+    log.write(step=step, tokens=tokens, val_loss=score.loss, bits_per_byte=score.bits_per_byte)
+    log.draw()
+    say(f"{step:>6}/{run.args.steps:<6} validation {score}")
+    return score
+
+
+def train_loop(run, first_step):
+    """Steps first_step .. --steps; returns (steps done, why it ended early or None)."""
+    args, log, stop = run.args, Log(run.args.out, first_step), StopRequest()
+    tokens_per_step = args.batch_size * args.context_length
+    flops = run.model.flops_per_token(args.context_length) * tokens_per_step
+    saves = {args.steps, decay_start(args)} | set(range(0, args.steps, args.save_every or 10**9))
+    recent, side_work = [], 0.0  # seconds of the last steps; of evaluating and saving so far
+    say(COLUMNS)
+    for step in range(first_step, args.steps):
+        start = time.perf_counter()
+        loss, norm, factor, stopping = train_step(run, step, stop.signal is not None)
+        recent = [*recent[-49:], time.perf_counter() - start]
+        done = step + 1
+        seconds = sorted(recent)[len(recent) // 2]
+        log.write(step=done, tokens=done * tokens_per_step, loss=loss, gnorm=norm, lr=factor,
+                  seconds=round(recent[-1], 4))
+        if done % args.log_every == 0 or done in (1, args.steps):
+            share = side_work / max(1, done - first_step)  # a step's share of the side work
+            say(f"{done:>6}/{args.steps:<6} {loss:7.4f} {factor:6.3f} {norm:6.2f} "
+                f"{tokens_per_step / seconds:8,.0f} {flops / seconds / run.peak / WORLD_SIZE:5.1%} "
+                f"{memory_gb(run.device):5.2f} {clock((args.steps - done) * (seconds + share))}")
+        start = time.perf_counter()
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+            evaluate_and_log(run, log, done, args.eval_tokens)
+        if done in saves or stopping:
+            save_run(run.model, run.optimizers, done, args, run.data.tokenizer)
+        side_work += time.perf_counter() - start
+        if stopping and done < args.steps:
+            return done, "stopped"
+    evaluate_and_log(run, log, args.steps)
+    return args.steps, None
+
+
+def decay_start(args):
+    """The last step at the full rate of a WSD run: its checkpoint is kept, to branch from."""
+    decay = args.decay if args.schedule == "wsd" else 1.0
+    return args.steps - int(decay * (args.steps - args.warmup))
+
+
+# ---- putting a run together --------------------------------------------------------------------
+
+
+def build_model(args, data, resume_from):
+    """A new model from the flags, or the weights of a checkpoint; sets the sizes in args."""
+    source = resume_from or args.init_from
+    if source:
+        model = model_py.Transformer.from_pretrained(source, dtype=torch.float32)
+        args.vocab_size = model.config.vocab_size
+    else:
+        args.vocab_size = data.tokenizer.vocab_size if data.tokenizer else args.vocab_size
+        names = {f.name for f in fields(model_py.ModelConfig)} & set(vars(args))
+        model = model_py.Transformer(model_py.ModelConfig(**{n: getattr(args, n) for n in names}))
+    if data.tokenizer and data.tokenizer.vocab_size > args.vocab_size:
+        raise ValueError(f"--init-from {source}: {args.vocab_size} ids, but the data's tokenizer "
+                         f"has {data.tokenizer.vocab_size}")
+    return model
+
+
+def describe(run, seconds_per_step, first_step):
+    """The decisions, in aligned lines."""
+    args, c, tok, T = run.args, run.model.config, run.data.tokenizer, run.args.context_length
+    train, val = (sum(map(len, arrays)) for arrays in (run.data.train, run.data.val))
+    tokens = args.steps * args.batch_size * T
+    ids = np.concatenate([a[:10**6] for a in run.data.val])
+    per_token = byte_lengths(tok, args.vocab_size)[ids.astype(np.int64)].sum() / len(ids)
+    say(f"{'tokenizer':<12}{args.vocab_size:,} ids, {per_token:.2f} bytes a token")
+    say(f"{'tokens':<12}{train:,} to train on, {val:,} to validate")
+    say(f"{'model':<12}{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, d_ff "
+        f"{c.d_ff}, {c.ffn}; {run.model.num_parameters() / 1e6:.2f}M parameters, "
+        f"{run.model.num_parameters(embeddings=False) / 1e6:.2f}M without tables")
+    dtype = "bf16 products, fp32 weights" if run.autocast is not nullcontext else "fp32"
+    say(f"{'device':<12}{run.device.type} x {WORLD_SIZE}, {torch.get_num_threads()} threads each, "
+        f"{dtype}, {run.peak / 1e12:.2f} TFLOP/s peak, "
+        + ("compiled" if run.loss_fn != run.model.loss and args.compile != "off" else "eager"))
+    say(f"{'batch':<12}{args.batch_size} windows of {T} = {args.batch_size * T:,} tokens")
+    say(f"{'steps':<12}{args.steps:,}, {tokens / 1e6:.2f}M tokens, {tokens / train:.2f} epochs, "
+        f"{args.recipe}: {args.optimizer}, {args.schedule}"
+        + (f"; going on from step {first_step}" if first_step else ""))
+    left = (args.steps - first_step) * seconds_per_step * 1.1
+    say(f"{'expected':<12}{left / 60:.1f} minutes\n")
+
+
+def build_run(args, device):
+    """Everything from --data to a model ready for its next step: (Run, first step)."""
+    data = prepare_data(args)
+    args.data_name = data.name
+    resume_from = None if args.restart else find_run(args)
+    torch.manual_seed(args.seed)
+    model = build_model(args, data, resume_from).to(device)
+    optimizers = make_optimizers(model, args)
+    first_step = 0
+    if resume_from:
+        first_step = load_checkpoint(resume_from / "train_state.pt", None, optimizers)
+    elif RANK == 0:
+        for folder in step_folders(args.out):
+            shutil.rmtree(folder)
+    windows = Windows(data.train, args.context_length, args.seed)
+    dtype, peak = choose_dtype(args, device)
+
+    def autocast():
+        return torch.autocast(device.type, dtype)
+
+    def loss_fn(inputs, targets):
+        return model.loss(inputs, targets, reduction="sum")
+
+    run = Run(args, model, optimizers, data, windows, device,
+              nullcontext if dtype == torch.float32 else autocast,
+              torch.compile(loss_fn) if can_compile(args, device) else loss_fn, peak)
+    return run, first_step
+
+
+def train(args):
+    """Run, or go on with, the run that the flags describe. Returns the final Score, or None."""
+    began = time.time()
+    device = setup_ranks(args.device)
+    fill_defaults(args, device)
+    lock = lock_run(args.out)
+    run, first_step = build_run(args, device)
+    if first_step >= args.steps:
+        say(f"--out {args.out}: finished, {first_step} steps; --steps {2 * first_step} goes on, "
+            "--restart begins again")
+        return None
+    describe(run, warm_up(run), first_step)
+    try:
+        steps, why = train_loop(run, first_step)
+    except FloatingPointError as error:
+        kept = step_folders(args.out)
+        raise ValueError(f"{error}: stopped; the last good checkpoint is "
+                         f"{kept[-1] if kept else 'none'}; try a lower --lr") from None
+    if why:
+        say(f"{why} at step {steps}, saved in {args.out}; the same command goes on")
+        return None
+    if run.data.tokenizer and RANK == 0:
+        show_samples(run.model, run.data.tokenizer, args)
+    say(f"\ndone in {clock(time.time() - began)}: {args.out}/model.safetensors, loss.png, log.jsonl"
+        f"\npython model.py generate --model {args.out} --prompt \"def \"")
+    del lock
+    return None
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+# Flags whose default depends on the recipe or the device. Every one can be given by hand.
+RECIPES = {
+    "speedrun": dict(optimizer="muon", schedule="wsd", decay=0.5, min_lr=0.0, warmup=20, lr=0.003,
+                     weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-10, clip=0.0, qk_norm=True,
+                     zero_init=True, tie_embeddings=False),
+    "cs336": dict(optimizer="adamw", schedule="cosine", decay=0.0, min_lr=0.1, warmup=40, lr=0.002,
+                  weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip=1.0, qk_norm=False,
+                  zero_init=False, tie_embeddings=False),
+}
+SIZES = {
+    "cpu": dict(vocab_size=4096, context_length=256, d_model=256, num_layers=6, num_heads=2,
+                d_ff=704, batch_size=16, steps=640, log_every=20, eval_every=200),
+    "cuda": dict(vocab_size=4096, context_length=512, d_model=512, num_layers=8, num_heads=4,
+                 d_ff=1408, batch_size=64, steps=1000, log_every=20, eval_every=250),
+}
+
+
+def fill_defaults(args, device):
+    """Give every flag left at None its value from the recipe or the device's size."""
+    defaults = RECIPES[args.recipe] | SIZES["cuda" if device.type == "cuda" else "cpu"]
+    if args.init_from:
+        config = json.loads((Path(args.init_from) / "config.json").read_text())
+        defaults["context_length"] = min(defaults["context_length"],
+                                         config.get("max_position_embeddings", 10**9))
+        args.tokenizer = args.tokenizer or args.init_from
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.warmup = min(args.warmup, args.steps // 4)
+    args.micro_batch = args.micro_batch or -(-args.batch_size // WORLD_SIZE)
+    if args.sample_prompts is None:
+        args.sample_prompts = [""] if args.data else ["def ", "class ", "import "]
+    for name in ("steps", "batch_size", "context_length", "micro_batch", "keep", "log_every"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(args, name)}: must be at least 1")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one-line errors that name the nearest right flag."""
+
+    def error(self, message):
+        for word in message.split():
+            near = difflib.get_close_matches(word, self._option_string_actions, 1, 0.5)
+            if word.startswith("--") and word not in self._option_string_actions and near:
+                message += f"; did you mean {near[0]}?"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def make_parser():
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = None
+
+    def add(name, default, help, **options):
+        tables = [(n, t[name]) for n, t in (RECIPES | SIZES).items() if name in t]
+        shown = ", ".join(f"{n} {v}" for n, v in tables) or default
+        if options.get("action") is None and "choices" not in options:
+            sample = default if default is not None else tables[0][1] if tables else ""
+            options.setdefault("type", type(sample))
+            options["metavar"] = "N" if options["type"] in (int, float) else "X"
+        help += f" (default: {'none' if shown is None else shown})".replace("%", "%%")
+        group.add_argument("--" + name.replace("_", "-"), default=default, help=help, **options)
+
+    yes_no = dict(action=argparse.BooleanOptionalAction)
+    group = parser.add_argument_group("data")
+    add("data", None, "text (.txt, .jsonl, .gz, a folder, a glob) or token files (.npy, .bin); "
+        "Python's own library without it", nargs="*")
+    add("tokenizer", None, "tokenizer.json to use instead of training one")
+    add("vocab_size", None, "ids of the tokenizer to train")
+    add("val_fraction", 0.05, "share of the documents held out")
+    add("cache", "data", "folder for tokenizers and tokens, by content")
+    group = parser.add_argument_group("model")
+    add("init_from", None, "folder of a checkpoint to start from")
+    add("context_length", None, "tokens a window")
+    add("d_model", None, "width of the residual stream")
+    add("num_layers", None, "blocks")
+    add("num_heads", None, "query heads")
+    add("num_kv_heads", 0, "key/value heads, 0 for as many as query heads")
+    add("d_ff", None, "width of the feed-forward layer")
+    add("ffn", "swiglu", "feed-forward layer", choices=["swiglu", "silu", "gelu", "relu2"])
+    add("norm", "pre", "place of the norms", choices=["pre", "post", "output", "none"])
+    add("norm_type", "rms", "kind of norm", choices=["rms", "layer"])
+    add("position", "rope", "position information", choices=["rope", "learned", "none"])
+    add("attention", "sdpa", "attention kernel", choices=["sdpa", "flash", "naive"])
+    add("qk_norm", None, "normalise queries and keys", **yes_no)
+    add("zero_init", None, "start output projections at zero", **yes_no)
+    add("tie_embeddings", None, "one table for embedding and head", **yes_no)
+    add("logit_softcap", 0.0, "cap * tanh(logits / cap), 0 for none")
+    add("value_embeddings", 0, "token tables mixed into the values of layers i and -1-i")
+    add("residual_scalars", False, "learned shortcut from the embedding to each block", **yes_no)
+    group = parser.add_argument_group("optimization")
+    add("recipe", "speedrun", "set of defaults", choices=list(RECIPES))
+    add("steps", None, "updates")
+    add("batch_size", None, "windows an update, over all ranks")
+    add("micro_batch", 0, "windows at a time on a rank, 0 for all that fit")
+    add("optimizer", None, "optimizer", choices=["muon", "adamw", "sgd"])
+    add("lr", None, "learning rate of AdamW or SGD")
+    add("muon_lr", 0.02, "learning rate of Muon (the blocks' matrices)")
+    add("weight_decay", None, "decay of matrices, per unit of learning rate")
+    add("cautious", False, "decay only where the update shrinks the weight too", **yes_no)
+    add("momentum", 0.95, "of Muon and SGD")
+    add("beta1", None, "AdamW's mean of gradients")
+    add("beta2", None, "AdamW's mean of squares")
+    add("eps", None, "AdamW's epsilon")
+    add("clip", None, "largest gradient norm, 0 for no clipping")
+    add("schedule", None, "learning rate over time",
+        choices=["wsd", "cosine", "linear", "constant"])
+    add("warmup", None, "steps of linear warm-up")
+    add("decay", None, "share of the steps in which WSD falls")
+    add("min_lr", None, "last learning rate, as a share of the full one")
+    add("seed", 0, "of the weights and the order of the data")
+    group = parser.add_argument_group("run")
+    add("out", "out", "folder of the checkpoint, log.jsonl and loss.png")
+    add("restart", False, "begin again, dropping the run in --out", action="store_true")
+    add("device", "auto", "cpu, cuda, cuda:1, ...")
+    add("dtype", "auto", "of matrix products", choices=["auto", "bf16", "fp32"])
+    add("compile", "auto", "torch.compile", choices=["auto", "on", "off"])
+    add("log_every", None, "steps between lines")
+    add("eval_every", None, "steps between validations, 0 for only the last")
+    add("eval_tokens", 50_000, "validation tokens between; the last validation uses all")
+    add("save_every", 100, "steps between checkpoints, 0 for only the last")
+    add("keep", 1, "checkpoints to keep")
+    add("sample_prompts", None, "what to continue at the end", nargs="*")
+    add("sample_tokens", 120, "tokens a sample")
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    try:
+        return train(args)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
