@@ -89,6 +89,11 @@ def silu(x):
     return x * torch.sigmoid(x)
 
 
+def wide(x):
+    """The dtype to add up x in: at least fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def truncated_normal(shape, std, device=None, dtype=None):
     """A Parameter drawn from N(0, std^2), cut at three standard deviations."""
     weight = torch.empty(shape, device=device, dtype=dtype)
@@ -119,6 +124,33 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
+def compute_dtype(x):
+    """The dtype matrix products of x have here: autocast's if it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class ScaleByRMS(torch.autograd.Function):
+    """y = n * weight with n = x / rms(x), all in fp32. On a CPU, autograd's own backward through
+    the five elementwise steps takes three times as long as these two formulas."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        ctx.save_for_backward(x, weight)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x))
+        ctx.scale = torch.rsqrt(size.square() / x.shape[-1] + eps)  # (..., 1)
+        return (x * ctx.scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        n = x * ctx.scale
+        dw = (dy * n).flatten(0, -2)  # one row a token
+        slope = (dw @ weight.to(dw.dtype) / x.shape[-1]).view_as(ctx.scale)
+        dx = torch.addcmul(dy * weight.to(n.dtype), n, slope, value=-1).mul_(ctx.scale)
+        return dx.to(x.dtype), dw.sum(0).to(weight.dtype), None, None
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in fp32 whatever x is (Zhang & Sennrich 2019)."""
 
@@ -128,9 +160,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = x.float()
-        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (h * scale).to(x.dtype) * self.weight.to(x.dtype)
+        return ScaleByRMS.apply(x, self.weight, self.eps, compute_dtype(x))
 
 
 class LayerNorm(nn.Module):
@@ -219,33 +249,32 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, softcap, z_loss, chunk):
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-        with torch.autocast(hidden.device.type, enabled=False):
-            w, need_grad = weight.to(dtype), any(ctx.needs_input_grad)
-            total = torch.zeros((), device=hidden.device)
-            d_hidden = torch.empty_like(hidden) if need_grad else None
-            d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
-            for start in range(0, hidden.shape[0], chunk):
-                h = hidden[start:start + chunk].to(dtype)  # (N, D)
-                target = targets[start:start + chunk, None]  # (N, 1)
-                kept = target != ignore_index
-                target = target.masked_fill(~kept, 0)
-                z = (h @ w.T).float()  # (N, V)
-                if softcap:
-                    z = z.div_(softcap).tanh_().mul_(softcap)
-                slope = 1 - (z / softcap).square() if softcap and need_grad else None
-                lse = z.logsumexp(-1, keepdim=True)
-                loss = lse - z.gather(-1, target) + z_loss * lse.square()
-                total += (loss * kept).sum()
-                if need_grad:
-                    p = z.sub_(lse).exp_().mul_(1 + 2 * z_loss * lse)
-                    p.scatter_add_(-1, target, -torch.ones_like(lse)).mul_(kept)
-                    p = (p * slope if softcap else p).to(dtype)
-                    d_hidden[start:start + chunk] = p @ w
-                    d_weight += p.T @ h
-        ctx.save_for_backward(d_hidden, d_weight)
+        dtype, need_grad = compute_dtype(hidden), any(ctx.needs_input_grad)
+        w, kept = weight.to(dtype), (targets != ignore_index)[:, None]
+        target = targets[:, None].masked_fill(~kept, 0)
+        total = torch.zeros((), device=hidden.device, dtype=wide(hidden))
+        if need_grad:
+            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), chunk):
+            n = slice(start, start + chunk)
+            h, keep = hidden[n].to(dtype), kept[n]  # (N, D), (N, 1)
+            z = torch.mm(h, w.T).to(wide(hidden))  # (N, V)
+            if softcap:
+                z = z.div_(softcap).tanh_().mul_(softcap)
+                slope = 1 - (z / softcap).square() if need_grad else None
+            top, picked = z.amax(-1, keepdim=True), z.gather(-1, target[n])
+            p = z.sub_(top).exp_()
+            size = p.sum(-1, keepdim=True)
+            lse = size.log() + top
+            total += ((lse - picked + z_loss * lse.square()) * keep).sum()
+            if need_grad:  # d loss / d z = softmax(z) (1 + 2 z_loss lse) - [target]
+                p.mul_((1 + 2 * z_loss * lse) / size * keep)
+                p.scatter_add_(-1, target[n], -keep.to(p.dtype))
+                p = (p.mul_(slope) if softcap else p).to(dtype)
+                d_hidden[n] = p @ w
+                d_weight += p.T @ h
+        if need_grad:
+            ctx.save_for_backward(d_hidden, d_weight)
         return total
 
     @staticmethod
@@ -255,6 +284,22 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 # ---- the model ---------------------------------------------------------------------------------
+
+
+def blocked_attention(q, k, v, block=256):
+    """Causal attention of q, k, v (B, H, T, E), `block` queries at a time.
+
+    Exact. Keys after a block's last query are never touched; up to a few thousand tokens, matrix
+    products this size are 1.4 to 2.7 times as fast on a CPU in bf16 as the fused kernel.
+    """
+    T, out = q.shape[2], []
+    later = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    for i, q_block in enumerate((q / math.sqrt(q.shape[-1])).split(block, dim=2)):
+        S = min((i + 1) * block, T)
+        k_seen, v_seen = (k, v) if S == T else (k[:, :, :S], v[:, :, :S])
+        scores = q_block @ k_seen.transpose(-2, -1) + later[i * block:S, :S]  # (B, H, N, S)
+        out.append(torch.softmax(scores, -1) @ v_seen)
+    return torch.cat(out, dim=2)
 
 
 def attend(q, k, v, mask, config):
@@ -268,6 +313,9 @@ def attend(q, k, v, mask, config):
         return flash_attention(q, k, v, causal=causal)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, E)
     if config.attention != "naive" and not config.attention_softcap:
+        if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+            return blocked_attention(q, k, v).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return y.transpose(1, 2)
@@ -422,19 +470,13 @@ class Transformer(nn.Module):
             positions, mask = cache.begin(starts, T, c.sliding_window)
         if c.position == "learned":
             x = x + self.pos(positions.clamp(max=c.context_length - 1))
-        rope = self.rope.tables(positions, self.compute_dtype(x)) if c.position == "rope" else None
+        rope = self.rope.tables(positions, compute_dtype(x)) if c.position == "rope" else None
         x0 = x if c.residual_scalars else None
         values = [table(ids) for table in self.value_tables]
         values += [None] * (c.num_layers - 2 * len(values)) + values[::-1]
         for layer, value in zip(self.layers, values):
             x = layer(x, x0, rope=rope, mask=mask, cache=cache, values=value)
         return self.norm(x) if c.norm in ("pre", "output") else x
-
-    @staticmethod
-    def compute_dtype(x):
-        """The dtype matrix products have here: autocast's if it is on."""
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
     def head_weight(self):
         return self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
