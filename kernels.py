@@ -1,0 +1,1234 @@
+"""The model's hot loops as Triton kernels, each beside a plain torch twin that says what it computes.
+
+    python kernels.py bench              # every kernel against its peers on this machine's device
+    python kernels.py bench --only flash # the rows whose name contains a word
+    python kernels.py compile            # compile every kernel for an H100/H200, no GPU needed
+
+A matrix multiply keeps a GPU busy; everything between two of them waits for memory. An H200 does
+about 790 TFLOP/s in bf16 and moves 4.3 TB/s, so a loop that does fewer than 184 operations per byte
+is paid for in bytes, and most of what a Transformer does outside its matmuls does about one. Every
+kernel here is the same idea: read once, keep the intermediate on the chip, write once. Attention
+is the deep case (its intermediate is a T x T matrix, and a softmax stands in the way), so it comes
+first: softmax in one pass, attention in tiles, the kernel forward, the kernel backward. Then the
+fusions: norm, SwiGLU, RoPE, the loss, AdamW, experts, Muon.
+
+Where there is no GPU the kernels run in Triton's interpreter, the very code that runs on the GPU,
+slowly, in numpy: `impl="triton"` asks for them, and tests do. Otherwise CPU tensors take the twins
+(`impl="torch"`). Layout everywhere is (B, T, H, E), as a projection's output reshapes for free.
+
+Papers: FlashAttention (arXiv 2205.14135), FlashAttention-2 (2307.08691), online softmax (1805.02867),
+Flash-Decoding (2023), Liger Kernel (2410.10989), Cut Your Losses (2411.09009), Muon (Jordan, 2024).
+"""
+
+import argparse
+import math
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():  # Triton reads this when it is imported, so it is set before
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+LOG2E = 1.4426950408889634  # GPUs have exp2 in hardware: exp(x) = exp2(x * LOG2E)
+LN2 = 0.6931471805599453
+_LOG2E, _LN2 = tl.constexpr(LOG2E), tl.constexpr(LN2)
+
+# Tile sizes, warps and pipeline stages. A table and not @triton.autotune: an autotuner may choose
+# another tile tomorrow, another tile sums in another order, and a resumed run would not repeat its
+# bits. `bench --tune` times the candidates on your GPU and prints the rows to change.
+TILES = {  # (kernel, head dimension rounded up to a power of two): (BM queries, BN keys, warps, stages)
+    ("forward", 16): (128, 64, 4, 3),
+    ("forward", 32): (128, 64, 4, 3),
+    ("forward", 64): (128, 128, 8, 3),
+    ("forward", 128): (128, 128, 8, 2),
+    ("forward", 256): (128, 64, 8, 2),
+    ("backward_kv", 16): (64, 128, 4, 2),
+    ("backward_kv", 32): (64, 128, 4, 2),
+    ("backward_kv", 64): (64, 128, 8, 2),
+    ("backward_kv", 128): (64, 128, 8, 2),
+    ("backward_kv", 256): (32, 64, 8, 1),
+    ("backward_q", 16): (128, 64, 4, 2),
+    ("backward_q", 32): (128, 64, 4, 2),
+    ("backward_q", 64): (128, 64, 8, 2),
+    ("backward_q", 128): (128, 64, 8, 2),
+    ("backward_q", 256): (64, 32, 8, 1),
+}
+SMALL_TILES = {"forward": (32, 16), "backward_kv": (16, 32), "backward_q": (32, 16)}
+
+
+def _use_triton(x, impl):
+    """Kernels for CUDA tensors of 16 or 32 bits, twins for all else, unless `impl` says which."""
+    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if impl is None:
+        return x.device.type == "cuda" and fits
+    if impl not in ("torch", "triton"):
+        raise ValueError(f"impl={impl!r}: choose None, 'torch' or 'triton'")
+    if impl == "triton" and not fits:
+        raise ValueError(f"impl='triton' takes float32, bfloat16 or float16, not {x.dtype}")
+    if impl == "triton" and x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError("impl='triton' on CPU tensors: set TRITON_INTERPRET=1 before the start")
+    return impl == "triton"
+
+
+def _tiles(kernel, E):
+    """(BE, BM, BN, launch options) for a head dimension; tiny ones in the interpreter."""
+    BE = max(16, triton.next_power_of_2(E))
+    if INTERPRETED:  # so that a test of 33 positions already has several tiles and a ragged last one
+        return BE, *SMALL_TILES[kernel], {}
+    BM, BN, warps, stages = TILES[kernel, BE]
+    return BE, BM, BN, {"num_warps": warps, "num_stages": stages}
+
+
+def _dot_dtype(x):
+    """What tl.dot multiplies: x's own dtype; fp32 in the interpreter, whose bf16 is wrong."""
+    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return tl.float32 if INTERPRETED else names[x.dtype]
+
+
+def _programs(x, per_sm=1):
+    """How many persistent programs fill the device: `per_sm` for each multiprocessor."""
+    if x.device.type != "cuda":
+        return 3  # few, so that every program loops in the tests
+    return per_sm * torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+# ---- softmax in one pass, then attention in tiles ------------------------------------------------
+# Attention of T queries over T keys is 4 T^2 E operations a head (two matmuls; half that if causal)
+# on 8 T E bytes of bf16 in and out: T/2 operations a byte. It is the T x T scores that spoil it.
+
+
+def online_softmax(x):
+    """Softmax of a vector seen one element at a time, keeping a running maximum and a running sum.
+
+    When a larger maximum arrives, the sum so far is rescaled to it: sum_i exp(x_i - m) becomes
+    sum_i exp(x_i - m') on multiplying by exp(m - m'). For x = [1, 3, 2] the pair (m, l) goes
+    (1, 1), (3, 1 + e^-2), (3, 1 + e^-2 + e^-1). Milakov and Gimelshein 2018, algorithm 3.
+    """
+    m, l = torch.tensor(-math.inf, dtype=x.dtype), torch.tensor(0.0, dtype=x.dtype)
+    for value in x:
+        m_new = torch.maximum(m, value)
+        l = l * torch.exp(m - m_new) + torch.exp(value - m_new)
+        m = m_new
+    return torch.exp(x - m) / l
+
+
+def _visible(Tq, Tk, left, right, device):
+    """(Tq, Tk) bool: key j is seen by query i if i' - left <= j <= i' + right, i' = i + Tk - Tq."""
+    i = torch.arange(Tq, device=device)[:, None] + Tk - Tq
+    j = torch.arange(Tk, device=device)[None, :]
+    keep = torch.ones(Tq, Tk, dtype=torch.bool, device=device)
+    if left is not None:
+        keep &= j >= i - left
+    if right is not None:
+        keep &= j <= i + right
+    return keep
+
+
+def _bounds(causal, window):
+    """How many keys to the (left, right) of its own position a query sees; None means all."""
+    if window is None:
+        left = right = None
+    else:
+        left, right = window if isinstance(window, (tuple, list)) else (window - 1, window - 1)
+        left, right = (None if n is None or n == -1 else n for n in (left, right))
+        if min(n for n in (left, right, 0) if n is not None) < 0:
+            raise ValueError(f"window={window!r}: give a number of keys >= 1, or (left, right) >= 0")
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    return left, right
+
+
+def flash_attention_reference(
+    q, k, v, *, causal=True, window=None, softcap=0.0, scale=None, return_lse=False
+):
+    """What flash_attention computes, with the whole score matrix in memory; same arguments."""
+    B, Tq, H, E = q.shape
+    Tk, K = k.shape[1:3]
+    left, right = _bounds(causal, window)
+    scale = E**-0.5 if scale is None else scale
+    q = q.reshape(B, Tq, K, H // K, E)  # (B, Tq, H, E) -> (B, Tq, K, G, E), G heads share a kv head
+    s = torch.einsum("btkge,bske->bkgts", q * scale, k)
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    s = s.masked_fill(~_visible(Tq, Tk, left, right, q.device), -math.inf)
+    m = s.amax(-1, keepdim=True).detach() if Tk else s.new_zeros(*s.shape[:-1], 1)
+    m = m.masked_fill(m == -math.inf, 0.0)  # a row that sees nothing: exp(-inf - 0) = 0, never NaN
+    p = torch.exp(s - m)
+    l = p.sum(-1, keepdim=True)
+    o = torch.einsum("bkgts,bske->btkge", (p / l.masked_fill(l == 0, 1.0)).to(v.dtype), v)
+    lse = (m + torch.log(l)).reshape(B, H, Tq)  # (B, K, G, Tq, 1) -> (B, H, Tq)
+    o = o.reshape(B, Tq, H, E)
+    return (o, lse) if return_lse else o
+
+
+class FlashAttentionTorch(torch.autograd.Function):
+    """Tiled attention in plain torch: FlashAttention-2, algorithms 1 (forward) and 2 (backward).
+
+    `.apply(q, k, v, is_causal)` on (B, Tq, E), (B, Tk, E), (B, Tk, E), any float dtype; returns
+    (B, Tq, E). Only q, k, v, the output and one (B, Tq) natural-log LSE are kept for the backward:
+    the scores are computed again there, cheaper than reading T^2 of them back from memory.
+    """
+
+    TILE = 32  # queries and keys a tile
+
+    @staticmethod
+    def forward(ctx, q, k, v, is_causal=False):
+        o, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+        for i in range(0, q.shape[1], FlashAttentionTorch.TILE):
+            rows = slice(i, i + FlashAttentionTorch.TILE)
+            m = torch.full_like(lse[:, rows], -math.inf)  # (B, M) running maximum
+            l, acc = torch.zeros_like(m), torch.zeros_like(q[:, rows])  # (B, M), (B, M, E)
+            for s, cols in FlashAttentionTorch.scores(q, k, rows, is_causal):
+                m_new = torch.maximum(m, s.amax(-1)).clamp_min(torch.finfo(s.dtype).min)
+                p = torch.exp(s - m_new[..., None])  # (B, M, N)
+                alpha = torch.exp(m - m_new)  # what the old maximum was too small by
+                l = l * alpha + p.sum(-1)
+                acc = acc * alpha[..., None] + p @ v[:, cols]
+                m = m_new
+            o[:, rows] = acc / l.masked_fill(l == 0, 1.0)[..., None]
+            lse[:, rows] = m + torch.log(l)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.is_causal = is_causal
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        delta = (o * do).sum(-1)  # (B, Tq): sum_j p_j dp_j, the softmax's Jacobian in one number
+        lse = lse.masked_fill(lse == -math.inf, math.inf)  # a row that sees nothing: p = 0
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for i in range(0, q.shape[1], FlashAttentionTorch.TILE):
+            rows = slice(i, i + FlashAttentionTorch.TILE)
+            for s, cols in FlashAttentionTorch.scores(q, k, rows, ctx.is_causal):
+                p = torch.exp(s - lse[:, rows, None])  # (B, M, N)
+                dp = do[:, rows] @ v[:, cols].mT
+                ds = p * (dp - delta[:, rows, None]) * q.shape[-1] ** -0.5
+                dv[:, cols] += p.mT @ do[:, rows]
+                dq[:, rows] += ds @ k[:, cols]
+                dk[:, cols] += ds.mT @ q[:, rows]
+        return dq, dk, dv, None
+
+    @staticmethod
+    def scores(q, k, rows, is_causal):
+        """Yield ((B, M, N) scaled scores, slice of keys) for the query rows, a tile at a time."""
+        Tq, Tk = q.shape[1], k.shape[1]
+        keep = _visible(Tq, Tk, None, 0 if is_causal else None, q.device)[rows]
+        for j in range(0, Tk, FlashAttentionTorch.TILE):
+            cols = slice(j, j + FlashAttentionTorch.TILE)
+            s = q[:, rows] @ k[:, cols].mT * q.shape[-1] ** -0.5
+            yield s.masked_fill(~keep[:, cols], -math.inf), cols
+
+
+# ---- FlashAttention, forward ---------------------------------------------------------------------
+# One program owns BM queries of one head and walks the keys. Operations: 4 BM BN E a tile pair, on
+# 4 BN E bytes of K and V: BM = 128 queries give 128 operations a byte from L2, and DRAM sees K and V
+# about once, since the programs of one head run side by side.
+
+
+@triton.jit
+def _load_rows(X, t, T, stride, E: tl.constexpr, BE: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows t (BT,) of a (T, E) matrix as (BT, BE); rows past T and columns past E read as 0."""
+    e = tl.arange(0, BE)
+    keep = (t < T)[:, None]
+    if E != BE:
+        keep = keep & (e < E)[None, :]
+    return tl.load(X + t.to(tl.int64)[:, None] * stride + e[None, :], mask=keep, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _store_rows(X, x, t, T, stride, E: tl.constexpr, BE: tl.constexpr):
+    """The reverse of _load_rows."""
+    e = tl.arange(0, BE)
+    keep = (t < T)[:, None] & (e < E)[None, :]
+    tl.store(X + t.to(tl.int64)[:, None] * stride + e[None, :], x.to(X.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * _LOG2E)))  # +-1 at +-inf, and no libdevice needed
+
+
+@triton.jit
+def _keep(i, j, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """The mask of _visible for a tile; i and j broadcast against each other."""
+    own = i + (Tk - Tq)
+    keep = (i < Tq) & (j < Tk)
+    if LEFT:
+        keep = keep & (j >= own - left)
+    if RIGHT:
+        keep = keep & (j <= own + right)
+    return keep
+
+
+@triton.jit
+def _key_ranges(m0, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Which keys the queries m0 .. m0+BM need: masked in [lo, a), all of them in [a, b), masked in
+    [b, hi). A tile inside needs no comparisons at all; at T = 4096 that is 15 tiles of 16."""
+    first = m0 + Tk - Tq  # the first and last queries' own positions among the keys
+    last = tl.minimum(m0 + BM, Tq) - 1 + Tk - Tq
+    lo, hi, a, b = 0, Tk, 0, (Tk // BN) * BN
+    if LEFT:
+        lo = tl.maximum(first - left, 0) // BN * BN
+        a = (tl.maximum(last - left, 0) + BN - 1) // BN * BN
+    if RIGHT:
+        hi = tl.minimum(Tk, tl.maximum(last + right + 1, 0))
+        b = tl.minimum(b, tl.maximum(first + right + 1, 0) // BN * BN)
+    a = tl.minimum(a, hi)
+    return lo, a, tl.maximum(a, b), hi
+
+
+@triton.jit
+def _forward_tiles(acc, m, l, q, K, V, i, lo, hi, sk_t, sv_t, Tq, Tk, scale_in, scale2, left, right,
+                   LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+                   E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+                   DOT: tl.constexpr):  # fmt: skip
+    """Walk the keys lo .. hi with the online softmax of the top of this file, in powers of two."""
+    for j0 in range(lo, hi, BN):
+        j = j0 + tl.arange(0, BN)
+        k = _load_rows(K, j, Tk, sk_t, E, BE, DOT)  # (BN, BE)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
+        if CAP:
+            s = _tanh(s * scale_in)
+        if MASK:
+            keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right, LEFT, RIGHT)
+            s = tl.where(keep, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+        base = m_new
+        if MASK:
+            base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
+        p = tl.exp2(s * scale2 - base[:, None])  # one fused multiply-add, one exp2
+        alpha = tl.exp2(m - base)
+        l = l * alpha + tl.sum(p, 1)
+        v = _load_rows(V, j, Tk, sv_t, E, BE, DOT)  # (BN, BE)
+        acc = tl.dot(p.to(DOT), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+    return acc, m, l
+
+
+@triton.jit
+def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t,
+                   sv_h, lse_b, lse_h, Tq, Tk, scale_in, scale2, left, right, GROUP: tl.constexpr,
+                   LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr,
+                   VARLEN: tl.constexpr, DOT: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    # Causal rows grow longer downwards: the longest first, so that the short ones fill the tail.
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    so_t = tl.num_programs(1) * E
+    O += (b * Tq) * so_t + h * E
+    LSE += b * lse_b + h * lse_h
+    Q += b * sq_b + h * sq_h
+    K += b * sk_b + (h // GROUP) * sk_h
+    V += b * sv_b + (h // GROUP) * sv_h
+    if VARLEN:  # packed sequences: batch strides are 0, and b's rows start at cu[b]
+        q0, k0 = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
+        O += (q0 - b * Tq) * so_t
+        LSE += q0
+        Q += q0 * sq_t
+        K += k0 * sk_t
+        V += k0 * sv_t
+        Tq = (tl.load(CU_Q + b + 1) - q0).to(tl.int32)
+        Tk = (tl.load(CU_K + b + 1) - k0).to(tl.int32)
+    if m0 < Tq:
+        i = m0 + tl.arange(0, BM)
+        q = _load_rows(Q, i, Tq, sq_t, E, BE, DOT)  # (BM, BE)
+        acc = tl.zeros([BM, BE], tl.float32)
+        m = tl.full([BM], float("-inf"), tl.float32)
+        l = tl.zeros([BM], tl.float32)
+        lo, a, c, hi = _key_ranges(m0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
+        if LEFT:
+            acc, m, l = _forward_tiles(acc, m, l, q, K, V, i, lo, a, sk_t, sv_t, Tq, Tk, scale_in,
+                                       scale2, left, right, LEFT, RIGHT, CAP, True, E, BE, BN,
+                                       DOT)  # fmt: skip
+        acc, m, l = _forward_tiles(acc, m, l, q, K, V, i, a, c, sk_t, sv_t, Tq, Tk, scale_in,
+                                   scale2, left, right, LEFT, RIGHT, CAP, False, E, BE, BN,
+                                   DOT)  # fmt: skip
+        acc, m, l = _forward_tiles(acc, m, l, q, K, V, i, c, hi, sk_t, sv_t, Tq, Tk, scale_in,
+                                   scale2, left, right, LEFT, RIGHT, CAP, True, E, BE, BN,
+                                   DOT)  # fmt: skip
+        l = tl.where(l == 0.0, 1.0, l)  # saw nothing: 0, and an LSE of m = -inf
+        _store_rows(O, acc / l[:, None], i, Tq, so_t, E, BE)
+        tl.store(LSE + i, (m + tl.log2(l)) * _LN2, mask=i < Tq)
+
+
+# ---- FlashAttention, backward --------------------------------------------------------------------
+# With p = exp(s - lse), o = p v:  dv = p' do,  dp = do v',  ds = p (dp - delta),  dq = ds k,
+# dk = ds' q, where delta = rowsum(do * o). dk and dv sum over queries, dq over keys: each gets a
+# kernel that owns its rows, so that nothing is added atomically and the bits repeat. The price is
+# that s and dp are computed in both: 7 tile matmuls where 5 are counted, at most 71 % of the rate.
+# A gradient that arrives at the LSE (ring attention's merge) adds p dlse to ds: delta - dlse.
+
+
+@triton.jit
+def _flash_delta(O, DO, LSE, DLSE, DELTA, total, lse_b, lse_h, T, H, E: tl.constexpr,
+                 BE: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """delta = rowsum(do * o) - dlse for rows (b, t, h) of contiguous tensors, 8 E bytes a row."""
+    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o = _load_rows(O, r, total, E, E, BE, tl.float32)
+    do = _load_rows(DO, r, total, E, E, BE, tl.float32)
+    at = (r // H // T) * lse_b + (r % H) * lse_h + (r // H) % T
+    dead = tl.load(LSE + at, mask=r < total, other=0.0) == float("-inf")
+    delta = tl.sum(o * do, 1) - tl.load(DLSE + at, mask=r < total, other=0.0)
+    tl.store(DELTA + at, tl.where(dead, 0.0, delta), mask=r < total)
+
+
+@triton.jit
+def _probabilities(s, lse2, keep, scale_in, scale2, CAP: tl.constexpr, MASK: tl.constexpr):
+    """(p, ds/dz's factor from the soft cap) from raw scores and the LSE in powers of two."""
+    slope = 1.0
+    if CAP:
+        s = _tanh(s * scale_in)
+        slope = 1.0 - s * s
+    p = tl.exp2(s * scale2 - lse2)
+    if MASK:
+        p = tl.where(keep, p, 0.0)
+    return p, slope
+
+
+@triton.jit
+def _backward_kv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, j, lo, hi, sq_t, so_t, Tq, Tk, scale_in,
+                       scale2, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                       CAP: tl.constexpr, MASK: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+                       BM: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Add the queries lo .. hi to dk and dv. Everything is transposed, keys x queries, so that p'
+    and ds' leave the registers straight into the second matmuls."""
+    for i0 in range(lo, hi, BM):
+        i = i0 + tl.arange(0, BM)
+        q = _load_rows(Q, i, Tq, sq_t, E, BE, DOT)  # (BM, BE)
+        lse = tl.load(LSE + i, mask=i < Tq, other=float("inf")) * _LOG2E  # p = 0 past the end
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # and for a row that saw nothing
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BN, BM)
+        keep = _keep(i[None, :], j[:, None], Tq, Tk, left, right, LEFT, RIGHT)
+        p, slope = _probabilities(s, lse[None, :], keep, scale_in, scale2, CAP, MASK)
+        do = _load_rows(DO, i, Tq, so_t, E, BE, DOT)  # (BM, BE)
+        dv = tl.dot(p.to(DOT), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # (BN, BM)
+        delta = tl.load(DELTA + i, mask=i < Tq, other=0.0)
+        ds = p * (dp - delta[None, :]) * slope
+        dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _query_ranges(n0, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """_key_ranges seen from the keys n0 .. n0+BN: which queries see them."""
+    first = n0 - (Tk - Tq)  # the queries whose own positions are the first and last of these keys
+    last = tl.minimum(n0 + BN, Tk) - 1 - (Tk - Tq)
+    lo, hi, a, b = 0, Tq, 0, Tq
+    if RIGHT:
+        lo = tl.maximum(first - right, 0) // BM * BM
+        a = (tl.maximum(last - right, 0) + BM - 1) // BM * BM
+    if LEFT:
+        hi = tl.minimum(Tq, tl.maximum(last + left + 1, 0))
+        b = tl.minimum(b, tl.maximum(first + left + 1, 0) // BM * BM)
+    a = tl.minimum(a, hi)
+    return lo, a, tl.maximum(a, b), hi
+
+
+@triton.jit
+def _flash_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, CU_Q, CU_K, sq_b, sq_t, sq_h, sk_b, sk_t,
+                       sk_h, sv_b, sv_t, sv_h, lse_b, lse_h, Tq, Tk, scale_in, scale2, scale, left,
+                       right, GROUP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                       CAP: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr,
+                       E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+                       BN: tl.constexpr):  # fmt: skip
+    """One program owns BN keys of one kv head and walks the queries of its whole group of heads."""
+    n0 = tl.program_id(0) * BN  # causal: the first keys have the most queries, so they go first
+    hk, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    sd_t = tl.num_programs(1) * E
+    so_t = sd_t * GROUP
+    DK += (b * Tk) * sd_t + hk * E
+    DV += (b * Tk) * sd_t + hk * E
+    DO += (b * Tq) * so_t
+    LSE += b * lse_b
+    DELTA += b * lse_b
+    Q += b * sq_b
+    K += b * sk_b + hk * sk_h
+    V += b * sv_b + hk * sv_h
+    if VARLEN:
+        q0, k0 = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
+        DK += (k0 - b * Tk) * sd_t
+        DV += (k0 - b * Tk) * sd_t
+        DO += (q0 - b * Tq) * so_t
+        LSE += q0
+        DELTA += q0
+        Q += q0 * sq_t
+        K += k0 * sk_t
+        V += k0 * sv_t
+        Tq = (tl.load(CU_Q + b + 1) - q0).to(tl.int32)
+        Tk = (tl.load(CU_K + b + 1) - k0).to(tl.int32)
+    if n0 < Tk:
+        j = n0 + tl.arange(0, BN)
+        k = _load_rows(K, j, Tk, sk_t, E, BE, DOT)  # (BN, BE)
+        v = _load_rows(V, j, Tk, sv_t, E, BE, DOT)
+        dk = tl.zeros([BN, BE], tl.float32)
+        dv = tl.zeros([BN, BE], tl.float32)
+        lo, a, c, hi = _query_ranges(n0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
+        for g in range(GROUP):
+            h = hk * GROUP + g
+            q_h, do_h = Q + h * sq_h, DO + h * E
+            lse_p, delta_p = LSE + h * lse_h, DELTA + h * lse_h
+            if RIGHT:
+                dk, dv = _backward_kv_tiles(dk, dv, k, v, q_h, do_h, lse_p, delta_p, j, lo, a,
+                                            sq_t, so_t, Tq, Tk, scale_in, scale2, left, right,
+                                            LEFT, RIGHT, CAP, True, E, BE, BM, DOT)  # fmt: skip
+            dk, dv = _backward_kv_tiles(dk, dv, k, v, q_h, do_h, lse_p, delta_p, j, a, c, sq_t,
+                                        so_t, Tq, Tk, scale_in, scale2, left, right, LEFT, RIGHT,
+                                        CAP, False, E, BE, BM, DOT)  # fmt: skip
+            if LEFT:
+                dk, dv = _backward_kv_tiles(dk, dv, k, v, q_h, do_h, lse_p, delta_p, j, c, hi,
+                                            sq_t, so_t, Tq, Tk, scale_in, scale2, left, right,
+                                            LEFT, RIGHT, CAP, True, E, BE, BM, DOT)  # fmt: skip
+        _store_rows(DK, dk * scale, j, Tk, sd_t, E, BE)
+        _store_rows(DV, dv, j, Tk, sd_t, E, BE)
+
+
+@triton.jit
+def _backward_q_tiles(dq, q, do, lse, delta, K, V, i, lo, hi, sk_t, sv_t, Tq, Tk, scale_in, scale2,
+                      left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr,
+                      MASK: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+                      DOT: tl.constexpr):  # fmt: skip
+    """Add the keys lo .. hi to dq."""
+    for j0 in range(lo, hi, BN):
+        j = j0 + tl.arange(0, BN)
+        k = _load_rows(K, j, Tk, sk_t, E, BE, DOT)  # (BN, BE)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
+        keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right, LEFT, RIGHT)
+        p, slope = _probabilities(s, lse[:, None], keep, scale_in, scale2, CAP, MASK)
+        v = _load_rows(V, j, Tk, sv_t, E, BE, DOT)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # (BM, BN)
+        ds = p * (dp - delta[:, None]) * slope
+        dq = tl.dot(ds.to(DOT), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def _flash_backward_q(Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h,
+                      sv_b, sv_t, sv_h, lse_b, lse_h, Tq, Tk, scale_in, scale2, scale, left, right,
+                      GROUP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                      CAP: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr,
+                      E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+                      BN: tl.constexpr):  # fmt: skip
+    """One program owns BM queries of one head and walks their keys, as in the forward."""
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    so_t = tl.num_programs(1) * E
+    DQ += (b * Tq) * so_t + h * E
+    DO += (b * Tq) * so_t + h * E
+    LSE += b * lse_b + h * lse_h
+    DELTA += b * lse_b + h * lse_h
+    Q += b * sq_b + h * sq_h
+    K += b * sk_b + (h // GROUP) * sk_h
+    V += b * sv_b + (h // GROUP) * sv_h
+    if VARLEN:
+        q0, k0 = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
+        DQ += (q0 - b * Tq) * so_t
+        DO += (q0 - b * Tq) * so_t
+        LSE += q0
+        DELTA += q0
+        Q += q0 * sq_t
+        K += k0 * sk_t
+        V += k0 * sv_t
+        Tq = (tl.load(CU_Q + b + 1) - q0).to(tl.int32)
+        Tk = (tl.load(CU_K + b + 1) - k0).to(tl.int32)
+    if m0 < Tq:
+        i = m0 + tl.arange(0, BM)
+        q = _load_rows(Q, i, Tq, sq_t, E, BE, DOT)  # (BM, BE)
+        do = _load_rows(DO, i, Tq, so_t, E, BE, DOT)
+        lse = tl.load(LSE + i, mask=i < Tq, other=float("inf")) * _LOG2E
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        delta = tl.load(DELTA + i, mask=i < Tq, other=0.0)
+        dq = tl.zeros([BM, BE], tl.float32)
+        lo, a, c, hi = _key_ranges(m0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
+        if LEFT:
+            dq = _backward_q_tiles(dq, q, do, lse, delta, K, V, i, lo, a, sk_t, sv_t, Tq, Tk,
+                                   scale_in, scale2, left, right, LEFT, RIGHT, CAP, True, E, BE,
+                                   BN, DOT)  # fmt: skip
+        dq = _backward_q_tiles(dq, q, do, lse, delta, K, V, i, a, c, sk_t, sv_t, Tq, Tk, scale_in,
+                               scale2, left, right, LEFT, RIGHT, CAP, False, E, BE, BN,
+                               DOT)  # fmt: skip
+        dq = _backward_q_tiles(dq, q, do, lse, delta, K, V, i, c, hi, sk_t, sv_t, Tq, Tk, scale_in,
+                               scale2, left, right, LEFT, RIGHT, CAP, True, E, BE, BN,
+                               DOT)  # fmt: skip
+        _store_rows(DQ, dq * scale, i, Tq, so_t, E, BE)
+
+
+def _attention_arguments(q, k, v, spec):
+    """What the three kernels take alike: (strides and sizes), options, and the grid's (B, H, Tq, Tk).
+
+    spec: (cu_q, cu_k, max_q, max_k, left, right, softcap, scale); dense inputs are (B, T, H, E) with
+    cu_q None, packed ones (total, H, E)."""
+    cu_q, cu_k, max_q, max_k, left, right, softcap, scale = spec
+    H, E = q.shape[-2:]
+    if cu_q is None:
+        B, Tq, Tk = q.shape[0], q.shape[1], k.shape[1]
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H * Tq, Tq)
+    else:
+        B, Tq, Tk = cu_q.numel() - 1, max_q, max_k
+        strides = (0, *q.stride()[:2], 0, *k.stride()[:2], 0, *v.stride()[:2], 0, q.shape[0])
+    scale_in, scale2 = (scale / softcap, softcap * LOG2E) if softcap else (0.0, scale * LOG2E)
+    options = dict(
+        GROUP=H // k.shape[-2], LEFT=left is not None, RIGHT=right is not None,
+        CAP=bool(softcap), VARLEN=cu_q is not None, DOT=_dot_dtype(q), E=E,
+    )  # fmt: skip
+    return strides, (Tq, Tk, scale_in, scale2), (left or 0, right or 0), options, (B, H, Tq, Tk)
+
+
+def _attention_forward(q, k, v, spec):
+    """Launch the forward kernel; returns (o like q, lse fp32 (B, H, Tq) or (H, total))."""
+    strides, sizes, bounds, options, (B, H, Tq, _) = _attention_arguments(q, k, v, spec)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse_shape = (B, H, Tq) if spec[0] is None else (H, q.shape[0])
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    BE, BM, BN, launch = _tiles("forward", q.shape[-1])
+    cu_q, cu_k = (lse, lse) if spec[0] is None else spec[:2]  # any pointer: dense never reads it
+    if q.numel():
+        _flash_forward[(triton.cdiv(Tq, BM), H, B)](
+            q, k, v, o, lse, cu_q, cu_k, *strides, *sizes, *bounds,
+            **options, BE=BE, BM=BM, BN=BN, **launch,
+        )  # fmt: skip
+    return o, lse
+
+
+def _attention_backward(q, k, v, o, lse, do, dlse, spec):
+    """Launch the three backward kernels; returns (dq, dk, dv), contiguous."""
+    strides, sizes, bounds, options, (B, H, Tq, Tk) = _attention_arguments(q, k, v, spec)
+    do, E, scale = do.contiguous(), q.shape[-1], spec[-1]
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous().float()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    delta = torch.empty_like(lse)
+    BE, BM, BN, launch = _tiles("backward_kv", E)
+    rows = q.numel() // E
+    _flash_delta[(triton.cdiv(rows, 32),)](
+        o, do, lse, dlse, delta, rows, *strides[-2:], lse.shape[-1], H, E=E, BE=BE, BM=32
+    )
+    cu_q, cu_k = (lse, lse) if spec[0] is None else spec[:2]
+    shared = (cu_q, cu_k, *strides, *sizes, scale, *bounds)
+    _flash_backward_kv[(triton.cdiv(Tk, BN), k.shape[-2], B)](
+        q, k, v, do, lse, delta, dk, dv, *shared, **options, BE=BE, BM=BM, BN=BN, **launch
+    )
+    BE, BM, BN, launch = _tiles("backward_q", E)
+    _flash_backward_q[(triton.cdiv(Tq, BM), H, B)](
+        q, k, v, do, lse, delta, dq, *shared, **options, BE=BE, BM=BM, BN=BN, **launch
+    )
+    return dq, dk, dv
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, spec):
+        o, lse = _attention_forward(q, k, v, spec)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        return *_attention_backward(q, k, v, o, lse, do, dlse, ctx.spec), None
+
+
+class FlashAttentionTriton(torch.autograd.Function):
+    """The kernels under FlashAttentionTorch's contract: `.apply(q, k, v, is_causal)`, (B, T, E)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, is_causal=False):
+        right = 0 if is_causal else None
+        ctx.spec = (None, None, 0, 0, None, right, 0.0, q.shape[-1] ** -0.5)
+        heads = [x.contiguous()[:, :, None] for x in (q, k, v)]  # (B, T, E) -> (B, T, 1, E)
+        o, lse = _attention_forward(*heads, ctx.spec)
+        o, lse = o[:, :, 0], lse[:, 0]  # (B, Tq, E), (B, Tq)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        heads = [x.contiguous()[:, :, None] for x in (q, k, v, o)]
+        grads = _attention_backward(*heads, lse[:, None], do[:, :, None], None, ctx.spec)
+        return *(g[:, :, 0] for g in grads), None
+
+
+def _check_attention(q, k, v, dims, scale):
+    """One line for a shape that no kernel could run."""
+    if not (q.dim() == k.dim() == v.dim() == dims) or k.shape != v.shape:
+        raise ValueError(
+            f"q, k, v must have {dims} dimensions, k and v the same shape: "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[-1] != k.shape[-1] or q.shape[-2] % max(k.shape[-2], 1) or not k.shape[-2]:
+        raise ValueError(f"q has (heads, d_head) {tuple(q.shape[-2:])}, k {tuple(k.shape[-2:])}: the "
+                         "d_head must be equal and the heads a multiple")  # fmt: skip
+    if dims == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(f"q has batch {q.shape[0]}, k and v {k.shape[0]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share a dtype: got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.shape[-1] > 256:
+        raise ValueError(f"d_head {q.shape[-1]}: the kernels take 1 to 256")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale={scale}: must be above 0")
+
+
+def flash_attention(
+    q, k, v, *, causal=True, window=None, softcap=0.0, scale=None, return_lse=False, impl=None
+):
+    """Softmax attention that never holds the (Tq, Tk) scores.
+
+    q (B, Tq, H, E), k and v (B, Tk, K, E) with H a multiple of K: query head h reads kv head
+    h // (H / K), nothing is copied. fp32, bf16 or fp16; E up to 256, any T. Returns (B, Tq, H, E),
+    and with return_lse also the natural-log-sum-exp of the scores, fp32 (B, H, Tq), through which
+    gradients flow (ring attention merges partial results by it).
+
+    causal aligns bottom-right: the last query sees the last key. window=W: a query sees the W keys up
+    to its own (and W - 1 after it unless causal); or a pair (left, right) as in flash-attn. softcap c:
+    scores become c tanh(s / c). scale defaults to E^-0.5. A query that sees no key gives 0, LSE -inf.
+    Deterministic to the bit. FlashAttention-2, algorithms 1 and 2.
+    """
+    _check_attention(q, k, v, 4, scale)
+    left, right = _bounds(causal, window)
+    if not _use_triton(q, impl):
+        return flash_attention_reference(
+            q, k, v, causal=causal, window=window, softcap=softcap, scale=scale,
+            return_lse=return_lse,
+        )  # fmt: skip
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, lse = _Flash.apply(q, k, v, (None, None, 0, 0, left, right, softcap, scale))
+    return (o, lse) if return_lse else o
+
+
+# ---- RMSNorm with the residual add ---------------------------------------------------------------
+# About 4 operations a number, on 4 bytes of bf16 in and out (8 with a residual): pure bandwidth.
+
+
+def rms_norm_reference(x, weight, eps=1e-5, residual=None):
+    """y = x / sqrt(mean(x^2) + eps) * weight; with residual, of x + residual, returned too."""
+    if residual is not None:
+        x = x + residual
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = (y if weight is None else y * weight).to(x.dtype)
+    return y if residual is None else (y, x)
+
+
+@triton.jit
+def _rms_forward(X, RES, W, Y, SUM, RSTD, N, eps, D: tl.constexpr, BD: tl.constexpr,
+                 BR: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    x = _load_rows(X, r, N, D, D, BD, tl.float32)  # (BR, BD)
+    if HAS_RES:
+        x += _load_rows(RES, r, N, D, D, BD, tl.float32)
+        _store_rows(SUM, x, r, N, D, D, BD)
+        x = x.to(SUM.dtype.element_ty).to(tl.float32)  # the norm of what the next layer will read
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    y = x * rstd[:, None]
+    if HAS_W:
+        c = tl.arange(0, BD)
+        y *= tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    _store_rows(Y, y, r, N, D, D, BD)
+    tl.store(RSTD + r, rstd, mask=r < N)
+
+
+@triton.jit
+def _rms_backward(X, W, DY, DSUM, RSTD, DX, DW, N, D: tl.constexpr, BD: tl.constexpr,
+                  BR: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr):  # fmt: skip
+    """A persistent grid: a program walks many rows and keeps its share of dw in registers, so the
+    weight's gradient costs one row a program, and no atomics."""
+    c = tl.arange(0, BD)
+    dw = tl.zeros([BD], tl.float32)
+    if HAS_W:
+        w = tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(N, BR), tl.num_programs(0)):
+        r = tile * BR + tl.arange(0, BR)
+        x = _load_rows(X, r, N, D, D, BD, tl.float32)  # (BR, BD)
+        dy = _load_rows(DY, r, N, D, D, BD, tl.float32)
+        rstd = tl.load(RSTD + r, mask=r < N, other=0.0)[:, None]
+        x *= rstd
+        if HAS_W:
+            dw += tl.sum(dy * x, 0)
+            dy *= w[None, :]
+        dx = (dy - x * (tl.sum(dy * x, 1) / D)[:, None]) * rstd
+        if HAS_RES:
+            dx += _load_rows(DSUM, r, N, D, D, BD, tl.float32)
+        _store_rows(DX, dx, r, N, D, D, BD)
+    if HAS_W:
+        tl.store(DW + tl.program_id(0) * D + c, dw, mask=c < D)
+
+
+def _row_tiles(D):
+    """(BD, rows a tile, launch options): about 4096 numbers a tile, 8 to 16 a thread."""
+    BD = triton.next_power_of_2(D)
+    BR = 2 if INTERPRETED else max(1, 4096 // BD)
+    return BD, BR, {} if INTERPRETED else {"num_warps": min(max(BD * BR // 512, 4), 16)}
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, residual):
+        shape, D = x.shape, x.shape[-1]
+        rows = x.numel() // D
+        x = x.contiguous()
+        BD, BR, launch = _row_tiles(D)
+        y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        total = x if residual is None else torch.empty_like(x)
+        res = x if residual is None else residual.contiguous()
+        ctx.flags = dict(D=D, BD=BD, BR=BR, HAS_RES=residual is not None, HAS_W=weight is not None)
+        if rows:
+            _rms_forward[(triton.cdiv(rows, BR),)](
+                x, res, x if weight is None else weight, y, total, rstd, rows, eps,
+                **ctx.flags, **launch,
+            )  # fmt: skip
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return y.view(shape), None if residual is None else total.view(shape)
+
+    @staticmethod
+    def backward(ctx, dy, dsum):
+        x, weight, rstd = ctx.saved_tensors
+        rows, D = rstd.numel(), x.shape[-1]
+        if dy is None:  # only the sum was used
+            return dsum, None, None, dsum
+        has_res = ctx.flags["HAS_RES"]
+        dsum = dsum if dsum is not None or not has_res else torch.zeros_like(x)
+        dx = torch.empty_like(x)
+        grid = max(1, min(_programs(x, 4), triton.cdiv(rows, ctx.flags["BR"])))
+        dw = torch.zeros(grid, D, dtype=torch.float32, device=x.device)  # a row a program
+        if rows:
+            _rms_backward[(grid,)](
+                x, x if weight is None else weight, dy.contiguous(),
+                dsum.contiguous() if has_res else x, rstd, dx, dw, rows, **ctx.flags,
+                **_row_tiles(D)[2],
+            )  # fmt: skip
+        dw = None if weight is None else dw.sum(0).to(weight.dtype)
+        return dx, dw, None, dx if has_res else None
+
+
+def rms_norm(x, weight, eps=1e-5, residual=None, *, impl=None):
+    """RMSNorm over the last dimension, in fp32 whatever the dtype (arXiv 1910.07467, eq. 4).
+
+    x (..., D), weight (D,) or None. With residual (..., D) it normalises s = x + residual and
+    returns (y, s): a pre-norm block's add and next norm in one pass. D up to 32,768.
+    """
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual must be {tuple(x.shape)} {x.dtype} like x")
+    if not _use_triton(x, impl) or x.shape[-1] > 32768:
+        return rms_norm_reference(x, weight, eps, residual)
+    y, total = _RMSNorm.apply(x, weight, eps, residual)
+    return y if residual is None else (y, total)
+
+
+# ---- SwiGLU --------------------------------------------------------------------------------------
+# 5 operations a number on 6 bytes of bf16 forward, 10 backward. silu(gate) is computed again there.
+
+
+def swiglu_reference(gate, up):
+    """silu(gate) * up, silu(x) = x / (1 + exp(-x)) (arXiv 2002.05202, eq. 6)."""
+    return F.silu(gate) * up
+
+
+@triton.jit
+def _swiglu_kernel(GATE, UP, Y, DY, DGATE, DUP, s_gate, s_up, D, BD: tl.constexpr,
+                   BACKWARD: tl.constexpr):  # fmt: skip
+    r, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
+    keep = c < D
+    gate = tl.load(GATE + r * s_gate + c, mask=keep, other=0.0).to(tl.float32)
+    up = tl.load(UP + r * s_up + c, mask=keep, other=0.0).to(tl.float32)
+    sig = 1.0 / (1.0 + tl.exp2(-gate * _LOG2E))
+    if BACKWARD:
+        dy = tl.load(DY + r * D + c, mask=keep, other=0.0).to(tl.float32)
+        dgate = dy * up * sig * (1.0 + gate * (1.0 - sig))
+        tl.store(DGATE + r * D + c, dgate.to(DGATE.dtype.element_ty), mask=keep)
+        tl.store(DUP + r * D + c, (dy * gate * sig).to(DUP.dtype.element_ty), mask=keep)
+    else:
+        tl.store(Y + r * D + c, (gate * sig * up).to(Y.dtype.element_ty), mask=keep)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def launch(gate, up, dy=None):
+        """gate, up (N, F) with any row stride -> [y], or [dgate, dup] given dy; contiguous."""
+        out = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)]
+        out += [torch.empty_like(out[0])] if dy is not None else []
+        N, D = gate.shape
+        BD = 32 if INTERPRETED else 2048
+        if gate.numel():
+            _swiglu_kernel[(N, triton.cdiv(D, BD))](
+                gate, up, out[0], gate if dy is None else dy, out[0], out[-1], gate.stride(0),
+                up.stride(0), D, BD=BD, BACKWARD=dy is not None,
+            )  # fmt: skip
+        return out
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _SwiGLU.launch(gate, up)[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return tuple(_SwiGLU.launch(*ctx.saved_tensors, dy.contiguous()))
+
+
+def swiglu(gate, up, *, impl=None):
+    """silu(gate) * up in one pass each way; gate and up (..., F), also two halves of one tensor."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} "
+                         "must have the same shape and dtype")  # fmt: skip
+    if not _use_triton(gate, impl):
+        return swiglu_reference(gate, up)
+    rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]  # (..., F) -> (N, F), a view if it can
+    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in rows]
+    return _SwiGLU.apply(*rows).view(gate.shape)
+
+
+# ---- RoPE ----------------------------------------------------------------------------------------
+# 3 operations a number on 4 bytes of bf16. A token's angles are read once for all its heads.
+
+
+def apply_rope_reference(q, k, cos, sin, positions=None, interleaved=False):
+    """Rotate pair i of each head by the angle of row `positions`: (a, b) -> (ac - bs, bc + as)."""
+    T = q.shape[1]
+    if positions is None:
+        cos, sin = cos[None, :T, None], sin[None, :T, None]  # (T, E/2) -> (1, T, 1, E/2)
+    else:
+        positions = positions.reshape(-1, T)  # (T,) or (B, T) -> (1 or B, T)
+        cos, sin = cos[positions][:, :, None], sin[positions][:, :, None]
+
+    def rotate(x):
+        if interleaved:
+            a, b = x[..., 0::2], x[..., 1::2]
+            return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+@triton.jit
+def _rotate(X, Y, s_h, H: tl.constexpr, BH: tl.constexpr, HALF: tl.constexpr, BHALF: tl.constexpr,
+            cos, sin, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Rotate the H heads of one token, (H, E) at X with head stride s_h, into Y, contiguous."""
+    h = tl.arange(0, BH)[:, None]
+    if INTERLEAVED:  # load whole rows and part them in registers: every byte of a line is used
+        e = tl.arange(0, 2 * BHALF)[None, :]
+        keep = (h < H) & (e < 2 * HALF)
+        x = tl.load(X + h * s_h + e, mask=keep, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (BH, BHALF, 2)))  # (BH, 2 BHALF) -> two of (BH, BHALF)
+        y = tl.join(a * cos - b * sin, b * cos + a * sin)
+        y = tl.reshape(y, (BH, 2 * BHALF))
+        tl.store(Y + h * (2 * HALF) + e, y.to(Y.dtype.element_ty), mask=keep)
+    else:
+        e = tl.arange(0, BHALF)[None, :]
+        keep = (h < H) & (e < HALF)
+        a = tl.load(X + h * s_h + e, mask=keep, other=0.0).to(tl.float32)
+        b = tl.load(X + h * s_h + e + HALF, mask=keep, other=0.0).to(tl.float32)
+        y = Y + h * (2 * HALF) + e
+        tl.store(y, (a * cos - b * sin).to(Y.dtype.element_ty), mask=keep)
+        tl.store(y + HALF, (b * cos + a * sin).to(Y.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _rope_kernel(Q, K, YQ, YK, COS, SIN, POS, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, pos_b, sign,
+                 HAS_POS: tl.constexpr, INTERLEAVED: tl.constexpr, H: tl.constexpr,
+                 KV: tl.constexpr, BH: tl.constexpr, BKV: tl.constexpr, HALF: tl.constexpr,
+                 BHALF: tl.constexpr):  # fmt: skip
+    """One program a token (t, b), all heads of q and k."""
+    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = t
+    if HAS_POS:
+        row = tl.load(POS + b * pos_b + t).to(tl.int64)
+    e = tl.arange(0, BHALF)
+    cos = tl.load(COS + row * HALF + e, mask=e < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(SIN + row * HALF + e, mask=e < HALF, other=0.0).to(tl.float32)[None, :] * sign
+    token = b * tl.num_programs(0) + t
+    _rotate(Q + b * sq_b + t * sq_t, YQ + token * (H * 2 * HALF), sq_h, H, BH, HALF, BHALF, cos,
+            sin, INTERLEAVED)  # fmt: skip
+    _rotate(K + b * sk_b + t * sk_t, YK + token * (KV * 2 * HALF), sk_h, KV, BKV, HALF, BHALF, cos,
+            sin, INTERLEAVED)  # fmt: skip
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def launch(q, k, cos, sin, positions, interleaved, sign):
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        B, T, H, E = q.shape
+        outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
+        pos_b = 0 if positions is None or positions.shape[0] == 1 else T
+        power = triton.next_power_of_2
+        if q.numel():
+            _rope_kernel[(T, B)](
+                q, k, *outs, cos, sin, q if positions is None else positions, *q.stride()[:3],
+                *k.stride()[:3], pos_b, sign, HAS_POS=positions is not None,
+                INTERLEAVED=interleaved, H=H, KV=k.shape[2], BH=power(H), BKV=power(k.shape[2]),
+                HALF=E // 2, BHALF=power(E // 2),
+            )  # fmt: skip
+        return tuple(outs)
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions, interleaved):
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.interleaved = interleaved
+        return _Rope.launch(q, k, cos, sin, positions, interleaved, 1.0)
+
+    @staticmethod
+    def backward(ctx, dq, dk):  # a rotation's transpose is the rotation back
+        return *_Rope.launch(dq, dk, *ctx.saved_tensors, ctx.interleaved, -1.0), *[None] * 4
+
+
+def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
+    """Rotary position embedding of q (B, T, H, E) and k (B, T, K, E) in one launch (2104.09864).
+
+    cos, sin (rows, E/2), without gradients; token t of sequence b takes row positions[b, t], or
+    row t. positions: integers (T,) or (B, T). Pairs are (i, i + E/2), as in Llama checkpoints of
+    Hugging Face, or (2i, 2i + 1) if interleaved, as in the paper. Returns new q and k.
+    """
+    B, T, _, E = q.shape
+    if E % 2 or cos.shape != sin.shape or cos.shape[-1] != E // 2 or k.shape[:2] != (B, T):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} need cos and sin (rows, {E // 2}): "
+                         f"got {tuple(cos.shape)}, {tuple(sin.shape)}")  # fmt: skip
+    if positions is None and cos.shape[0] < T:
+        raise ValueError(f"cos and sin have {cos.shape[0]} rows, the sequence {T} positions")
+    if positions is not None:
+        if positions.numel() not in (T, B * T):
+            raise ValueError(f"positions must be ({T},) or ({B}, {T}): {tuple(positions.shape)}")
+        positions = positions.reshape(-1, T).contiguous()
+    if not _use_triton(q, impl):
+        return apply_rope_reference(q, k, cos, sin, positions, interleaved)
+    return _Rope.apply(q, k, cos.contiguous(), sin.contiguous(), positions, interleaved)
+
+
+# ---- the output layer and its loss ---------------------------------------------------------------
+# Three matmuls, 6 N D V operations. The naive path also keeps N V logits (8 GB at 16k tokens and
+# V = 131,072) twice. Instead a chunk of tokens at a time: its logits, then one pass that turns them
+# into their own gradient where they lie, then the two matmuls of the backward, already in forward:
+# the loss is a sum, so its gradient is known up to the scalar that arrives later.
+
+
+def linear_cross_entropy_reference(
+    x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0, label_smoothing=0.0,
+    reduction="mean", return_logprobs=False,
+):  # fmt: skip
+    """What linear_cross_entropy computes, all logits in memory; same arguments."""
+    logits = (x @ weight.t()).flatten(0, -2)  # (..., D) -> (N, V)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    t = targets.flatten()
+    valid = t != ignore_index
+    lse = torch.logsumexp(logits, -1)
+    logprob = logits.gather(1, t.clamp_min(0)[:, None])[:, 0] - lse
+    loss = -(1 - label_smoothing) * logprob + label_smoothing * (lse - logits.mean(-1))
+    loss = torch.where(valid, loss + z_loss * lse.square(), 0.0)
+    if reduction != "none":
+        loss = loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else 1)
+    else:
+        loss = loss.view(targets.shape)
+    logprob = torch.where(valid, logprob, 0.0).view(targets.shape).detach()
+    return (loss, logprob) if return_logprobs else loss
+
+
+def _loss_rows_reference(logits, t, scale, opts, grad):
+    """_loss_rows in torch: (loss, log-probability) of each row, logits overwritten if grad."""
+    ignore_index, z_loss, softcap, smoothing = opts
+    valid = t != ignore_index
+    at = t.clamp(0, logits.shape[1] - 1)[:, None]
+    wide = logits if logits.dtype == torch.float32 else logits.float()
+    if softcap:
+        wide = wide.div_(softcap).tanh_().mul_(softcap)
+    lse = torch.logsumexp(wide, -1)
+    logprob = wide.gather(1, at)[:, 0] - lse
+    loss = z_loss * lse.square() - (1 - smoothing) * logprob
+    if smoothing:
+        loss += smoothing * (lse - wide.mean(-1))
+    if grad:
+        slope = 1 - (wide / softcap).square() if softcap else None
+        p_scale = torch.where(valid, scale * (1 + 2 * z_loss * lse), 0.0)
+        g = wide.sub_(lse[:, None]).exp_().mul_(p_scale[:, None])
+        scale = torch.where(valid, scale, 0.0)
+        if smoothing:
+            g -= (scale * (smoothing / g.shape[1]))[:, None]
+        g.scatter_add_(1, at, (scale * (smoothing - 1))[:, None])
+        logits.copy_(g.mul_(slope) if softcap else g)
+    return torch.where(valid, loss, 0.0), torch.where(valid, logprob, 0.0)
+
+
+@triton.jit
+def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, V, ignore_index, z_loss, cap, smoothing,
+               CAP: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr,
+               BV: tl.constexpr):  # fmt: skip
+    """One program a row of logits: read it once for the loss, once more (from L2) to replace it by
+    scale dloss/dlogits."""
+    r = tl.program_id(0).to(tl.int64)
+    LOGITS += r * V
+    t = tl.load(TARGET + r)
+    valid = t != ignore_index
+    inside = (t >= 0) & (t < V)
+    z_t = tl.load(LOGITS + t, mask=inside, other=float("nan")).to(tl.float32)  # a bad target: NaN
+    if CAP:
+        z_t = cap * _tanh(z_t / cap)
+    m, l, total = -float("inf"), 0.0, 0.0
+    for v0 in range(0, V, BV):
+        v = v0 + tl.arange(0, BV)
+        z = tl.load(LOGITS + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        if CAP:
+            z = tl.where(v < V, cap * _tanh(z / cap), float("-inf"))
+        m_new = tl.maximum(m, tl.max(z, 0))
+        l = l * tl.exp2((m - m_new) * _LOG2E) + tl.sum(tl.exp2((z - m_new) * _LOG2E), 0)
+        if SMOOTH:
+            total += tl.sum(tl.where(v < V, z, 0.0), 0)
+        m = m_new
+    lse = m + tl.log2(l) * _LN2
+    loss = lse - (1.0 - smoothing) * z_t - smoothing * total / V + z_loss * lse * lse
+    tl.store(LOSS + r, tl.where(valid, loss, 0.0))
+    tl.store(LOGPROB + r, tl.where(valid, z_t - lse, 0.0))
+    if GRAD:
+        scale = tl.where(valid, tl.load(SCALE + r), 0.0)
+        tl.debug_barrier()  # the target's logit has been read before it is overwritten
+        for v0 in range(0, V, BV):
+            v = v0 + tl.arange(0, BV)
+            z = tl.load(LOGITS + v, mask=v < V, other=float("-inf")).to(tl.float32)
+            g = _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP) * scale
+            tl.store(LOGITS + v, g.to(LOGITS.dtype.element_ty), mask=v < V)
+
+
+@triton.jit
+def _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP: tl.constexpr):
+    """d loss / d z of raw logits z: p (1 + 2 z_loss lse) - smoothed one-hot, times the cap's slope."""
+    slope = 1.0
+    if CAP:
+        y = _tanh(z / cap)
+        slope = 1.0 - y * y
+        z = cap * y
+    p = tl.exp2((z - lse) * _LOG2E)
+    return (p * (1.0 + 2.0 * z_loss * lse) - smoothing / V - tl.where(v == t, 1.0 - smoothing, 0.0)) * slope
+
+
+def _chunk_rows(N, V, x):
+    """Tokens a chunk: logits of at most 1 GiB on a GPU, 64 MiB on a CPU, where caches are small."""
+    if INTERPRETED and x.device.type != "cuda" and N * V < 1 << 20:
+        return 24  # small inputs in tests also take several chunks
+    budget = 1 << (30 if x.device.type == "cuda" else 26)
+    chunks = triton.cdiv(N, max(1, budget // (V * x.element_size())))
+    return max(1, triton.cdiv(N, max(chunks, 1)))
+
+
+def _chunked_loss(x, weight, t, scale, opts, kernel, want_x, want_w):
+    """(loss, logprob) (N,) fp32 and the gradients of sum(scale * loss) that are wanted, or None."""
+    N, V = x.shape[0], weight.shape[0]
+    loss = torch.empty(N, dtype=torch.float32, device=x.device)
+    logprob = torch.empty_like(loss)
+    dx = torch.empty_like(x) if want_x else None
+    dw = torch.zeros_like(weight) if want_w else None
+    rows = _chunk_rows(N, V, x)
+    for i in range(0, N, rows):
+        c = slice(i, i + rows)
+        logits = x[c] @ weight.t()  # (n, D) (D, V) -> (n, V)
+        if kernel:
+            _loss_rows[(logits.shape[0],)](
+                logits, t[c], scale[c], loss[c], logprob[c], V, *opts, CAP=opts[2] > 0,
+                SMOOTH=opts[3] > 0, GRAD=want_x or want_w, BV=32 if INTERPRETED else 4096,
+                **({} if INTERPRETED else {"num_warps": 16}),
+            )  # fmt: skip
+        else:
+            loss[c], logprob[c] = _loss_rows_reference(
+                logits, t[c], scale[c], opts, want_x or want_w
+            )
+        if want_x:
+            torch.mm(logits, weight, out=dx[c])  # (n, V) (V, D) -> (n, D)
+        if want_w:
+            dw.addmm_(logits.t(), x[c])  # (V, n) (n, D) -> (V, D)
+    return loss, logprob, dx, dw
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, t, opts, reduction, core):
+        valid = t != opts[0]
+        scale = valid.float()
+        if reduction == "mean":
+            scale = scale / valid.sum().clamp_min(1)
+        now = reduction != "none"  # each loss' factor is known: take the gradients at once
+        want = [now and need for need in ctx.needs_input_grad[:2]]
+        loss, logprob, dx, dw = core(x, weight, t, scale, opts, *want)
+        ctx.now, ctx.opts, ctx.core = now, opts, core
+        ctx.save_for_backward(*((dx, dw) if now else (x, weight, t)))
+        ctx.mark_non_differentiable(logprob)
+        return (torch.dot(loss, scale) if now else loss), logprob
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        if ctx.now:
+            return *(g if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors), *[None] * 4
+        x, weight, t = ctx.saved_tensors
+        need = ctx.needs_input_grad[:2]
+        grads = ctx.core(x, weight, t, dloss.contiguous().float(), ctx.opts, *need)[2:]
+        return *grads, None, None, None, None
+
+
+def linear_cross_entropy(
+    x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0, label_smoothing=0.0,
+    reduction="mean", return_logprobs=False, impl=None,
+):  # fmt: skip
+    """Cross-entropy of x @ weight.T against targets, never holding the (tokens, vocabulary) logits.
+
+    x (..., D), weight (V, D) of one floating dtype, targets (...) integers below V. Adds
+    z_loss * lse^2 a token (arXiv 2204.02311), caps logits to softcap * tanh(z / softcap), smooths
+    labels as F.cross_entropy does. reduction "mean" (over targets that are not ignore_index),
+    "sum" or "none" (shape of targets); fp32. If all are ignored: 0, and zero gradients. With
+    return_logprobs also log p(target) a token, detached; for log-probabilities with gradients
+    take minus the loss of reduction="none", which computes the logits again in its backward.
+
+    impl: "chunked" matmuls of a few thousand tokens and one Triton pass (default on CUDA);
+    "torch" the same with the pass in torch (default on CPU); "triton" logits in registers only,
+    5 tile matmuls instead of 3: slower, for when even a chunk of logits is too much.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sum' or 'none'")
+    if x.shape[:-1] != targets.shape or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets "
+                         f"{tuple(targets.shape)}: need (..., D), (V, D), (...)")  # fmt: skip
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = (a.to(torch.get_autocast_dtype(x.device.type)) for a in (x, weight))
+    V, t = weight.shape[0], targets.flatten()
+    if t.device.type == "cpu" and bool(((t != ignore_index) & ((t < 0) | (t >= V))).any()):
+        raise ValueError(f"targets must be in 0 .. {V - 1} or ignore_index={ignore_index}")
+    kernel = _use_triton(x, "triton" if impl == "chunked" else impl)
+    if x.dtype == torch.float64:
+        loss, logprob = linear_cross_entropy_reference(
+            x, weight, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap,
+            label_smoothing=label_smoothing, reduction=reduction, return_logprobs=True,
+        )  # fmt: skip
+        return (loss, logprob) if return_logprobs else loss
+
+    def core(*args):
+        return _chunked_loss(*args[:5], kernel, *args[5:])
+
+    opts = (ignore_index, float(z_loss), float(softcap), float(label_smoothing))
+    with torch.autocast(x.device.type, enabled=False):
+        loss, logprob = _LinearCrossEntropy.apply(
+            x.reshape(-1, x.shape[-1]), weight, t, opts, reduction, core
+        )
+    loss = loss.view(targets.shape) if reduction == "none" else loss
+    return (loss, logprob.view(targets.shape)) if return_logprobs else loss
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.parse_args(argv)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

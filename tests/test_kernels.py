@@ -1,0 +1,203 @@
+"""The very kernels that run on a GPU, in Triton's interpreter, against fp64 twins and torch's own."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+TRITON = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def relative(a, b, floor=0.1):
+    """Largest error over the largest magnitude of the fp64 reference b, or floor if b is smaller."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    assert a.shape == b.shape
+    assert torch.isfinite(a).all()
+    return ((a - b).abs().max() / b.abs().max().clamp_min(floor)).item() if b.numel() else 0.0
+
+
+def agree(ours, twin, inputs, tolerance=1e-5):
+    """ours(*inputs) in their dtype against twin(*inputs) in fp64: outputs and all gradients."""
+    low = [x.detach().clone().to(TRITON).requires_grad_() for x in inputs]
+    high = [x.detach().double().requires_grad_() for x in inputs]
+    outs, refs = ours(*low), twin(*high)
+    outs, refs = (x if isinstance(x, tuple) else (x,) for x in (outs, refs))
+    for o, r in zip(outs, refs):
+        assert relative(o, r) < tolerance
+    gen = torch.Generator().manual_seed(1)
+    weights = [torch.randn(r.shape, generator=gen, dtype=torch.float64) for r in refs]
+    sum((o * w.to(o)).sum() for o, w in zip(outs, weights)).backward()
+    sum((r * w).sum() for r, w in zip(refs, weights)).backward()
+    top = max(b.grad.abs().max().item() for b in high)  # a zero gradient is a difference of these
+    for a, b in zip(low, high):
+        assert relative(a.grad, b.grad, top / 4) < tolerance
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ---- attention ----
+
+
+def test_online_softmax_is_softmax():
+    x = torch.tensor([1.0, 3.0, 2.0, -50.0, 80.0], dtype=torch.float64)
+    assert torch.allclose(kernels.online_softmax(x), torch.softmax(x, 0), atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "Tq, Tk, H, K, E, options",
+    [
+        (1, 1, 1, 1, 16, {}),
+        (16, 16, 2, 1, 16, {}),
+        (33, 33, 2, 2, 24, {"causal": False}),
+        (96, 96, 8, 1, 16, {}),
+        (160, 160, 1, 1, 80, {}),
+        (33, 96, 2, 1, 32, {}),
+        (96, 33, 2, 2, 16, {}),  # 63 queries see nothing
+        (1, 160, 8, 4, 16, {}),
+        (96, 96, 1, 1, 96, {"window": 20}),
+        (96, 96, 2, 1, 16, {"window": 1}),
+        (33, 160, 1, 1, 16, {"causal": False, "window": (30, 5)}),
+        (96, 33, 1, 1, 16, {"causal": False, "window": 12}),
+        (160, 96, 1, 1, 16, {"softcap": 2.0, "scale": 0.7}),
+        (17, 17, 1, 1, 256, {"causal": False, "softcap": 5.0}),
+    ],
+)
+def test_flash_attention_kernels(Tq, Tk, H, K, E, options):
+    inputs = randn(2, Tq, H, E), randn(2, Tk, K, E, seed=1), randn(2, Tk, K, E, seed=2)
+    agree(
+        lambda *x: kernels.flash_attention(*x, impl="triton", **options),
+        lambda *x: kernels.flash_attention_reference(*x, **options),
+        inputs,
+    )
+
+
+def test_flash_attention_twin_is_torchs():
+    q, k, v = randn(2, 33, 4, 16), randn(2, 33, 2, 16, seed=1), randn(2, 33, 2, 16, seed=2)
+    agree(
+        lambda *x: kernels.flash_attention_reference(*x),
+        lambda *x: F.scaled_dot_product_attention(
+            *(y.transpose(1, 2) for y in x), is_causal=True, enable_gqa=True
+        ).transpose(1, 2),
+        (q, k, v),
+    )
+
+
+@pytest.mark.parametrize("flash", [kernels.FlashAttentionTorch, kernels.FlashAttentionTriton])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_course_functions(flash, is_causal):
+    inputs = [randn(2, 80, 16, seed=s) for s in range(3)]
+
+    def plain(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+    agree(lambda *x: flash.apply(*x, is_causal), plain, inputs)
+    q, k, v = (x.to(TRITON).requires_grad_() for x in inputs)
+    o = flash.apply(q, k, v, is_causal)
+    saved = [x for x in o.grad_fn.saved_tensors if x.shape == (2, 80)]
+    assert len(saved) == 1
+    s = q.detach().double() @ k.detach().double().mT / 4
+    if is_causal:
+        s = s.masked_fill(torch.ones(80, 80, device=s.device).triu(1).bool(), -math.inf)
+    assert relative(saved[0], torch.logsumexp(s, -1)) < 1e-5
+
+
+# ---- norm, SwiGLU, RoPE ----
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (2, 5, 64), (33, 96)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm(shape, residual):
+    inputs = [randn(*shape), randn(shape[-1], seed=1)] + [randn(*shape, seed=2)] * residual
+
+    def twin(x, w, r=None):
+        s = x if r is None else x + r
+        y = F.rms_norm(s, s.shape[-1:], w, 1e-5)
+        return y if r is None else (y, s)
+
+    def ours(impl):
+        return lambda x, w, r=None: kernels.rms_norm(x, w, 1e-5, r, impl=impl)
+
+    agree(ours("triton"), twin, inputs)
+    agree(ours("torch"), twin, inputs)
+
+
+def test_rms_norm_without_weight():
+    agree(
+        lambda x: kernels.rms_norm(x, None, impl="triton"),
+        lambda x: F.rms_norm(x, x.shape[-1:], None, 1e-5),
+        [randn(9, 40)],
+    )
+
+
+@pytest.mark.parametrize("F_", [1, 32, 75])
+def test_swiglu(F_):
+    inputs = [randn(3, 2, 2 * F_)]
+    agree(
+        lambda x: kernels.swiglu(*x.chunk(2, -1), impl="triton"),
+        lambda x: x[..., :F_] / (1 + torch.exp(-x[..., :F_])) * x[..., F_:],
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("positions", [None, "T", "BT"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rope_is_a_complex_rotation(interleaved, positions, impl):
+    B, T, H, K, E = 2, 5, 3, 1, 20
+    angle = torch.rand(11, E // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    pos = {None: None, "T": torch.randint(0, 11, (T,)), "BT": torch.randint(0, 11, (B, T))}[positions]
+    rows = angle[torch.arange(T) if pos is None else pos]  # ([B,] T, E/2)
+    turn = torch.polar(torch.ones_like(rows), rows)[..., None, :]
+
+    def rotate(x):
+        pair = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+        dim = -1 if interleaved else -2
+        z = torch.complex(*pair.unbind(dim)) * turn
+        return torch.stack((z.real, z.imag), dim).flatten(-2)
+
+    cos, sin = angle.cos().float().to(TRITON), angle.sin().float().to(TRITON)
+    pos = None if pos is None else pos.to(TRITON)
+    agree(
+        lambda q, k: kernels.apply_rope(q, k, cos, sin, pos, interleaved, impl=impl),
+        lambda q, k: (rotate(q), rotate(k)),
+        (randn(B, T, H, E), randn(B, T, K, E, seed=1)),
+    )
+
+
+# ---- the loss ----
+
+
+@pytest.mark.parametrize("impl", ["torch", "chunked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "sum", "z_loss": 0.01},
+        {"reduction": "none", "softcap": 3.0, "ignore_index": 7},
+        {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0},
+    ],
+)
+def test_linear_cross_entropy(impl, options):
+    N, D, V = 37, 24, 83
+    t = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(4))
+    t[::5] = options.get("ignore_index", -100)
+
+    def twin(x, w):
+        z = x @ w.t()
+        z = options["softcap"] * torch.tanh(z / options["softcap"]) if "softcap" in options else z
+        reduction = options.get("reduction", "mean")
+        keep = {k: options[k] for k in ("label_smoothing", "ignore_index") if k in options}
+        loss = F.cross_entropy(z, t, reduction="none", **keep)
+        valid = t != options.get("ignore_index", -100)
+        loss = loss + options.get("z_loss", 0.0) * torch.logsumexp(z, -1) ** 2 * valid
+        return {"mean": loss.sum() / valid.sum(), "sum": loss.sum(), "none": loss}[reduction]
+
+    def ours(x, w):
+        return kernels.linear_cross_entropy(x, w, t.to(TRITON), impl=impl, **options)
+
+    agree(ours, twin, (randn(N, D), randn(V, D, seed=1)))
