@@ -232,6 +232,8 @@ def prepare_data(args):
         files = [f for f, yes in zip(files, is_tokens) if yes]
         return open_token_files(files, args.tokenizer, args.val_fraction)
     size = sum(map(os.path.getsize, files))
+    if not size:
+        raise ValueError(f"--data {', '.join(files)}: empty")
     say(f"{'corpus':<12}{len(files)} files, {size / 1e6:.2f} MB, "
         + (str(args.data) if args.data else "Python's own standard library"))
     settings = [args.tokenizer or args.vocab_size, args.val_fraction, "v1"]

@@ -1,0 +1,373 @@
+"""train.py against torch's optimizers, an SVD, formulas, and itself killed half-way."""
+
+import gzip
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--num-layers", "2", "--d-model", "32", "--d-ff", "64", "--num-heads", "2",
+        "--context-length", "32", "--batch-size", "4", "--vocab-size", "300", "--compile", "off",
+        "--dtype", "fp32", "--sample-prompts", "--log-every", "5"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Forty small documents of arithmetic: something a tiny model can learn."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        lines = [f"{a} plus {i} makes {a + i}." for a in range(40)]
+        (folder / f"{i:02d}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def run(corpus, out, *flags, steps=12, launcher=(), check=True):
+    """train.py as a user starts it, in its own process."""
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *TINY, "--data", str(corpus),
+               "--out", str(out), "--cache", str(corpus.parent / "cache"), "--steps", str(steps),
+               "--warmup", "2", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def losses(out):
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in records if "loss" in r]
+
+
+def weights(out):
+    return load_file(Path(out) / "model.safetensors")
+
+
+def val_loss(out):
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [r["val_loss"] for r in records if "val_loss" in r][-1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(corpus, out, "--save-every", "4")
+    return out
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+
+
+def steps_of(make, seed=0, steps=100):
+    """Weights after `steps` updates of a small regression, in float64."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    net = net.double()
+    x, y = torch.randn(20, 6).double(), torch.randn(20, 3).double()
+    optimizer = make(net.parameters())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_adamw_is_torchs():
+    options = dict(lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    ours = steps_of(lambda p: train.AdamW(p, **options))
+    theirs = steps_of(lambda p: torch.optim.AdamW(p, **options))
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("momentum,decay", [(0.0, 0.0), (0.9, 0.0), (0.9, 0.05)])
+def test_sgd_is_torchs(momentum, decay):
+    options = dict(lr=0.05, momentum=momentum, weight_decay=decay)
+    ours = steps_of(lambda p: train.SGD(p, **options))
+    theirs = steps_of(lambda p: torch.optim.SGD(p, **options))
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
+def test_newton_schulz_keeps_the_singular_vectors_and_flattens_the_values(shape):
+    torch.manual_seed(0)
+    G = torch.randn(3, *shape)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    rotated = U.mT @ train.newton_schulz(G).float() @ Vh.mT  # diagonal: same singular vectors
+    values = rotated.diagonal(dim1=-2, dim2=-1)
+    assert values.min() > 0.6 and values.max() < 1.3, (values.min(), values.max())
+    off_diagonal = rotated - torch.diag_embed(values)
+    assert off_diagonal.abs().max() < 0.1
+    assert S.max() / S.min() > 3  # the test would see a function that does nothing
+
+
+def test_muon_steps_by_the_polar_factor():
+    """First step: buffer = (1 - mu) g, so the Nesterov mix is a multiple of g."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(24, 8))
+    before, p.grad = p.detach().clone(), torch.randn(24, 8)
+    U, _, Vh = torch.linalg.svd(p.grad, full_matrices=False)
+    train.Muon([p], lr=0.1, weight_decay=0.5).step()
+    change = (before * (1 - 0.1 * 0.5) - p.detach()) / (0.1 * math.sqrt(24 / 8))
+    assert (change - U @ Vh).norm() / (U @ Vh).norm() < 0.3
+    cosine = torch.nn.functional.cosine_similarity(change.flatten(), (U @ Vh).flatten(), 0)
+    assert cosine > 0.97
+
+
+def test_clip_grad_norm_is_torchs():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.zeros(5, 3)), torch.nn.Parameter(torch.zeros(7))]
+    theirs = [torch.nn.Parameter(torch.zeros(5, 3)), torch.nn.Parameter(torch.zeros(7))]
+    for a, b in zip(ours, theirs):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    norm = train.clip_grad_norm(ours, 1.5)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, 1.5))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+
+def test_cosine_schedule_at_its_corners():
+    at = [train.cosine_schedule(s, 1.0, 0.1, 10, 110) for s in (0, 5, 10, 60, 110, 111, 500)]
+    assert at == pytest.approx([0, 0.5, 1.0, 0.55, 0.1, 0.1, 0.1])
+    quarter = 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2
+    assert train.cosine_schedule(35, 1.0, 0.1, 10, 110) == pytest.approx(quarter)
+
+
+def test_wsd_schedule_at_its_corners():
+    at = [train.wsd_schedule(s, 2.0, 0.0, 10, 40, 100) for s in (0, 5, 10, 59, 60, 80, 100, 120)]
+    assert at == pytest.approx([0, 1, 2, 2, 2, 1, 0, 0])
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 1000])
+def test_shuffled_is_a_permutation(n):
+    order = [train.shuffled(i, n, "a") for i in range(n)]
+    assert sorted(order) == list(range(n))
+    assert n < 17 or order != [train.shuffled(i, n, "b") for i in range(n)] != list(range(n))
+
+
+def test_every_window_comes_once_an_epoch_from_every_shard():
+    shards = [np.arange(100, dtype=np.uint16), np.arange(1000, 1050, dtype=np.uint16)]
+    windows = train.Windows(shards, 8, seed=0)
+    for epoch in (0, 1, 2):
+        seen = [windows.window(epoch * windows.per_epoch + i) for i in range(windows.per_epoch)]
+        starts = [int(w[0]) for w in seen]
+        assert len(set(starts)) == len(starts) == windows.per_epoch
+        assert all(len(w) == 9 and (np.diff(w.astype(int)) == 1).all() for w in seen)
+        inputs = {int(t) for w in seen for t in w[:-1]}
+        assert len(inputs) == 8 * len(seen)  # no token is an input twice in an epoch
+    inputs, targets = windows.batch([0, 5], torch.device("cpu"))
+    assert inputs.shape == targets.shape == (2, 8) and inputs.dtype == torch.int64
+    assert (targets == inputs + 1).all()
+
+
+def test_get_batch_covers_every_start():
+    inputs, targets = train.get_batch(np.arange(20), 4000, 7, "cpu")
+    assert (targets == inputs + 1).all()
+    counts = torch.bincount(inputs[:, 0], minlength=13)
+    assert len(counts) == 13 and counts.min() > 200  # 4000 / 13 = 308 each
+
+
+def test_token_files_of_all_three_kinds(tmp_path):
+    ids = np.array([5, 1, 65535, 7], np.uint16)
+    np.save(tmp_path / "a.npy", ids)
+    ids.tofile(tmp_path / "b.bin")
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(ids)
+    (tmp_path / "c.bin").write_bytes(header.tobytes() + ids.tobytes())
+    for name in ("a.npy", "b.bin", "c.bin"):
+        assert train.load_tokens(tmp_path / name).tolist() == ids.tolist()
+
+
+def test_held_out_share_is_stable_and_about_right():
+    held = [train.is_held_out(f"document {i}", 0.05) for i in range(4000)]
+    assert 0.03 < sum(held) / 4000 < 0.07
+    assert held == [train.is_held_out(f"document {i}", 0.05) for i in range(4000)]
+
+
+def test_a_single_file_is_split_at_a_line(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "one.txt").write_text(text)
+    parts = {held: d for d, held in train.split_documents([str(tmp_path / "one.txt")], 0.05)}
+    assert parts[False] + parts[True] == text and parts[True].startswith("line")
+    assert 0.04 < len(parts[True]) / len(text) < 0.06
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_loss_falls_and_the_checkpoint_is_complete(undisturbed):
+    curve = losses(undisturbed)
+    assert len(curve) == 12 and curve[-1] < curve[0] - 0.2
+    assert abs(curve[0] - math.log(300)) < 0.3  # a new model knows nothing
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "train_state.pt",
+                 "loss.png"):
+        assert (undisturbed / name).stat().st_size > 100
+    assert [p.name for p in train.step_folders(undisturbed)] == ["step-000012"]
+
+
+def test_one_batch_is_learned_by_heart(tmp_path):
+    """A corpus of one window: the loss goes under 0.01."""
+    np.save(tmp_path / "one-train.npy", np.random.default_rng(0).integers(0, 50, 65, np.uint16))
+    np.save(tmp_path / "one-val.npy", np.arange(40, dtype=np.uint16))
+    flags = [f for f in TINY if f not in ("--vocab-size", "300")]
+    train.main([*flags, "--vocab-size", "50", "--data", str(tmp_path / "*.npy"), "--steps", "120",
+                "--context-length", "32", "--out", str(tmp_path / "out"), "--lr", "0.01",
+                "--save-every", "0", "--eval-every", "0"])
+    assert losses(tmp_path / "out")[-1] < 0.01
+
+
+def test_a_run_killed_and_continued_is_the_same_run(corpus, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data", str(corpus), "--out",
+               str(out), "--cache", str(corpus.parent / "cache"), "--steps", "12", "--warmup", "2",
+               "--save-every", "4", "--eval-every", "0"]
+    victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if train.step_folders(out):
+            break
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    (out / "saving-1").mkdir()  # what a kill in the middle of a save leaves behind
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"step": 11, "loss": 0.1}\n{"step"')
+    run(corpus, out, "--save-every", "4", "--eval-every", "0")
+    assert losses(out) == losses(undisturbed)
+    a, b = weights(out), weights(undisturbed)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_accumulation_and_ranks_do_not_change_the_run(corpus, tmp_path):
+    """With plain SGD: Muon and AdamW would hide a gradient of the wrong scale."""
+    sgd = ("--optimizer", "sgd", "--lr", "0.3", "--momentum", "0.9")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                str(20000 + os.getpid() % 20000))
+    run(corpus, tmp_path / "one", *sgd)
+    run(corpus, tmp_path / "micro", *sgd, "--micro-batch", "1")
+    run(corpus, tmp_path / "ranks", *sgd, launcher=launcher)
+    expected = losses(tmp_path / "one")
+    assert expected[-1] < expected[0] - 0.05
+    for name in ("micro", "ranks"):
+        assert losses(tmp_path / name) == pytest.approx(expected, abs=2e-5)
+        assert val_loss(tmp_path / name) == pytest.approx(val_loss(tmp_path / "one"), abs=2e-5)
+
+
+def test_sigterm_saves_first(corpus, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data", str(corpus), "--out",
+               str(tmp_path / "out"), "--cache", str(corpus.parent / "cache"), "--steps", "100000",
+               "--save-every", "0"]
+    victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in victim.stdout:
+        if "5/100000" in line:
+            break
+    victim.send_signal(signal.SIGTERM)
+    rest = victim.communicate(timeout=60)[0]
+    assert victim.returncode == 0 and "stopped at step" in rest
+    step = int(train.step_folders(tmp_path / "out")[-1].name[5:])
+    assert 5 <= step < 100000
+
+
+def test_a_finished_run_says_how_to_go_on_and_a_different_one_is_refused(corpus, undisturbed):
+    assert "--steps 24 goes on" in run(corpus, undisturbed).stdout
+    done = run(corpus, undisturbed, "--lr", "0.5", check=False)
+    assert done.returncode == 2 and "--lr 0.003" in done.stderr and "--restart" in done.stderr
+
+
+def test_save_and_load_checkpoint_work_on_any_module_and_file_object(tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    other = torch.nn.Linear(3, 2)
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    file = io.BytesIO()
+    for out in (file, tmp_path / "c.pt"):
+        train.save_checkpoint(net, optimizer, 7, out)
+    file.seek(0)
+    for src in (file, tmp_path / "c.pt"):
+        assert train.load_checkpoint(src, other, other_optimizer) == 7
+    assert torch.equal(net.weight, other.weight)
+    assert other_optimizer.state_dict()["state"][0]["step"] == 1
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_bits_per_byte_against_a_hand_count(tmp_path):
+    """A model of zeros gives every id 1 / V: bits = log2(V) * tokens / bytes."""
+    import tokenizer
+    tok = tokenizer.Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: b"ab", 257: b"<|e|>"},
+                              [(b"a", b"b")], ["<|e|>"])
+
+    class Zeros(torch.nn.Module):
+        def loss(self, ids, targets, reduction):
+            return torch.nn.functional.cross_entropy(
+                torch.zeros(targets.numel(), 258), targets.flatten(), reduction=reduction)
+
+    val = np.array([97, 256, 256, 98, 257, 256, 97, 97, 97], np.uint16)
+    args = train.argparse.Namespace(context_length=4, micro_batch=3, vocab_size=258)
+    score = train.evaluate(Zeros(), [val], args, torch.device("cpu"), tok, train.nullcontext)
+    # targets: 256 256 98 257 | 256 97 97 97 = 8 tokens of 2 + 2 + 1 + 0 + 2 + 1 + 1 + 1 bytes
+    assert score.loss == pytest.approx(math.log(258), rel=1e-6)
+    assert score.bits_per_byte == pytest.approx(8 * math.log2(258) / 10, rel=1e-6)
+
+
+# ---- a user's mistakes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--data", "nowhere.txt"], ["nowhere.txt"]),
+    (["--data", "EMPTY"], ["empty.txt"]),
+    (["--data", "BINARY"], ["binary.txt"]),
+    (["--data", "SHORT"], ["--context-length"]),
+    (["--sepcial", "1"], ["--sepcial"]),
+    (["--num-layer", "1"], ["did you mean --num-layers?"]),
+    (["--steps", "0"], ["--steps 0"]),
+    (["--init-from", "nowhere"], ["nowhere"]),
+    (["--tokenizer", "nowhere.json"], ["nowhere.json"]),
+])
+def test_mistakes_end_in_one_line(flags, words, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "short.txt").write_text("abc")
+    flags = [str(tmp_path / f"{f.lower()}.txt") if f.isupper() else f for f in flags]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "c"), *flags])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1, message
+    assert all(w in message for w in words), message
+    assert not list((tmp_path / "out").glob("model*"))
+
+
+def test_gz_and_jsonl_are_text_too(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
+        for i in range(50):
+            f.write(json.dumps({"text": f"document {i} " * 20}) + "\n")
+    train.main([*TINY, "--data", str(tmp_path / "a.jsonl.gz"), "--steps", "2", "--out",
+                str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
+    assert len(losses(tmp_path / "out")) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(corpus, tmp_path, capsys):
+    flags = [*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--out",
+             str(tmp_path / "out"), "--steps", "40", "--save-every", "1", "--optimizer", "sgd",
+             "--lr", "1e20", "--warmup", "0"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and "last good checkpoint" in capsys.readouterr().err
+    assert all(v.isfinite().all() for v in weights(tmp_path / "out").values())
