@@ -24,6 +24,7 @@ import argparse
 import math
 import os
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 LOG2E = 1.4426950408889634  # GPUs have exp2 in hardware: exp(x) = exp2(x * LOG2E)
 LN2 = 0.6931471805599453
 _LOG2E, _LN2 = tl.constexpr(LOG2E), tl.constexpr(LN2)
+_PRECISION = tl.constexpr("tf32x3")  # of fp32 products: three tensor-core ones, exact to about 2^-22
 
 # Tile sizes, warps and pipeline stages. A table and not @triton.autotune: an autotuner may choose
 # another tile tomorrow, another tile sums in another order, and a resumed run would not repeat its
@@ -75,13 +77,16 @@ def _use_triton(x, impl):
     return impl == "triton"
 
 
-def _tiles(kernel, E):
-    """(BE, BM, BN, launch options) for a head dimension; tiny ones in the interpreter."""
-    BE = max(16, triton.next_power_of_2(E))
-    if INTERPRETED:  # so that a test of 33 positions already has several tiles and a ragged last one
-        return BE, *SMALL_TILES[kernel], {}
+def _tiles(kernel, q):
+    """The options BE, BM, BN, num_warps, num_stages for q's head dimension; tiny in a test."""
+    BE = max(16, triton.next_power_of_2(q.shape[-1]))
+    if INTERPRETED:  # 33 positions are already several tiles and a ragged last one
+        BM, BN = SMALL_TILES[kernel]
+        return dict(BE=BE, BM=BM, BN=BN)
     BM, BN, warps, stages = TILES[kernel, BE]
-    return BE, BM, BN, {"num_warps": warps, "num_stages": stages}
+    if q.dtype == torch.float32:  # twice the shared memory a number, and three times the products
+        BM, BN, warps, stages = max(BM // 2, 32), max(BN // 2, 32), warps, 1
+    return dict(BE=BE, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 
 def _dot_dtype(x):
@@ -225,9 +230,21 @@ class FlashAttentionTorch(torch.autograd.Function):
 
 
 # ---- FlashAttention, forward ---------------------------------------------------------------------
-# One program owns BM queries of one head and walks the keys. Operations: 4 BM BN E a tile pair, on
-# 4 BN E bytes of K and V: BM = 128 queries give 128 operations a byte from L2, and DRAM sees K and V
-# about once, since the programs of one head run side by side.
+# One program owns BM queries of one head and walks the keys: 4 BM BN E operations on the 4 BN E bytes
+# of a tile of K and V, so BM = 128 queries give 128 a byte. That is L2's traffic; DRAM sees K and V
+# about once, because the programs of one head run side by side.
+#
+# Sequences lie one after another, (rows, heads, E): sequence b starts at row b * T, or at CU[b].
+
+
+@triton.jit
+def _sequence(CU, b, T, VARLEN: tl.constexpr):
+    """(first row, length) of sequence b."""
+    start = b.to(tl.int64) * T
+    if VARLEN:
+        start = tl.load(CU + b).to(tl.int64)
+        T = (tl.load(CU + b + 1) - start).to(tl.int32)
+    return start, T
 
 
 @triton.jit
@@ -237,7 +254,8 @@ def _load_rows(X, t, T, stride, E: tl.constexpr, BE: tl.constexpr, DTYPE: tl.con
     keep = (t < T)[:, None]
     if E != BE:
         keep = keep & (e < E)[None, :]
-    return tl.load(X + t.to(tl.int64)[:, None] * stride + e[None, :], mask=keep, other=0.0).to(DTYPE)
+    at = t.to(tl.int64)[:, None] * stride + e[None, :]
+    return tl.load(X + at, mask=keep, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -250,7 +268,7 @@ def _store_rows(X, x, t, T, stride, E: tl.constexpr, BE: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * _LOG2E)))  # +-1 at +-inf, and no libdevice needed
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * _LOG2E)))  # right at +-inf, and needs no libdevice
 
 
 @triton.jit
@@ -267,12 +285,12 @@ def _keep(i, j, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
 
 @triton.jit
 def _key_ranges(m0, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Which keys the queries m0 .. m0+BM need: masked in [lo, a), all of them in [a, b), masked in
-    [b, hi). A tile inside needs no comparisons at all; at T = 4096 that is 15 tiles of 16."""
+                BM: tl.constexpr, BN: tl.constexpr):
+    """The keys that queries m0 .. m0+BM see: some in [lo, a), all in [a, b), some in [b, hi). Tiles
+    in the middle need no comparisons: 31 of a causal row's 32 at T = 4096, BM = BN = 128."""
     first = m0 + Tk - Tq  # the first and last queries' own positions among the keys
     last = tl.minimum(m0 + BM, Tq) - 1 + Tk - Tq
-    lo, hi, a, b = 0, Tk, 0, (Tk // BN) * BN
+    lo, hi, a, b = 0, Tk, 0, Tk // BN * BN
     if LEFT:
         lo = tl.maximum(first - left, 0) // BN * BN
         a = (tl.maximum(last - left, 0) + BN - 1) // BN * BN
@@ -284,77 +302,54 @@ def _key_ranges(m0, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr
 
 
 @triton.jit
-def _forward_tiles(acc, m, l, q, K, V, i, lo, hi, sk_t, sv_t, Tq, Tk, scale_in, scale2, left, right,
-                   LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
-                   E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
-                   DOT: tl.constexpr):  # fmt: skip
-    """Walk the keys lo .. hi with the online softmax of the top of this file, in powers of two."""
-    for j0 in range(lo, hi, BN):
-        j = j0 + tl.arange(0, BN)
-        k = _load_rows(K, j, Tk, sk_t, E, BE, DOT)  # (BN, BE)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
-        if CAP:
-            s = _tanh(s * scale_in)
-        if MASK:
-            keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right, LEFT, RIGHT)
-            s = tl.where(keep, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale2)
-        base = m_new
-        if MASK:
-            base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet
-        p = tl.exp2(s * scale2 - base[:, None])  # one fused multiply-add, one exp2
-        alpha = tl.exp2(m - base)
-        l = l * alpha + tl.sum(p, 1)
-        v = _load_rows(V, j, Tk, sv_t, E, BE, DOT)  # (BN, BE)
-        acc = tl.dot(p.to(DOT), v, acc * alpha[:, None], input_precision="ieee")
-        m = m_new
-    return acc, m, l
+def _online_step(acc, m, l, s, v, scale2, DOT: tl.constexpr):
+    """online_softmax's step for a tile of raw scores s (BM, BN), masked ones -inf, in powers of 2."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: exp2(-inf - 0) = 0
+    p = tl.exp2(s * scale2 - base[:, None])  # a fused multiply-add and an exp2
+    alpha = tl.exp2(m - base)  # what the old maximum was too small by
+    acc = tl.dot(p.to(DOT), v, acc * alpha[:, None], input_precision=_PRECISION)
+    return acc, m_new, l * alpha + tl.sum(p, 1)
 
 
 @triton.jit
-def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t,
-                   sv_h, lse_b, lse_h, Tq, Tk, scale_in, scale2, left, right, GROUP: tl.constexpr,
-                   LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr,
-                   VARLEN: tl.constexpr, DOT: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
-                   BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_in, scale2, left,
+                   right, GROUP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                   CAP: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr, E: tl.constexpr,
+                   BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    h, b = tl.program_id(1), tl.program_id(2)
+    q0, Tq = _sequence(CU_Q, b, Tq, VARLEN)
+    k0, Tk = _sequence(CU_K, b, Tk, VARLEN)
     # Causal rows grow longer downwards: the longest first, so that the short ones fill the tail.
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    so_t = tl.num_programs(1) * E
-    O += (b * Tq) * so_t + h * E
-    LSE += b * lse_b + h * lse_h
-    Q += b * sq_b + h * sq_h
-    K += b * sk_b + (h // GROUP) * sk_h
-    V += b * sv_b + (h // GROUP) * sv_h
-    if VARLEN:  # packed sequences: batch strides are 0, and b's rows start at cu[b]
-        q0, k0 = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
-        O += (q0 - b * Tq) * so_t
-        LSE += q0
-        Q += q0 * sq_t
-        K += k0 * sk_t
-        V += k0 * sv_t
-        Tq = (tl.load(CU_Q + b + 1) - q0).to(tl.int32)
-        Tk = (tl.load(CU_K + b + 1) - k0).to(tl.int32)
-    if m0 < Tq:
-        i = m0 + tl.arange(0, BM)
-        q = _load_rows(Q, i, Tq, sq_t, E, BE, DOT)  # (BM, BE)
-        acc = tl.zeros([BM, BE], tl.float32)
-        m = tl.full([BM], float("-inf"), tl.float32)
-        l = tl.zeros([BM], tl.float32)
-        lo, a, c, hi = _key_ranges(m0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
-        if LEFT:
-            acc, m, l = _forward_tiles(acc, m, l, q, K, V, i, lo, a, sk_t, sv_t, Tq, Tk, scale_in,
-                                       scale2, left, right, LEFT, RIGHT, CAP, True, E, BE, BN,
-                                       DOT)  # fmt: skip
-        acc, m, l = _forward_tiles(acc, m, l, q, K, V, i, a, c, sk_t, sv_t, Tq, Tk, scale_in,
-                                   scale2, left, right, LEFT, RIGHT, CAP, False, E, BE, BN,
-                                   DOT)  # fmt: skip
-        acc, m, l = _forward_tiles(acc, m, l, q, K, V, i, c, hi, sk_t, sv_t, Tq, Tk, scale_in,
-                                   scale2, left, right, LEFT, RIGHT, CAP, True, E, BE, BN,
-                                   DOT)  # fmt: skip
-        l = tl.where(l == 0.0, 1.0, l)  # saw nothing: 0, and an LSE of m = -inf
-        _store_rows(O, acc / l[:, None], i, Tq, so_t, E, BE)
-        tl.store(LSE + i, (m + tl.log2(l)) * _LN2, mask=i < Tq)
+    if m0 >= Tq:
+        return
+    so = tl.num_programs(1) * E
+    i = m0 + tl.arange(0, BM)
+    q = _load_rows(Q + q0 * sq + h * E, i, Tq, sq, E, BE, DOT)  # (BM, BE)
+    K += k0 * sk + (h // GROUP) * E
+    V += k0 * sv + (h // GROUP) * E
+    acc = tl.zeros([BM, BE], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    lo, a, c, hi = _key_ranges(m0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
+    for phase in tl.static_range(0 if LEFT else 1, 3):  # unrolled: masked, free, masked
+        start = lo if phase == 0 else (a if phase == 1 else c)
+        stop = a if phase == 0 else (c if phase == 1 else hi)
+        for j0 in range(start, stop, BN):
+            j = j0 + tl.arange(0, BN)
+            k = _load_rows(K, j, Tk, sk, E, BE, DOT)  # (BN, BE)
+            s = tl.dot(q, tl.trans(k), input_precision=_PRECISION)  # (BM, BN)
+            if CAP:
+                s = _tanh(s * scale_in)
+            if phase != 1:
+                keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right, LEFT, RIGHT)
+                s = tl.where(keep, s, float("-inf"))
+            v = _load_rows(V, j, Tk, sv, E, BE, DOT)  # (BN, BE)
+            acc, m, l = _online_step(acc, m, l, s, v, scale2, DOT)
+    l = tl.where(l == 0.0, 1.0, l)  # saw nothing: output 0 and an LSE of m = -inf
+    _store_rows(O + q0 * so + h * E, acc / l[:, None], i, Tq, so, E, BE)
+    tl.store(LSE + h.to(tl.int64) * rows + q0 + i, (m + tl.log2(l)) * _LN2, mask=i < Tq)
 
 
 # ---- FlashAttention, backward --------------------------------------------------------------------
@@ -366,277 +361,202 @@ def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq_b, sq_t, sq_h, sk_b, sk_t, sk
 
 
 @triton.jit
-def _flash_delta(O, DO, LSE, DLSE, DELTA, total, lse_b, lse_h, T, H, E: tl.constexpr,
-                 BE: tl.constexpr, BM: tl.constexpr):  # fmt: skip
-    """delta = rowsum(do * o) - dlse for rows (b, t, h) of contiguous tensors, 8 E bytes a row."""
-    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o = _load_rows(O, r, total, E, E, BE, tl.float32)
-    do = _load_rows(DO, r, total, E, E, BE, tl.float32)
-    at = (r // H // T) * lse_b + (r % H) * lse_h + (r // H) % T
-    dead = tl.load(LSE + at, mask=r < total, other=0.0) == float("-inf")
-    delta = tl.sum(o * do, 1) - tl.load(DLSE + at, mask=r < total, other=0.0)
-    tl.store(DELTA + at, tl.where(dead, 0.0, delta), mask=r < total)
+def _flash_delta(O, DO, LSE, DLSE, DELTA, rows, H, E: tl.constexpr, BE: tl.constexpr,
+                 BM: tl.constexpr):
+    """delta = rowsum(do * o) - dlse; o, do (rows, H, E), the others (H, rows). 4 E bytes a row."""
+    r, h = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64)
+    o = _load_rows(O + h * E, r, rows, H * E, E, BE, tl.float32)  # (BM, BE)
+    do = _load_rows(DO + h * E, r, rows, H * E, E, BE, tl.float32)
+    at = h * rows + r
+    saw_nothing = tl.load(LSE + at, mask=r < rows, other=0.0) == float("-inf")
+    delta = tl.sum(o * do, 1) - tl.load(DLSE + at, mask=r < rows, other=0.0)
+    tl.store(DELTA + at, tl.where(saw_nothing, 0.0, delta), mask=r < rows)
 
 
 @triton.jit
-def _probabilities(s, lse2, keep, scale_in, scale2, CAP: tl.constexpr, MASK: tl.constexpr):
-    """(p, ds/dz's factor from the soft cap) from raw scores and the LSE in powers of two."""
+def _load_lse(LSE, i, Tq):
+    """LSE in powers of two; +inf, that is p = 0, past the end and for a row that saw nothing."""
+    lse = tl.load(LSE + i, mask=i < Tq, other=float("inf")) * _LOG2E
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP: tl.constexpr,
+                    MASK: tl.constexpr):
+    """(p, ds) of a tile of raw scores s, either way round; ds still lacks the scale."""
     slope = 1.0
     if CAP:
         s = _tanh(s * scale_in)
         slope = 1.0 - s * s
-    p = tl.exp2(s * scale2 - lse2)
+    p = tl.exp2(s * scale2 - lse)
     if MASK:
         p = tl.where(keep, p, 0.0)
-    return p, slope
+    return p, p * (dp - delta) * slope
 
 
 @triton.jit
-def _backward_kv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, j, lo, hi, sq_t, so_t, Tq, Tk, scale_in,
-                       scale2, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                       CAP: tl.constexpr, MASK: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
-                       BM: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Add the queries lo .. hi to dk and dv. Everything is transposed, keys x queries, so that p'
-    and ds' leave the registers straight into the second matmuls."""
-    for i0 in range(lo, hi, BM):
-        i = i0 + tl.arange(0, BM)
-        q = _load_rows(Q, i, Tq, sq_t, E, BE, DOT)  # (BM, BE)
-        lse = tl.load(LSE + i, mask=i < Tq, other=float("inf")) * _LOG2E  # p = 0 past the end
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # and for a row that saw nothing
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BN, BM)
-        keep = _keep(i[None, :], j[:, None], Tq, Tk, left, right, LEFT, RIGHT)
-        p, slope = _probabilities(s, lse[None, :], keep, scale_in, scale2, CAP, MASK)
-        do = _load_rows(DO, i, Tq, so_t, E, BE, DOT)  # (BM, BE)
-        dv = tl.dot(p.to(DOT), do, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # (BN, BM)
-        delta = tl.load(DELTA + i, mask=i < Tq, other=0.0)
-        ds = p * (dp - delta[None, :]) * slope
-        dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
-    return dk, dv
+def _flash_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk,
+                       scale_in, scale2, left, right, scale, GROUP: tl.constexpr,
+                       LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr,
+                       VARLEN: tl.constexpr, DOT: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr):
+    """One program owns BN keys of a kv head and walks the queries of its group of heads, transposed
+    (keys x queries), so that p' and ds' go from registers straight into the second matmuls."""
+    hk, b = tl.program_id(1), tl.program_id(2)
+    q0, Tq = _sequence(CU_Q, b, Tq, VARLEN)
+    k0, Tk = _sequence(CU_K, b, Tk, VARLEN)
+    n0 = tl.program_id(0) * BN  # causal: the first keys have the most queries, and go first
+    if n0 >= Tk:
+        return
+    sd = tl.num_programs(1) * E
+    so = sd * GROUP
+    j = n0 + tl.arange(0, BN)
+    k = _load_rows(K + k0 * sk + hk * E, j, Tk, sk, E, BE, DOT)  # (BN, BE)
+    v = _load_rows(V + k0 * sv + hk * E, j, Tk, sv, E, BE, DOT)
+    dk = tl.zeros([BN, BE], tl.float32)
+    dv = tl.zeros([BN, BE], tl.float32)
+    # "j <= i + shift + right and j >= i + shift - left" read from the keys' side is the same range
+    # with left and right exchanged, and queries past Tq have p = 0 by themselves.
+    lo, a, c, hi = _key_ranges(n0, Tk, Tq, right, left, RIGHT, LEFT, BN, BM)
+    if not LEFT:
+        c = tl.maximum(a, hi)
+    for g in range(GROUP):
+        h = (hk * GROUP + g).to(tl.int64)
+        for phase in tl.static_range(0 if RIGHT else 1, 3 if LEFT else 2):
+            start = lo if phase == 0 else (a if phase == 1 else c)
+            stop = a if phase == 0 else (c if phase == 1 else hi)
+            for i0 in range(start, stop, BM):
+                i = i0 + tl.arange(0, BM)
+                q = _load_rows(Q + q0 * sq + h * E, i, Tq, sq, E, BE, DOT)  # (BM, BE)
+                do = _load_rows(DO + q0 * so + h * E, i, Tq, so, E, BE, DOT)
+                lse = _load_lse(LSE + h * rows + q0, i, Tq)[None, :]
+                delta = tl.load(DELTA + h * rows + q0 + i, mask=i < Tq, other=0.0)[None, :]
+                s = tl.dot(k, tl.trans(q), input_precision=_PRECISION)  # (BN, BM)
+                dp = tl.dot(v, tl.trans(do), input_precision=_PRECISION)
+                keep = _keep(i[None, :], j[:, None], Tq, Tk, left, right, LEFT, RIGHT)
+                p, ds = _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP, phase != 1)
+                dv = tl.dot(p.to(DOT), do, dv, input_precision=_PRECISION)
+                dk = tl.dot(ds.to(DOT), q, dk, input_precision=_PRECISION)
+    _store_rows(DK + k0 * sd + hk * E, dk * scale, j, Tk, sd, E, BE)
+    _store_rows(DV + k0 * sd + hk * E, dv, j, Tk, sd, E, BE)
 
 
 @triton.jit
-def _query_ranges(n0, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """_key_ranges seen from the keys n0 .. n0+BN: which queries see them."""
-    first = n0 - (Tk - Tq)  # the queries whose own positions are the first and last of these keys
-    last = tl.minimum(n0 + BN, Tk) - 1 - (Tk - Tq)
-    lo, hi, a, b = 0, Tq, 0, Tq
-    if RIGHT:
-        lo = tl.maximum(first - right, 0) // BM * BM
-        a = (tl.maximum(last - right, 0) + BM - 1) // BM * BM
-    if LEFT:
-        hi = tl.minimum(Tq, tl.maximum(last + left + 1, 0))
-        b = tl.minimum(b, tl.maximum(first + left + 1, 0) // BM * BM)
-    a = tl.minimum(a, hi)
-    return lo, a, tl.maximum(a, b), hi
-
-
-@triton.jit
-def _flash_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, CU_Q, CU_K, sq_b, sq_t, sq_h, sk_b, sk_t,
-                       sk_h, sv_b, sv_t, sv_h, lse_b, lse_h, Tq, Tk, scale_in, scale2, scale, left,
-                       right, GROUP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                       CAP: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr,
-                       E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-                       BN: tl.constexpr):  # fmt: skip
-    """One program owns BN keys of one kv head and walks the queries of its whole group of heads."""
-    n0 = tl.program_id(0) * BN  # causal: the first keys have the most queries, so they go first
-    hk, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    sd_t = tl.num_programs(1) * E
-    so_t = sd_t * GROUP
-    DK += (b * Tk) * sd_t + hk * E
-    DV += (b * Tk) * sd_t + hk * E
-    DO += (b * Tq) * so_t
-    LSE += b * lse_b
-    DELTA += b * lse_b
-    Q += b * sq_b
-    K += b * sk_b + hk * sk_h
-    V += b * sv_b + hk * sv_h
-    if VARLEN:
-        q0, k0 = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
-        DK += (k0 - b * Tk) * sd_t
-        DV += (k0 - b * Tk) * sd_t
-        DO += (q0 - b * Tq) * so_t
-        LSE += q0
-        DELTA += q0
-        Q += q0 * sq_t
-        K += k0 * sk_t
-        V += k0 * sv_t
-        Tq = (tl.load(CU_Q + b + 1) - q0).to(tl.int32)
-        Tk = (tl.load(CU_K + b + 1) - k0).to(tl.int32)
-    if n0 < Tk:
-        j = n0 + tl.arange(0, BN)
-        k = _load_rows(K, j, Tk, sk_t, E, BE, DOT)  # (BN, BE)
-        v = _load_rows(V, j, Tk, sv_t, E, BE, DOT)
-        dk = tl.zeros([BN, BE], tl.float32)
-        dv = tl.zeros([BN, BE], tl.float32)
-        lo, a, c, hi = _query_ranges(n0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
-        for g in range(GROUP):
-            h = hk * GROUP + g
-            q_h, do_h = Q + h * sq_h, DO + h * E
-            lse_p, delta_p = LSE + h * lse_h, DELTA + h * lse_h
-            if RIGHT:
-                dk, dv = _backward_kv_tiles(dk, dv, k, v, q_h, do_h, lse_p, delta_p, j, lo, a,
-                                            sq_t, so_t, Tq, Tk, scale_in, scale2, left, right,
-                                            LEFT, RIGHT, CAP, True, E, BE, BM, DOT)  # fmt: skip
-            dk, dv = _backward_kv_tiles(dk, dv, k, v, q_h, do_h, lse_p, delta_p, j, a, c, sq_t,
-                                        so_t, Tq, Tk, scale_in, scale2, left, right, LEFT, RIGHT,
-                                        CAP, False, E, BE, BM, DOT)  # fmt: skip
-            if LEFT:
-                dk, dv = _backward_kv_tiles(dk, dv, k, v, q_h, do_h, lse_p, delta_p, j, c, hi,
-                                            sq_t, so_t, Tq, Tk, scale_in, scale2, left, right,
-                                            LEFT, RIGHT, CAP, True, E, BE, BM, DOT)  # fmt: skip
-        _store_rows(DK, dk * scale, j, Tk, sd_t, E, BE)
-        _store_rows(DV, dv, j, Tk, sd_t, E, BE)
-
-
-@triton.jit
-def _backward_q_tiles(dq, q, do, lse, delta, K, V, i, lo, hi, sk_t, sv_t, Tq, Tk, scale_in, scale2,
-                      left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr,
-                      MASK: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
-                      DOT: tl.constexpr):  # fmt: skip
-    """Add the keys lo .. hi to dq."""
-    for j0 in range(lo, hi, BN):
-        j = j0 + tl.arange(0, BN)
-        k = _load_rows(K, j, Tk, sk_t, E, BE, DOT)  # (BN, BE)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
-        keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right, LEFT, RIGHT)
-        p, slope = _probabilities(s, lse[:, None], keep, scale_in, scale2, CAP, MASK)
-        v = _load_rows(V, j, Tk, sv_t, E, BE, DOT)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # (BM, BN)
-        ds = p * (dp - delta[:, None]) * slope
-        dq = tl.dot(ds.to(DOT), k, dq, input_precision="ieee")
-    return dq
-
-
-@triton.jit
-def _flash_backward_q(Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h,
-                      sv_b, sv_t, sv_h, lse_b, lse_h, Tq, Tk, scale_in, scale2, scale, left, right,
-                      GROUP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                      CAP: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr,
-                      E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-                      BN: tl.constexpr):  # fmt: skip
+def _flash_backward_q(Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_in,
+                      scale2, left, right, scale, GROUP: tl.constexpr, LEFT: tl.constexpr,
+                      RIGHT: tl.constexpr, CAP: tl.constexpr, VARLEN: tl.constexpr,
+                      DOT: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+                      BN: tl.constexpr):
     """One program owns BM queries of one head and walks their keys, as in the forward."""
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    q0, Tq = _sequence(CU_Q, b, Tq, VARLEN)
+    k0, Tk = _sequence(CU_K, b, Tk, VARLEN)
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    so_t = tl.num_programs(1) * E
-    DQ += (b * Tq) * so_t + h * E
-    DO += (b * Tq) * so_t + h * E
-    LSE += b * lse_b + h * lse_h
-    DELTA += b * lse_b + h * lse_h
-    Q += b * sq_b + h * sq_h
-    K += b * sk_b + (h // GROUP) * sk_h
-    V += b * sv_b + (h // GROUP) * sv_h
-    if VARLEN:
-        q0, k0 = tl.load(CU_Q + b).to(tl.int64), tl.load(CU_K + b).to(tl.int64)
-        DQ += (q0 - b * Tq) * so_t
-        DO += (q0 - b * Tq) * so_t
-        LSE += q0
-        DELTA += q0
-        Q += q0 * sq_t
-        K += k0 * sk_t
-        V += k0 * sv_t
-        Tq = (tl.load(CU_Q + b + 1) - q0).to(tl.int32)
-        Tk = (tl.load(CU_K + b + 1) - k0).to(tl.int32)
-    if m0 < Tq:
-        i = m0 + tl.arange(0, BM)
-        q = _load_rows(Q, i, Tq, sq_t, E, BE, DOT)  # (BM, BE)
-        do = _load_rows(DO, i, Tq, so_t, E, BE, DOT)
-        lse = tl.load(LSE + i, mask=i < Tq, other=float("inf")) * _LOG2E
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        delta = tl.load(DELTA + i, mask=i < Tq, other=0.0)
-        dq = tl.zeros([BM, BE], tl.float32)
-        lo, a, c, hi = _key_ranges(m0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
-        if LEFT:
-            dq = _backward_q_tiles(dq, q, do, lse, delta, K, V, i, lo, a, sk_t, sv_t, Tq, Tk,
-                                   scale_in, scale2, left, right, LEFT, RIGHT, CAP, True, E, BE,
-                                   BN, DOT)  # fmt: skip
-        dq = _backward_q_tiles(dq, q, do, lse, delta, K, V, i, a, c, sk_t, sv_t, Tq, Tk, scale_in,
-                               scale2, left, right, LEFT, RIGHT, CAP, False, E, BE, BN,
-                               DOT)  # fmt: skip
-        dq = _backward_q_tiles(dq, q, do, lse, delta, K, V, i, c, hi, sk_t, sv_t, Tq, Tk, scale_in,
-                               scale2, left, right, LEFT, RIGHT, CAP, True, E, BE, BN,
-                               DOT)  # fmt: skip
-        _store_rows(DQ, dq * scale, i, Tq, so_t, E, BE)
+    if m0 >= Tq:
+        return
+    so = tl.num_programs(1) * E
+    i = m0 + tl.arange(0, BM)
+    q = _load_rows(Q + q0 * sq + h * E, i, Tq, sq, E, BE, DOT)  # (BM, BE)
+    do = _load_rows(DO + q0 * so + h * E, i, Tq, so, E, BE, DOT)
+    lse = _load_lse(LSE + h * rows + q0, i, Tq)[:, None]
+    delta = tl.load(DELTA + h * rows + q0 + i, mask=i < Tq, other=0.0)[:, None]
+    K += k0 * sk + (h // GROUP) * E
+    V += k0 * sv + (h // GROUP) * E
+    dq = tl.zeros([BM, BE], tl.float32)
+    lo, a, c, hi = _key_ranges(m0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
+    for phase in tl.static_range(0 if LEFT else 1, 3):
+        start = lo if phase == 0 else (a if phase == 1 else c)
+        stop = a if phase == 0 else (c if phase == 1 else hi)
+        for j0 in range(start, stop, BN):
+            j = j0 + tl.arange(0, BN)
+            k = _load_rows(K, j, Tk, sk, E, BE, DOT)  # (BN, BE)
+            v = _load_rows(V, j, Tk, sv, E, BE, DOT)
+            s = tl.dot(q, tl.trans(k), input_precision=_PRECISION)  # (BM, BN)
+            dp = tl.dot(do, tl.trans(v), input_precision=_PRECISION)
+            keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right, LEFT, RIGHT)
+            _, ds = _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP, phase != 1)
+            dq = tl.dot(ds.to(DOT), k, dq, input_precision=_PRECISION)
+    _store_rows(DQ + q0 * so + h * E, dq * scale, i, Tq, so, E, BE)
 
 
-def _attention_arguments(q, k, v, spec):
-    """What the three kernels take alike: (strides and sizes), options, and the grid's (B, H, Tq, Tk).
-
-    spec: (cu_q, cu_k, max_q, max_k, left, right, softcap, scale); dense inputs are (B, T, H, E) with
-    cu_q None, packed ones (total, H, E)."""
-    cu_q, cu_k, max_q, max_k, left, right, softcap, scale = spec
-    H, E = q.shape[-2:]
-    if cu_q is None:
-        B, Tq, Tk = q.shape[0], q.shape[1], k.shape[1]
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H * Tq, Tq)
-    else:
-        B, Tq, Tk = cu_q.numel() - 1, max_q, max_k
-        strides = (0, *q.stride()[:2], 0, *k.stride()[:2], 0, *v.stride()[:2], 0, q.shape[0])
-    scale_in, scale2 = (scale / softcap, softcap * LOG2E) if softcap else (0.0, scale * LOG2E)
-    options = dict(
-        GROUP=H // k.shape[-2], LEFT=left is not None, RIGHT=right is not None,
-        CAP=bool(softcap), VARLEN=cu_q is not None, DOT=_dot_dtype(q), E=E,
-    )  # fmt: skip
-    return strides, (Tq, Tk, scale_in, scale2), (left or 0, right or 0), options, (B, H, Tq, Tk)
+# ---- FlashAttention, the functions people call ---------------------------------------------------
 
 
-def _attention_forward(q, k, v, spec):
-    """Launch the forward kernel; returns (o like q, lse fp32 (B, H, Tq) or (H, total))."""
-    strides, sizes, bounds, options, (B, H, Tq, _) = _attention_arguments(q, k, v, spec)
+class _Problem(NamedTuple):
+    """What stays the same from forward to backward; q, k, v themselves are (rows, heads, E)."""
+
+    cu_q: torch.Tensor | None  # (B + 1,) int32 first rows of packed sequences, or None: all are
+    cu_k: torch.Tensor | None  # Tq and Tk long
+    B: int
+    Tq: int  # the longest, if packed
+    Tk: int
+    left: int | None
+    right: int | None
+    softcap: float
+    scale: float
+
+    def arguments(self, q, k, v):
+        """(pointers and numbers, compile-time options) that all three kernels take alike."""
+        # exp2(scale2 * s) is the exponential of the scaled score; of the capped one after tanh
+        cap, scale = self.softcap, self.scale
+        scale_in, scale2 = (scale / cap, cap * LOG2E) if cap else (0.0, scale * LOG2E)
+        packed = self.cu_q is not None
+        cu = (self.cu_q, self.cu_k) if packed else (q, q)  # never read unless packed
+        numbers = (*cu, q.stride(0), k.stride(0), v.stride(0), q.shape[0], self.Tq, self.Tk,
+                   scale_in, scale2, self.left or 0, self.right or 0)
+        return numbers, dict(
+            GROUP=q.shape[1] // k.shape[1], LEFT=self.left is not None,
+            RIGHT=self.right is not None, CAP=bool(cap), VARLEN=packed, DOT=_dot_dtype(q),
+            E=q.shape[2])
+
+
+def _attention_forward(q, k, v, problem):
+    """Launch the forward kernel: (o like q, lse (H, rows) fp32)."""
+    numbers, options = problem.arguments(q, k, v)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse_shape = (B, H, Tq) if spec[0] is None else (H, q.shape[0])
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    BE, BM, BN, launch = _tiles("forward", q.shape[-1])
-    cu_q, cu_k = (lse, lse) if spec[0] is None else spec[:2]  # any pointer: dense never reads it
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    tiles = _tiles("forward", q)
     if q.numel():
-        _flash_forward[(triton.cdiv(Tq, BM), H, B)](
-            q, k, v, o, lse, cu_q, cu_k, *strides, *sizes, *bounds,
-            **options, BE=BE, BM=BM, BN=BN, **launch,
-        )  # fmt: skip
+        grid = triton.cdiv(problem.Tq, tiles["BM"]), q.shape[1], problem.B
+        _flash_forward[grid](q, k, v, o, lse, *numbers, **options, **tiles)
     return o, lse
 
 
-def _attention_backward(q, k, v, o, lse, do, dlse, spec):
-    """Launch the three backward kernels; returns (dq, dk, dv), contiguous."""
-    strides, sizes, bounds, options, (B, H, Tq, Tk) = _attention_arguments(q, k, v, spec)
-    do, E, scale = do.contiguous(), q.shape[-1], spec[-1]
-    dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous().float()
+def _attention_backward(q, k, v, o, lse, do, dlse, problem):
+    """Launch the three backward kernels: (dq, dk, dv), contiguous."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    delta = torch.empty_like(lse)
-    BE, BM, BN, launch = _tiles("backward_kv", E)
-    rows = q.numel() // E
-    _flash_delta[(triton.cdiv(rows, 32),)](
-        o, do, lse, dlse, delta, rows, *strides[-2:], lse.shape[-1], H, E=E, BE=BE, BM=32
-    )
-    cu_q, cu_k = (lse, lse) if spec[0] is None else spec[:2]
-    shared = (cu_q, cu_k, *strides, *sizes, scale, *bounds)
-    _flash_backward_kv[(triton.cdiv(Tk, BN), k.shape[-2], B)](
-        q, k, v, do, lse, delta, dk, dv, *shared, **options, BE=BE, BM=BM, BN=BN, **launch
-    )
-    BE, BM, BN, launch = _tiles("backward_q", E)
-    _flash_backward_q[(triton.cdiv(Tq, BM), H, B)](
-        q, k, v, do, lse, delta, dq, *shared, **options, BE=BE, BM=BM, BN=BN, **launch
-    )
+    (rows, H, E), do, delta = q.shape, do.contiguous(), torch.empty_like(lse)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
+    numbers, options = problem.arguments(q, k, v)
+    numbers += (problem.scale,)
+    BE = max(16, triton.next_power_of_2(E))
+    _flash_delta[triton.cdiv(rows, 32), H](o, do, lse, dlse, delta, rows, H, E=E, BE=BE, BM=32)
+    tiles = _tiles("backward_kv", q)
+    grid = triton.cdiv(problem.Tk, tiles["BN"]), k.shape[1], problem.B
+    _flash_backward_kv[grid](q, k, v, do, lse, delta, dk, dv, *numbers, **options, **tiles)
+    tiles = _tiles("backward_q", q)
+    grid = triton.cdiv(problem.Tq, tiles["BM"]), H, problem.B
+    _flash_backward_q[grid](q, k, v, do, lse, delta, dq, *numbers, **options, **tiles)
     return dq, dk, dv
 
 
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, spec):
-        o, lse = _attention_forward(q, k, v, spec)
+    def forward(ctx, q, k, v, problem):
+        q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
+        o, lse = _attention_forward(q, k, v, problem)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.spec = spec
+        ctx.problem = problem
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
-        q, k, v, o, lse = ctx.saved_tensors
+        o = ctx.saved_tensors[3]
         do = torch.zeros_like(o) if do is None else do
-        return *_attention_backward(q, k, v, o, lse, do, dlse, ctx.spec), None
+        return *_attention_backward(*ctx.saved_tensors, do, dlse, ctx.problem), None
 
 
 class FlashAttentionTriton(torch.autograd.Function):
@@ -644,38 +564,35 @@ class FlashAttentionTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False):
-        right = 0 if is_causal else None
-        ctx.spec = (None, None, 0, 0, None, right, 0.0, q.shape[-1] ** -0.5)
-        heads = [x.contiguous()[:, :, None] for x in (q, k, v)]  # (B, T, E) -> (B, T, 1, E)
-        o, lse = _attention_forward(*heads, ctx.spec)
-        o, lse = o[:, :, 0], lse[:, 0]  # (B, Tq, E), (B, Tq)
+        (B, Tq, E), right = q.shape, 0 if is_causal else None
+        ctx.problem = _Problem(None, None, B, Tq, k.shape[1], None, right, 0.0, E**-0.5)
+        rows = [x.reshape(-1, 1, E).contiguous() for x in (q, k, v)]  # (B, T, E) -> (B T, 1, E)
+        o, lse = _attention_forward(*rows, ctx.problem)
+        o, lse = o.view(q.shape), lse.view(B, Tq)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        heads = [x.contiguous()[:, :, None] for x in (q, k, v, o)]
-        grads = _attention_backward(*heads, lse[:, None], do[:, :, None], None, ctx.spec)
-        return *(g[:, :, 0] for g in grads), None
+        rows = [x.reshape(-1, 1, q.shape[-1]).contiguous() for x in (q, k, v, o, do)]
+        grads = _attention_backward(*rows[:4], lse.view(1, -1), rows[4], None, ctx.problem)
+        return *(g.view(x.shape) for g, x in zip(grads, (q, k, v))), None
 
 
-def _check_attention(q, k, v, dims, scale):
-    """One line for a shape that no kernel could run."""
-    if not (q.dim() == k.dim() == v.dim() == dims) or k.shape != v.shape:
-        raise ValueError(
-            f"q, k, v must have {dims} dimensions, k and v the same shape: "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if q.shape[-1] != k.shape[-1] or q.shape[-2] % max(k.shape[-2], 1) or not k.shape[-2]:
-        raise ValueError(f"q has (heads, d_head) {tuple(q.shape[-2:])}, k {tuple(k.shape[-2:])}: the "
-                         "d_head must be equal and the heads a multiple")  # fmt: skip
+def _check_attention(q, k, v, dims, scale=None):
+    """One line for shapes that no kernel could run."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == dims or k.shape != v.shape:
+        raise ValueError(f"{shapes}: need {dims} dimensions each, and k and v of one shape")
+    if q.shape[-1] != k.shape[-1] or not k.shape[-2] or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"{shapes}: need one d_head, and q's heads a multiple of k's")
     if dims == 4 and q.shape[0] != k.shape[0]:
-        raise ValueError(f"q has batch {q.shape[0]}, k and v {k.shape[0]}")
+        raise ValueError(f"{shapes}: the batch sizes differ")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must share a dtype: got {q.dtype}, {k.dtype}, {v.dtype}")
-    if q.shape[-1] > 256:
-        raise ValueError(f"d_head {q.shape[-1]}: the kernels take 1 to 256")
+    if not 1 <= q.shape[-1] <= 256:
+        raise ValueError(f"{shapes}: d_head must be 1 to 256")
     if scale is not None and scale <= 0:
         raise ValueError(f"scale={scale}: must be above 0")
 
@@ -687,25 +604,173 @@ def flash_attention(
 
     q (B, Tq, H, E), k and v (B, Tk, K, E) with H a multiple of K: query head h reads kv head
     h // (H / K), nothing is copied. fp32, bf16 or fp16; E up to 256, any T. Returns (B, Tq, H, E),
-    and with return_lse also the natural-log-sum-exp of the scores, fp32 (B, H, Tq), through which
+    and with return_lse also the natural log-sum-exp of the scores, fp32 (B, H, Tq), through which
     gradients flow (ring attention merges partial results by it).
 
-    causal aligns bottom-right: the last query sees the last key. window=W: a query sees the W keys up
-    to its own (and W - 1 after it unless causal); or a pair (left, right) as in flash-attn. softcap c:
-    scores become c tanh(s / c). scale defaults to E^-0.5. A query that sees no key gives 0, LSE -inf.
-    Deterministic to the bit. FlashAttention-2, algorithms 1 and 2.
+    causal aligns bottom-right: the last query sees the last key. window=W: a query sees the W keys
+    up to its own (and W - 1 after it unless causal); or a pair (left, right) as in flash-attn.
+    softcap c: scores become c tanh(s / c). scale defaults to E^-0.5. A query that sees no key
+    gives 0 and an LSE of -inf. Deterministic to the bit. FlashAttention-2, algorithms 1 and 2.
     """
     _check_attention(q, k, v, 4, scale)
     left, right = _bounds(causal, window)
     if not _use_triton(q, impl):
-        return flash_attention_reference(
-            q, k, v, causal=causal, window=window, softcap=softcap, scale=scale,
-            return_lse=return_lse,
-        )  # fmt: skip
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, lse = _Flash.apply(q, k, v, (None, None, 0, 0, left, right, softcap, scale))
+        return flash_attention_reference(q, k, v, causal=causal, window=window, softcap=softcap,
+                                         scale=scale, return_lse=return_lse)
+    (B, Tq, H, E), Tk = q.shape, k.shape[1]
+    scale = E**-0.5 if scale is None else scale
+    problem = _Problem(None, None, B, Tq, Tk, left, right, softcap, scale)
+    o, lse = _Flash.apply(*(x.flatten(0, 1) for x in (q, k, v)), problem)  # (B T, heads, E)
+    o, lse = o.view(q.shape), lse.view(H, B, Tq).transpose(0, 1)  # (H, B Tq) -> (B, H, Tq)
     return (o, lse) if return_lse else o
+
+
+def flash_attention_varlen_reference(q, k, v, cu_seqlens, cu_seqlens_k=None, **options):
+    """flash_attention_reference of each document by itself; q, k, v (total, heads, E)."""
+    cu_q = cu_seqlens.tolist()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    parts = [
+        flash_attention_reference(q[None, a:b], k[None, c:d], v[None, c:d], return_lse=True, **options)
+        for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:])
+    ]
+    return torch.cat([o[0] for o, _ in parts]), torch.cat([lse[0] for _, lse in parts], -1)
+
+
+def flash_attention_varlen(
+    q, k, v, cu_seqlens, max_seqlen, *, cu_seqlens_k=None, max_seqlen_k=None, causal=True,
+    window=None, softcap=0.0, scale=None, return_lse=False, impl=None,
+):
+    """flash_attention over documents packed end to end, none of which sees another.
+
+    q (total, H, E), k and v (total, K, E). Document b is rows cu_seqlens[b] to cu_seqlens[b + 1]
+    (int32, (documents + 1,), from 0 to total; it may be empty), at most max_seqlen long; keys take
+    cu_seqlens_k and max_seqlen_k if theirs differ. For documents of 2, 0 and 3 tokens: [0, 2, 2, 5].
+    Returns (total, H, E), and with return_lse also (H, total). The rest as flash_attention.
+    """
+    _check_attention(q, k, v, 3, scale)
+    left, right = _bounds(causal, window)
+    if not _use_triton(q, impl):
+        o, lse = flash_attention_varlen_reference(
+            q, k, v, cu_seqlens, cu_seqlens_k, causal=causal, window=window, softcap=softcap,
+            scale=scale)
+        return (o, lse) if return_lse else o
+    cu_q = cu_seqlens.to(torch.int32).contiguous()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32).contiguous()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    problem = _Problem(cu_q, cu_k, cu_q.numel() - 1, max_seqlen,
+                       max_seqlen if max_seqlen_k is None else max_seqlen_k, left, right, softcap,
+                       scale)
+    o, lse = _Flash.apply(q, k, v, problem)
+    return (o, lse) if return_lse else o
+
+
+# ---- decoding: a few queries against a long cache ------------------------------------------------
+# 4 E operations a cached number of 4 E bytes: the cache must be read once, at full bandwidth. One
+# query row fills no GPU, so the keys are split among programs, each of which returns a partial
+# output and its LSE; a group's heads share a kv head, so their rows are one tile.
+
+
+def flash_decode_reference(q, k_cache, v_cache, cache_seqlens=None, **options):
+    """flash_attention_reference of each sequence against the filled part of its cache."""
+    lengths = [k_cache.shape[1]] * len(q) if cache_seqlens is None else cache_seqlens.tolist()
+    return torch.cat([
+        flash_attention_reference(q[b : b + 1], k_cache[b : b + 1, :n], v_cache[b : b + 1, :n],
+                                  **options)
+        for b, n in enumerate(lengths)
+    ])
+
+
+@triton.jit
+def _decode_split(Q, KC, VC, LENGTHS, PART, LSE, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, Tq, scale_in,
+                  scale2, left, GROUP: tl.constexpr, LEFT: tl.constexpr, CAP: tl.constexpr,
+                  DOT: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr):
+    s, hk, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, H = tl.load(LENGTHS + b), tl.num_programs(1) * GROUP
+    lo = 0
+    if LEFT:
+        lo = tl.maximum(n - Tq - left, 0)
+    share = tl.cdiv(tl.cdiv(n - lo, tl.num_programs(0)), BN) * BN
+    lo += s * share
+    hi = tl.minimum(lo + share, n)
+    r = tl.arange(0, BM)  # rows (query t, head g of the group)
+    own = n - Tq + r // GROUP
+    row = (b * Tq + r // GROUP) * H + hk * GROUP + r % GROUP  # of the (B, Tq, H, E) queries
+    row = tl.where(r < Tq * GROUP, row, -1)
+    e = tl.arange(0, BE)
+    keep = (row >= 0)[:, None] & (e < E)[None, :]
+    q = tl.load(Q + row[:, None] * E + e[None, :], mask=keep, other=0.0).to(DOT)  # (BM, BE)
+    KC += b * sk_b + hk * sk_h
+    VC += b * sv_b + hk * sv_h
+    acc = tl.zeros([BM, BE], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    for j0 in range(lo, hi, BN):
+        j = j0 + tl.arange(0, BN)
+        k = _load_rows(KC, j, hi, sk_t, E, BE, DOT)  # (BN, BE)
+        v = _load_rows(VC, j, hi, sv_t, E, BE, DOT)
+        x = tl.dot(q, tl.trans(k), input_precision=_PRECISION)  # (BM, BN)
+        if CAP:
+            x = _tanh(x * scale_in)
+        seen = (j < hi)[None, :] & (j[None, :] <= own[:, None])
+        if LEFT:
+            seen = seen & (j[None, :] >= own[:, None] - left)
+        acc, m, l = _online_step(acc, m, l, tl.where(seen, x, float("-inf")), v, scale2, DOT)
+    l = tl.where(l == 0.0, 1.0, l)
+    rows = tl.num_programs(2) * Tq * H
+    at = s.to(tl.int64) * rows + row
+    tl.store(PART + at[:, None] * E + e[None, :], acc / l[:, None], mask=keep)
+    tl.store(LSE + at, m + tl.log2(l), mask=row >= 0)
+
+
+@triton.jit
+def _decode_merge(PART, LSE, O, rows, splits, E: tl.constexpr, BE: tl.constexpr,
+                  BS: tl.constexpr):
+    """o = sum_s 2^(lse_s - lse) part_s for one row (b, t, h)."""
+    r, s = tl.program_id(0).to(tl.int64), tl.arange(0, BS)
+    lse = tl.load(LSE + s * rows + r, mask=s < splits, other=float("-inf"))
+    m = tl.max(lse, 0)
+    w = tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m))  # (BS,)
+    part = _load_rows(PART + r * E, s, splits, rows * E, E, BE, tl.float32)  # (BS, BE)
+    total = tl.sum(w, 0)
+    o = tl.sum(part * w[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    e = tl.arange(0, BE)
+    tl.store(O + r * E + e, o.to(O.dtype.element_ty), mask=e < E)
+
+
+def flash_decode(q, k_cache, v_cache, cache_seqlens=None, *, window=None, softcap=0.0, scale=None,
+                 num_splits=None, impl=None):
+    """Causal attention of the last few queries against a cache of keys; no backward.
+
+    q (B, Tq, H, E): the last Tq tokens, whose keys are already in the cache. k_cache, v_cache
+    (B, S, K, E), any strides but the last; sequence b has cache_seqlens[b] keys ((B,) int32; None:
+    all S). num_splits: parts to cut the keys into (default: enough to fill the device). The rest as
+    flash_attention. Returns (B, Tq, H, E). Flash-Decoding (Dao et al., 2023).
+    """
+    _check_attention(q, k_cache, v_cache, 4, scale)
+    left, _ = _bounds(True, window)
+    if not _use_triton(q, impl):
+        return flash_decode_reference(q, k_cache, v_cache, cache_seqlens, window=window,
+                                      softcap=softcap, scale=scale)
+    (B, Tq, H, E), (S, K) = q.shape, k_cache.shape[1:3]
+    if cache_seqlens is None:
+        cache_seqlens = torch.full((B,), S, dtype=torch.int32, device=q.device)
+    scale = E**-0.5 if scale is None else scale
+    scale_in, scale2 = (scale / softcap, softcap * LOG2E) if softcap else (0.0, scale * LOG2E)
+    BE, BN = max(16, triton.next_power_of_2(E)), 16 if INTERPRETED else 64
+    wanted = triton.cdiv(_programs(q, 2), max(1, B * K)) if num_splits is None else num_splits
+    splits = max(1, min(wanted, triton.cdiv(S, BN), 128))
+    part = torch.empty(splits, B, Tq, H, E, dtype=torch.float32, device=q.device)
+    lse, o = part.new_empty(splits, B, Tq, H), torch.empty_like(q, memory_format=torch.contiguous_format)
+    if q.numel():
+        _decode_split[splits, K, B](
+            q.contiguous(), k_cache, v_cache, cache_seqlens.to(torch.int32), part, lse,
+            *k_cache.stride()[:3], *v_cache.stride()[:3], Tq, scale_in, scale2, left or 0,
+            GROUP=H // K, LEFT=left is not None, CAP=bool(softcap), DOT=_dot_dtype(q), E=E, BE=BE,
+            BM=max(16, triton.next_power_of_2(Tq * H // K)), BN=BN)
+        _decode_merge[(B * Tq * H,)](part, lse, o, B * Tq * H, splits, E=E, BE=BE,
+                                     BS=triton.next_power_of_2(splits))
+    return o
 
 
 # ---- RMSNorm with the residual add ---------------------------------------------------------------
@@ -724,7 +789,7 @@ def rms_norm_reference(x, weight, eps=1e-5, residual=None):
 
 @triton.jit
 def _rms_forward(X, RES, W, Y, SUM, RSTD, N, eps, D: tl.constexpr, BD: tl.constexpr,
-                 BR: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr):  # fmt: skip
+                 BR: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     x = _load_rows(X, r, N, D, D, BD, tl.float32)  # (BR, BD)
     if HAS_RES:
@@ -742,7 +807,7 @@ def _rms_forward(X, RES, W, Y, SUM, RSTD, N, eps, D: tl.constexpr, BD: tl.conste
 
 @triton.jit
 def _rms_backward(X, W, DY, DSUM, RSTD, DX, DW, N, D: tl.constexpr, BD: tl.constexpr,
-                  BR: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr):  # fmt: skip
+                  BR: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr):
     """A persistent grid: a program walks many rows and keeps its share of dw in registers, so the
     weight's gradient costs one row a program, and no atomics."""
     c = tl.arange(0, BD)
@@ -788,7 +853,7 @@ class _RMSNorm(torch.autograd.Function):
             _rms_forward[(triton.cdiv(rows, BR),)](
                 x, res, x if weight is None else weight, y, total, rstd, rows, eps,
                 **ctx.flags, **launch,
-            )  # fmt: skip
+            )
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
         return y.view(shape), None if residual is None else total.view(shape)
@@ -809,7 +874,7 @@ class _RMSNorm(torch.autograd.Function):
                 x, x if weight is None else weight, dy.contiguous(),
                 dsum.contiguous() if has_res else x, rstd, dx, dw, rows, **ctx.flags,
                 **_row_tiles(D)[2],
-            )  # fmt: skip
+            )
         dw = None if weight is None else dw.sum(0).to(weight.dtype)
         return dx, dw, None, dx if has_res else None
 
@@ -841,7 +906,7 @@ def swiglu_reference(gate, up):
 
 @triton.jit
 def _swiglu_kernel(GATE, UP, Y, DY, DGATE, DUP, s_gate, s_up, D, BD: tl.constexpr,
-                   BACKWARD: tl.constexpr):  # fmt: skip
+                   BACKWARD: tl.constexpr):
     r, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     keep = c < D
     gate = tl.load(GATE + r * s_gate + c, mask=keep, other=0.0).to(tl.float32)
@@ -868,7 +933,7 @@ class _SwiGLU(torch.autograd.Function):
             _swiglu_kernel[(N, triton.cdiv(D, BD))](
                 gate, up, out[0], gate if dy is None else dy, out[0], out[-1], gate.stride(0),
                 up.stride(0), D, BD=BD, BACKWARD=dy is not None,
-            )  # fmt: skip
+            )
         return out
 
     @staticmethod
@@ -885,7 +950,7 @@ def swiglu(gate, up, *, impl=None):
     """silu(gate) * up in one pass each way; gate and up (..., F), also two halves of one tensor."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} "
-                         "must have the same shape and dtype")  # fmt: skip
+                         "must have the same shape and dtype")
     if not _use_triton(gate, impl):
         return swiglu_reference(gate, up)
     rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]  # (..., F) -> (N, F), a view if it can
@@ -918,7 +983,7 @@ def apply_rope_reference(q, k, cos, sin, positions=None, interleaved=False):
 
 @triton.jit
 def _rotate(X, Y, s_h, H: tl.constexpr, BH: tl.constexpr, HALF: tl.constexpr, BHALF: tl.constexpr,
-            cos, sin, INTERLEAVED: tl.constexpr):  # fmt: skip
+            cos, sin, INTERLEAVED: tl.constexpr):
     """Rotate the H heads of one token, (H, E) at X with head stride s_h, into Y, contiguous."""
     h = tl.arange(0, BH)[:, None]
     if INTERLEAVED:  # load whole rows and part them in registers: every byte of a line is used
@@ -943,7 +1008,7 @@ def _rotate(X, Y, s_h, H: tl.constexpr, BH: tl.constexpr, HALF: tl.constexpr, BH
 def _rope_kernel(Q, K, YQ, YK, COS, SIN, POS, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, pos_b, sign,
                  HAS_POS: tl.constexpr, INTERLEAVED: tl.constexpr, H: tl.constexpr,
                  KV: tl.constexpr, BH: tl.constexpr, BKV: tl.constexpr, HALF: tl.constexpr,
-                 BHALF: tl.constexpr):  # fmt: skip
+                 BHALF: tl.constexpr):
     """One program a token (t, b), all heads of q and k."""
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = t
@@ -954,9 +1019,9 @@ def _rope_kernel(Q, K, YQ, YK, COS, SIN, POS, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h
     sin = tl.load(SIN + row * HALF + e, mask=e < HALF, other=0.0).to(tl.float32)[None, :] * sign
     token = b * tl.num_programs(0) + t
     _rotate(Q + b * sq_b + t * sq_t, YQ + token * (H * 2 * HALF), sq_h, H, BH, HALF, BHALF, cos,
-            sin, INTERLEAVED)  # fmt: skip
+            sin, INTERLEAVED)
     _rotate(K + b * sk_b + t * sk_t, YK + token * (KV * 2 * HALF), sk_h, KV, BKV, HALF, BHALF, cos,
-            sin, INTERLEAVED)  # fmt: skip
+            sin, INTERLEAVED)
 
 
 class _Rope(torch.autograd.Function):
@@ -973,7 +1038,7 @@ class _Rope(torch.autograd.Function):
                 *k.stride()[:3], pos_b, sign, HAS_POS=positions is not None,
                 INTERLEAVED=interleaved, H=H, KV=k.shape[2], BH=power(H), BKV=power(k.shape[2]),
                 HALF=E // 2, BHALF=power(E // 2),
-            )  # fmt: skip
+            )
         return tuple(outs)
 
     @staticmethod
@@ -997,7 +1062,7 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
     B, T, _, E = q.shape
     if E % 2 or cos.shape != sin.shape or cos.shape[-1] != E // 2 or k.shape[:2] != (B, T):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} need cos and sin (rows, {E // 2}): "
-                         f"got {tuple(cos.shape)}, {tuple(sin.shape)}")  # fmt: skip
+                         f"got {tuple(cos.shape)}, {tuple(sin.shape)}")
     if positions is None and cos.shape[0] < T:
         raise ValueError(f"cos and sin have {cos.shape[0]} rows, the sequence {T} positions")
     if positions is not None:
@@ -1019,7 +1084,7 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
 def linear_cross_entropy_reference(
     x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0, label_smoothing=0.0,
     reduction="mean", return_logprobs=False,
-):  # fmt: skip
+):
     """What linear_cross_entropy computes, all logits in memory; same arguments."""
     logits = (x @ weight.t()).flatten(0, -2)  # (..., D) -> (N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -1067,7 +1132,7 @@ def _loss_rows_reference(logits, t, scale, opts, grad):
 @triton.jit
 def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, V, ignore_index, z_loss, cap, smoothing,
                CAP: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr,
-               BV: tl.constexpr):  # fmt: skip
+               BV: tl.constexpr):
     """One program a row of logits: read it once for the loss, once more (from L2) to replace it by
     scale dloss/dlogits."""
     r = tl.program_id(0).to(tl.int64)
@@ -1140,7 +1205,7 @@ def _chunked_loss(x, weight, t, scale, opts, kernel, want_x, want_w):
                 logits, t[c], scale[c], loss[c], logprob[c], V, *opts, CAP=opts[2] > 0,
                 SMOOTH=opts[3] > 0, GRAD=want_x or want_w, BV=32 if INTERPRETED else 4096,
                 **({} if INTERPRETED else {"num_warps": 16}),
-            )  # fmt: skip
+            )
         else:
             loss[c], logprob[c] = _loss_rows_reference(
                 logits, t[c], scale[c], opts, want_x or want_w
@@ -1180,7 +1245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0, label_smoothing=0.0,
     reduction="mean", return_logprobs=False, impl=None,
-):  # fmt: skip
+):
     """Cross-entropy of x @ weight.T against targets, never holding the (tokens, vocabulary) logits.
 
     x (..., D), weight (V, D) of one floating dtype, targets (...) integers below V. Adds
@@ -1198,7 +1263,7 @@ def linear_cross_entropy(
         raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sum' or 'none'")
     if x.shape[:-1] != targets.shape or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets "
-                         f"{tuple(targets.shape)}: need (..., D), (V, D), (...)")  # fmt: skip
+                         f"{tuple(targets.shape)}: need (..., D), (V, D), (...)")
     if torch.is_autocast_enabled(x.device.type):
         x, weight = (a.to(torch.get_autocast_dtype(x.device.type)) for a in (x, weight))
     V, t = weight.shape[0], targets.flatten()
@@ -1209,7 +1274,7 @@ def linear_cross_entropy(
         loss, logprob = linear_cross_entropy_reference(
             x, weight, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap,
             label_smoothing=label_smoothing, reduction=reduction, return_logprobs=True,
-        )  # fmt: skip
+        )
         return (loss, logprob) if return_logprobs else loss
 
     def core(*args):

@@ -106,6 +106,69 @@ def test_course_functions(flash, is_causal):
     assert relative(saved[0], torch.logsumexp(s, -1)) < 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 3.0}, {"causal": False}])
+def test_varlen_with_an_empty_document(options):
+    cu = torch.tensor([0, 33, 33, 34, 74], dtype=torch.int32)
+    inputs = randn(74, 4, 16), randn(74, 2, 16, seed=1), randn(74, 2, 16, seed=2)
+    same = torch.repeat_interleave(torch.arange(4), cu.diff())  # the document of each row
+
+    def twin(q, k, v):  # one dense attention under a block-diagonal mask
+        own = torch.arange(74)
+        keep = same[:, None] == same[None, :]
+        if options.get("causal", True):
+            keep = keep & (own[None, :] <= own[:, None])
+        keep = keep & ((own[:, None] - own[None, :]).abs() < options.get("window", 99))
+        s = torch.einsum("the,she->hts", q, k.repeat_interleave(2, 1)) / 4
+        s = 3 * torch.tanh(s / 3) if "softcap" in options else s
+        s = s.masked_fill(~keep, -math.inf)
+        return torch.einsum("hts,she->the", s.softmax(-1), v.repeat_interleave(2, 1)), s.logsumexp(-1)
+
+    for impl in ("torch", "triton"):
+        agree(
+            lambda *x, i=impl: kernels.flash_attention_varlen(
+                *x, cu.to(TRITON), 40, return_lse=True, impl=i, **options
+            ),
+            twin,
+            inputs,
+        )
+
+
+def test_varlen_takes_other_lengths_for_keys():
+    cu_q, cu_k = torch.tensor([0, 5, 5, 22]).int(), torch.tensor([0, 40, 43, 60]).int()
+    inputs = randn(22, 2, 16), randn(60, 1, 16, seed=1), randn(60, 1, 16, seed=2)
+    agree(
+        lambda *x: kernels.flash_attention_varlen(
+            *x, cu_q.to(TRITON), 17, cu_seqlens_k=cu_k.to(TRITON), max_seqlen_k=40, impl="triton"
+        ),
+        lambda *x: kernels.flash_attention_varlen_reference(*x, cu_q, cu_k)[0],
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("splits", [1, 3, 64])
+@pytest.mark.parametrize("Tq, options", [(1, {}), (3, {"window": 20, "softcap": 4.0})])
+def test_decode_is_the_last_rows_of_attention(splits, Tq, options):
+    lengths = torch.tensor([70, 3, 33], dtype=torch.int32)
+    cache = randn(3, 2, 80, 2, 24, seed=1)[:, :, :70]  # a slice of a longer cache
+    q, k, v = randn(3, Tq, 8, 24), cache[:, 0], cache[:, 1]
+    ours = kernels.flash_decode(*(x.to(TRITON) for x in (q, k, v, lengths)), num_splits=splits,
+                                impl="triton", **options)
+    for b, n in enumerate(lengths.tolist()):
+        whole = torch.cat([randn(n - Tq, 8, 24), q[b]]).double()[None]
+        ref = kernels.flash_attention_reference(
+            whole, k[b : b + 1, :n].double(), v[b : b + 1, :n].double(), **options
+        )
+        assert relative(ours[b], ref[0, n - Tq :]) < 1e-5
+    twin = kernels.flash_decode(q, k, v, lengths, impl="torch", **options)
+    assert relative(ours, twin) < 1e-5
+
+
+def test_decode_with_an_empty_cache_gives_zero():
+    o = kernels.flash_decode(randn(1, 1, 2, 16), randn(1, 9, 1, 16), randn(1, 9, 1, 16),
+                             torch.tensor([0]), impl="triton")
+    assert (o == 0).all()
+
+
 # ---- norm, SwiGLU, RoPE ----
 
 
