@@ -21,6 +21,7 @@ Flash-Decoding (2023), Liger Kernel (2410.10989), Cut Your Losses (2411.09009), 
 """
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -248,18 +249,16 @@ def _sequence(CU, b, T, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(X, t, T, stride, E: tl.constexpr, BE: tl.constexpr, DTYPE: tl.constexpr):
+def _load_rows(X, t, T, stride, E, BE: tl.constexpr, DTYPE: tl.constexpr):
     """Rows t (BT,) of a (T, E) matrix as (BT, BE); rows past T and columns past E read as 0."""
     e = tl.arange(0, BE)
-    keep = (t < T)[:, None]
-    if E != BE:
-        keep = keep & (e < E)[None, :]
+    keep = (t < T)[:, None] & (e < E)[None, :]
     at = t.to(tl.int64)[:, None] * stride + e[None, :]
     return tl.load(X + at, mask=keep, other=0.0).to(DTYPE)
 
 
 @triton.jit
-def _store_rows(X, x, t, T, stride, E: tl.constexpr, BE: tl.constexpr):
+def _store_rows(X, x, t, T, stride, E, BE: tl.constexpr):
     """The reverse of _load_rows."""
     e = tl.arange(0, BE)
     keep = (t < T)[:, None] & (e < E)[None, :]
@@ -1130,13 +1129,13 @@ def _loss_rows_reference(logits, t, scale, opts, grad):
 
 
 @triton.jit
-def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, V, ignore_index, z_loss, cap, smoothing,
+def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, stride, V, ignore_index, z_loss, cap, smoothing,
                CAP: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr,
                BV: tl.constexpr):
     """One program a row of logits: read it once for the loss, once more (from L2) to replace it by
-    scale dloss/dlogits."""
+    scale dloss/dlogits. Rows are `stride` long, V rounded up, so that loads stay 16 bytes wide."""
     r = tl.program_id(0).to(tl.int64)
-    LOGITS += r * V
+    LOGITS += r * stride
     t = tl.load(TARGET + r)
     valid = t != ignore_index
     inside = (t >= 0) & (t < V)
@@ -1146,9 +1145,10 @@ def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, V, ignore_index, z_loss, ca
     m, l, total = -float("inf"), 0.0, 0.0
     for v0 in range(0, V, BV):
         v = v0 + tl.arange(0, BV)
-        z = tl.load(LOGITS + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        z = tl.load(LOGITS + v, mask=v < stride, other=0.0).to(tl.float32)
         if CAP:
-            z = tl.where(v < V, cap * _tanh(z / cap), float("-inf"))
+            z = cap * _tanh(z / cap)
+        z = tl.where(v < V, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 0))
         l = l * tl.exp2((m - m_new) * _LOG2E) + tl.sum(tl.exp2((z - m_new) * _LOG2E), 0)
         if SMOOTH:
@@ -1163,9 +1163,9 @@ def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, V, ignore_index, z_loss, ca
         tl.debug_barrier()  # the target's logit has been read before it is overwritten
         for v0 in range(0, V, BV):
             v = v0 + tl.arange(0, BV)
-            z = tl.load(LOGITS + v, mask=v < V, other=float("-inf")).to(tl.float32)
+            z = tl.load(LOGITS + v, mask=v < stride, other=0.0).to(tl.float32)
             g = _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP) * scale
-            tl.store(LOGITS + v, g.to(LOGITS.dtype.element_ty), mask=v < V)
+            tl.store(LOGITS + v, g.to(LOGITS.dtype.element_ty), mask=v < stride)
 
 
 @triton.jit
@@ -1189,7 +1189,7 @@ def _chunk_rows(N, V, x):
     return max(1, triton.cdiv(N, max(chunks, 1)))
 
 
-def _chunked_loss(x, weight, t, scale, opts, kernel, want_x, want_w):
+def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
     """(loss, logprob) (N,) fp32 and the gradients of sum(scale * loss) that are wanted, or None."""
     N, V = x.shape[0], weight.shape[0]
     loss = torch.empty(N, dtype=torch.float32, device=x.device)
@@ -1197,12 +1197,14 @@ def _chunked_loss(x, weight, t, scale, opts, kernel, want_x, want_w):
     dx = torch.empty_like(x) if want_x else None
     dw = torch.zeros_like(weight) if want_w else None
     rows = _chunk_rows(N, V, x)
+    buffer = x.new_empty(min(rows, N), triton.cdiv(V, 16) * 16)
     for i in range(0, N, rows):
-        c = slice(i, i + rows)
-        logits = x[c] @ weight.t()  # (n, D) (D, V) -> (n, V)
+        c = slice(i, min(i + rows, N))
+        logits = buffer[: c.stop - i, :V]
+        torch.mm(x[c], weight.t(), out=logits)  # (n, D) (D, V) -> (n, V)
         if kernel:
-            _loss_rows[(logits.shape[0],)](
-                logits, t[c], scale[c], loss[c], logprob[c], V, *opts, CAP=opts[2] > 0,
+            _loss_rows[(c.stop - i,)](
+                logits, t[c], scale[c], loss[c], logprob[c], buffer.shape[1], V, *opts, CAP=opts[2] > 0,
                 SMOOTH=opts[3] > 0, GRAD=want_x or want_w, BV=32 if INTERPRETED else 4096,
                 **({} if INTERPRETED else {"num_warps": 16}),
             )
@@ -1215,6 +1217,100 @@ def _chunked_loss(x, weight, t, scale, opts, kernel, want_x, want_w):
         if want_w:
             dw.addmm_(logits.t(), x[c])  # (V, n) (n, D) -> (V, D)
     return loss, logprob, dx, dw
+
+
+@triton.jit
+def _logit_tile(X, W, n, v, N, V, D: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr):
+    """Logits (BN, BV) of tokens n and words v, in registers."""
+    z = tl.zeros([n.shape[0], v.shape[0]], tl.float32)
+    for d0 in range(0, D, BD):
+        x = _load_rows(X + d0, n, N, D, D - d0, BD, DOT)  # (BN, BD)
+        w = _load_rows(W + d0, v, V, D, D - d0, BD, DOT)  # (BV, BD)
+        z = tl.dot(x, tl.trans(w), z, input_precision=_PRECISION)
+    return z
+
+
+@triton.jit
+def _fused_loss(X, W, TARGET, LSE, Z_T, TOTAL, N, V, cap, D: tl.constexpr, CAP: tl.constexpr,
+                DOT: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
+    """Program (i, s) of (token tiles, S): over every S-th tile of words, each token's LSE, sum of
+    logits and target logit (0 if it lies elsewhere), merged by the caller."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    t = tl.load(TARGET + n, mask=n < N, other=-1)
+    m = tl.full([BN], float("-inf"), tl.float32)
+    l, total, z_t = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    for v0 in range(tl.program_id(1) * BV, V, tl.num_programs(1) * BV):
+        v = v0 + tl.arange(0, BV)
+        z = _logit_tile(X, W, n, v, N, V, D, BD, DOT)
+        if CAP:
+            z = cap * _tanh(z / cap)
+        inside = (v < V)[None, :]
+        total += tl.sum(tl.where(inside, z, 0.0), 1)
+        z_t += tl.sum(tl.where(v[None, :] == t[:, None], z, 0.0), 1)
+        z = tl.where(inside, z, float("-inf"))
+        m_new = tl.maximum(m, tl.max(z, 1))
+        l = l * tl.exp2((m - m_new) * _LOG2E) + tl.sum(tl.exp2((z - m_new[:, None]) * _LOG2E), 1)
+        m = m_new
+    at = tl.program_id(1) * N + n
+    tl.store(LSE + at, m + tl.log2(l) * _LN2, mask=n < N)
+    tl.store(TOTAL + at, total, mask=n < N)
+    tl.store(Z_T + at, z_t, mask=n < N)
+
+
+@triton.jit
+def _fused_gradient(X, W, TARGET, SCALE, LSE, OUT, N, V, z_loss, cap, smoothing, FOR_W: tl.constexpr,
+                    D: tl.constexpr, CAP: tl.constexpr, DOT: tl.constexpr, BN: tl.constexpr,
+                    BV: tl.constexpr, BD: tl.constexpr):
+    """One program owns BV rows of dw (or BN of dx) in OUT, fp32, and adds every tile of tokens (or
+    words) to them: D is too wide for registers, so the sum lives in L2, and has one writer."""
+    for i in range(0, tl.cdiv(N, BN) if FOR_W else tl.cdiv(V, BV)):
+        n = (i if FOR_W else tl.program_id(0)) * BN + tl.arange(0, BN)
+        v = (tl.program_id(0) if FOR_W else i) * BV + tl.arange(0, BV)
+        t = tl.load(TARGET + n, mask=n < N, other=-1)[:, None]
+        lse = tl.load(LSE + n, mask=n < N, other=float("inf"))[:, None]
+        scale = tl.load(SCALE + n, mask=n < N, other=0.0)[:, None]
+        z = _logit_tile(X, W, n, v, N, V, D, BD, DOT)
+        g = _logit_gradient(z, v[None, :], t, lse, V, z_loss, cap, smoothing, CAP)
+        g = tl.where((scale != 0.0) & (v < V)[None, :], g * scale, 0.0).to(DOT)  # (BN, BV)
+        for d0 in range(0, D, BD):
+            if FOR_W:
+                x = _load_rows(X + d0, n, N, D, D - d0, BD, DOT)  # (BN, BD)
+                out = _load_rows(OUT + d0, v, V, D, D - d0, BD, tl.float32)
+                out = tl.dot(tl.trans(g), x, out, input_precision=_PRECISION)
+                _store_rows(OUT + d0, out, v, V, D, D - d0, BD)
+            else:
+                w = _load_rows(W + d0, v, V, D, D - d0, BD, DOT)  # (BV, BD)
+                out = _load_rows(OUT + d0, n, N, D, D - d0, BD, tl.float32)
+                out = tl.dot(g, w, out, input_precision=_PRECISION)
+                _store_rows(OUT + d0, out, n, N, D, D - d0, BD)
+        tl.debug_barrier()  # the next round reads what this one wrote
+
+
+def _fused_core(x, weight, t, scale, opts, want_x, want_w):
+    """_chunked_core without logits in memory: what is kept is a few numbers a token."""
+    (N, D), V = x.shape, weight.shape[0]
+    _, z_loss, cap, smoothing = opts
+    BN, BV, BD = (16, 32, 16) if INTERPRETED else (128, 128, 64)
+    tiles = dict(D=D, CAP=cap > 0, DOT=_dot_dtype(x), BN=BN, BV=BV, BD=BD)
+    tiles.update({} if INTERPRETED else dict(num_warps=8, num_stages=3))
+    tokens, words = triton.cdiv(N, BN), triton.cdiv(V, BV)
+    splits = max(1, min(words, triton.cdiv(_programs(x, 2), max(tokens, 1))))
+    lse, z_t, total = torch.zeros(3, splits, N, dtype=torch.float32, device=x.device)
+    if N:
+        _fused_loss[tokens, splits](x, weight, t, lse, z_t, total, N, V, cap, **tiles)
+    lse, z_t, total = lse.logsumexp(0), z_t.sum(0), total.sum(0)
+    valid = t != opts[0]
+    z_t = z_t.masked_fill((t < 0) | (t >= V), math.nan)  # a bad target
+    loss = lse - (1 - smoothing) * z_t - smoothing * total / V + z_loss * lse.square()
+    loss, logprob = torch.where(valid, loss, 0.0), torch.where(valid, z_t - lse, 0.0)
+    scale, grads = torch.where(valid, scale, 0.0), []
+    for want, like, grid in ((want_x, x, tokens), (want_w, weight, words)):
+        out = torch.zeros(like.shape, dtype=torch.float32, device=x.device) if want else None
+        if want and N:
+            _fused_gradient[(grid,)](x, weight, t, scale, lse, out, N, V, z_loss, cap, smoothing,
+                                     FOR_W=like is weight, **tiles)
+        grads.append(out.to(like.dtype) if want else None)
+    return loss, logprob, *grads
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -1270,23 +1366,331 @@ def linear_cross_entropy(
     if t.device.type == "cpu" and bool(((t != ignore_index) & ((t < 0) | (t >= V))).any()):
         raise ValueError(f"targets must be in 0 .. {V - 1} or ignore_index={ignore_index}")
     kernel = _use_triton(x, "triton" if impl == "chunked" else impl)
-    if x.dtype == torch.float64:
-        loss, logprob = linear_cross_entropy_reference(
+    if x.dtype == torch.float64:  # for gradcheck
+        return linear_cross_entropy_reference(
             x, weight, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap,
-            label_smoothing=label_smoothing, reduction=reduction, return_logprobs=True,
-        )
-        return (loss, logprob) if return_logprobs else loss
-
-    def core(*args):
-        return _chunked_loss(*args[:5], kernel, *args[5:])
-
+            label_smoothing=label_smoothing, reduction=reduction, return_logprobs=return_logprobs)
+    core = _fused_core if impl == "triton" else functools.partial(_chunked_core, kernel)
     opts = (ignore_index, float(z_loss), float(softcap), float(label_smoothing))
     with torch.autocast(x.device.type, enabled=False):
         loss, logprob = _LinearCrossEntropy.apply(
-            x.reshape(-1, x.shape[-1]), weight, t, opts, reduction, core
-        )
+            x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), t.contiguous(), opts,
+            reduction, core)
     loss = loss.view(targets.shape) if reduction == "none" else loss
     return (loss, logprob.view(targets.shape)) if return_logprobs else loss
+
+
+# ---- AdamW ---------------------------------------------------------------------------------------
+# 15 operations a parameter on 28 bytes of fp32 (read p, g, m, v; write p, m, v). Torch launches a
+# kernel a list of tensors; here a table of pointers makes a whole parameter group one launch.
+
+
+def fused_adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas, eps,
+                          weight_decay, step, grad_scale=None):
+    """What fused_adamw computes, one tensor at a time."""
+    masters = masters or [None] * len(params)
+    for p, g, m, v, master in zip(params, grads, exp_avgs, exp_avg_sqs, masters):
+        w = p.float() if master is None else master
+        g = g.float() if grad_scale is None else g.float() * grad_scale
+        m.lerp_(g, 1 - betas[0])
+        v.lerp_(g.square(), 1 - betas[1])
+        m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+        w = w * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps)
+        p.copy_(w)
+        if master is not None:
+            master.copy_(w)
+
+
+@triton.jit
+def _adamw_kernel(TABLE, OWNER, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, correct2, seed,
+                  P_TYPE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                  ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """A program updates BLOCK numbers of tensor OWNER[program, 0], its OWNER[program, 1]-th block.
+    TABLE (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master, and the length."""
+    owner = OWNER + 2 * tl.program_id(0)
+    row = TABLE + 6 * tl.load(owner)
+    c = tl.load(owner + 1) * BLOCK + tl.arange(0, BLOCK)
+    keep = c < tl.multiple_of(tl.load(row + 5), ALIGN)
+    p_at = tl.multiple_of(tl.load(row).to(tl.pointer_type(P_TYPE)), ALIGN) + c
+    g_at = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(P_TYPE)), ALIGN) + c
+    m_at = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), ALIGN) + c
+    v_at = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), ALIGN) + c
+    w_at = p_at
+    if MASTER:
+        w_at = tl.multiple_of(tl.load(row + 4).to(tl.pointer_type(tl.float32)), ALIGN) + c
+    g = tl.load(g_at, mask=keep, other=0.0).to(tl.float32) * tl.load(GRAD_SCALE)
+    m = tl.load(m_at, mask=keep, other=0.0)
+    v = tl.load(v_at, mask=keep, other=0.0)
+    w = tl.load(w_at, mask=keep, other=0.0).to(tl.float32)
+    m += (g - m) * (1.0 - beta1)
+    v += (g * g - v) * (1.0 - beta2)
+    w = w * decay - lr * (m * correct1) / (tl.sqrt(v * correct2) + eps)
+    tl.store(m_at, m, mask=keep)
+    tl.store(v_at, v, mask=keep)
+    if MASTER:
+        tl.store(w_at, w, mask=keep)
+    if STOCHASTIC:  # add 16 random bits below bf16's last and cut: right on average
+        noise = tl.randint(seed, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) & 0xFFFF
+        bits = w.to(tl.int32, bitcast=True) + noise.to(tl.int32)
+        w = (bits & -65536).to(tl.float32, bitcast=True)
+    tl.store(p_at, w.to(P_TYPE), mask=keep)
+
+
+@functools.lru_cache(maxsize=64)
+def _adamw_owners(lengths, block, device):
+    """(programs, 2) int32: which tensor, and which block of it, a program updates."""
+    pairs = [(i, j) for i, n in enumerate(lengths) for j in range(triton.cdiv(n, block))]
+    return torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2).to(device)
+
+
+def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas, eps, weight_decay,
+                step, grad_scale=None, stochastic=False, impl=None):
+    """One AdamW step in place over lists of tensors of one dtype, in one launch (1711.05101, alg. 2).
+
+    params and grads fp32, bf16 or fp16; exp_avgs and exp_avg_sqs fp32, all contiguous. masters: fp32
+    copies that take the update, of which params become the rounding; without them bf16 params may
+    round stochastically. step counts from 1; grad_scale, a scalar tensor (the clip factor), multiplies
+    the gradients in the same pass.
+    """
+    if not params:
+        return
+    if len({p.dtype for p in [*params, *grads]}) > 1:
+        raise ValueError("params and grads must share one dtype: call once for each")
+    if stochastic and (params[0].dtype != torch.bfloat16 or masters):
+        raise ValueError("stochastic rounding is for bfloat16 parameters without fp32 masters")
+    if not _use_triton(params[0], impl):
+        if stochastic:
+            raise ValueError("stochastic rounding needs the kernel: impl='triton' or a GPU")
+        return fused_adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters, lr=lr, betas=betas,
+                                     eps=eps, weight_decay=weight_decay, step=step,
+                                     grad_scale=grad_scale)
+    lists = [params, grads, exp_avgs, exp_avg_sqs, masters or params]
+    if not all(x.is_contiguous() for xs in lists for x in xs):
+        raise ValueError("fused_adamw takes contiguous tensors")
+    device, block = params[0].device, 64 if INTERPRETED else 2048
+    table = [[x.data_ptr() for x in xs] + [xs[0].numel()] for xs in zip(*lists)]
+    align = 16 if all(n % 16 == 0 for row in table for n in row) else 1  # 16-byte loads, or single ones
+    owners = _adamw_owners(tuple(p.numel() for p in params), block, device)
+    grad_scale = torch.ones((), device=device) if grad_scale is None else grad_scale.float()
+    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    _adamw_kernel[(len(owners),)](
+        torch.tensor(table).to(device, non_blocking=True), owners, grad_scale,
+        1 - lr * weight_decay, lr, betas[0], betas[1], eps, 1 / (1 - betas[0] ** step),
+        1 / (1 - betas[1] ** step), step, P_TYPE=types[params[0].dtype], MASTER=masters is not None,
+        STOCHASTIC=stochastic, ALIGN=align, BLOCK=block)
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """AdamW over fused_adamw: a launch for each parameter group (and dtype in it).
+
+    bf16 parameters keep an fp32 master copy, or with stochastic=True none (4 bytes less each).
+    step(grad_scale=...) multiplies the gradients by a scalar tensor first.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                 stochastic=False, impl=None):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                      stochastic=stochastic, impl=impl))
+
+    @torch.no_grad()
+    def step(self, closure=None, grad_scale=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            live = [p for p in group["params"] if p.grad is not None]
+            group["step"] = group.get("step", 0) + 1
+            for kind in dict.fromkeys((p.dtype, p.numel() % 16 == 0) for p in live):
+                params = [p for p in live if (p.dtype, p.numel() % 16 == 0) == kind]
+                low = kind[0] != torch.float32
+                self._update(params, group, low and not group["stochastic"],
+                             low and group["stochastic"], grad_scale)
+        return loss
+
+    def _update(self, params, group, master, stochastic, grad_scale):
+        for p in params:
+            if not self.state[p]:
+                names = ("exp_avg", "exp_avg_sq")
+                self.state[p] = {n: torch.zeros_like(p, dtype=torch.float32) for n in names}
+                if master:
+                    self.state[p]["master"] = p.float()
+        lists = [[self.state[p][n] for p in params] for n in ("exp_avg", "exp_avg_sq")]
+        fused_adamw(
+            params, [p.grad for p in params], *lists,
+            [self.state[p]["master"] for p in params] if master else None, lr=group["lr"],
+            betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+            step=group["step"], grad_scale=grad_scale, stochastic=stochastic, impl=group["impl"])
+
+
+# ---- mixture of experts: a matmul for each group of rows -----------------------------------------
+# 2 N D F operations however the rows are shared out. How many rows each expert got is known only on
+# the GPU, so the grid covers the worst case and every program finds its group from the offsets.
+
+
+def grouped_mm_reference(x, w, offsets):
+    """Rows offsets[g - 1] to offsets[g] of x times w[g]; rows past the last offset give 0."""
+    ends = offsets.tolist()
+    parts = [x[a:b] @ w[g] for g, (a, b) in enumerate(zip([0, *ends], ends))]
+    return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], w.shape[-1])])
+
+
+@triton.jit
+def _grouped_kernel(X, W, Y, ENDS, G, sw_g, sw_d, sw_f, D, FF, DOT: tl.constexpr,
+                    BG: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
+    """y (N, F) = x (N, D) w[group] (D, F): program (i, f) takes the i-th tile of rows of all groups."""
+    gs = tl.arange(0, BG)
+    ends = tl.load(ENDS + gs, mask=gs < G, other=0)
+    starts = tl.load(ENDS + gs - 1, mask=(gs > 0) & (gs < G), other=0)
+    tiles = tl.where(gs < G, (ends - starts + BM - 1) // BM, 0)
+    upto = tl.cumsum(tiles, 0)
+    pid = tl.program_id(0)
+    g = tl.sum((upto <= pid).to(tl.int32), 0)  # how many groups end before this tile
+    if g >= G:
+        return
+    first = tl.sum(tl.where(gs == g, starts, 0), 0)
+    end = tl.sum(tl.where(gs == g, ends, 0), 0)
+    tile = pid - tl.sum(tl.where(gs == g, upto - tiles, 0), 0)
+    n = first + tile * BM + tl.arange(0, BM)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    acc = tl.zeros([BM, BF], tl.float32)
+    W += g.to(tl.int64) * sw_g
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        x = _load_rows(X + d0, n, end, D, D - d0, BD, DOT)  # (BM, BD)
+        w = tl.load(W + d[:, None] * sw_d + f[None, :] * sw_f,
+                    mask=(d < D)[:, None] & (f < FF)[None, :], other=0.0).to(DOT)  # (BD, BF)
+        acc = tl.dot(x, w, acc, input_precision=_PRECISION)
+    _store_rows(Y + tl.program_id(1) * BF, acc, n, end, FF, FF - tl.program_id(1) * BF, BF)
+
+
+@triton.jit
+def _grouped_weight_kernel(X, DY, DW, ENDS, D, FF, DOT: tl.constexpr, BM: tl.constexpr,
+                           BF: tl.constexpr, BD: tl.constexpr):
+    """dw[g] (D, F) = x[rows of g]' dy[rows of g]; an empty group's is 0."""
+    g = tl.program_id(2)
+    first, end = tl.load(ENDS + g - 1, mask=g > 0, other=0), tl.load(ENDS + g)
+    d0, f0 = tl.program_id(0) * BD, tl.program_id(1) * BF
+    acc = tl.zeros([BD, BF], tl.float32)
+    for n0 in range(first, end, BM):
+        n = n0 + tl.arange(0, BM)
+        x = _load_rows(X + d0, n, end, D, D - d0, BD, DOT)  # (BM, BD)
+        dy = _load_rows(DY + f0, n, end, FF, FF - f0, BF, DOT)  # (BM, BF)
+        acc = tl.dot(tl.trans(x), dy, acc, input_precision=_PRECISION)
+    DW += g.to(tl.int64) * D * FF
+    _store_rows(DW + f0, acc, d0 + tl.arange(0, BD), D, FF, FF - f0, BF)
+
+
+class _GroupedMM(torch.autograd.Function):
+    @staticmethod
+    def tiles():
+        wide = dict(BM=128, BF=128, BD=64, num_warps=8, num_stages=3)
+        return dict(BM=16, BF=16, BD=16) if INTERPRETED else wide
+
+    @staticmethod
+    def launch(x, w, ends):
+        """x (N, D), w (G, D, F) of any strides -> (N, F)."""
+        (N, D), (G, _, FF), tiles = x.shape, w.shape, _GroupedMM.tiles()
+        y = x.new_zeros(N, FF)
+        if N and FF:
+            _grouped_kernel[triton.cdiv(N, tiles["BM"]) + G, triton.cdiv(FF, tiles["BF"])](
+                x, w, y, ends, G, *w.stride(), D, FF, DOT=_dot_dtype(x),
+                BG=triton.next_power_of_2(G), **tiles)
+        return y
+
+    @staticmethod
+    def forward(ctx, x, w, ends):
+        ctx.save_for_backward(x, w, ends)
+        return _GroupedMM.launch(x, w, ends)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, w, ends), dy, tiles = ctx.saved_tensors, dy.contiguous(), _GroupedMM.tiles()
+        dx = _GroupedMM.launch(dy, w.mT, ends) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        dw = torch.zeros(w.shape, dtype=w.dtype, device=w.device)
+        (G, D, FF), (BD, BF) = w.shape, (tiles.pop("BF"),) * 2
+        tiles.update(BD=BD, BF=BF, BM=tiles["BM"] // 2 if not INTERPRETED else 16)
+        if dw.numel():
+            _grouped_weight_kernel[triton.cdiv(D, BD), triton.cdiv(FF, BF), G](
+                x, dy, dw, ends, D, FF, DOT=_dot_dtype(x), **tiles)
+        return dx, dw, None
+
+
+def grouped_mm(x, w, offsets, *, impl=None):
+    """Each group of rows times its own matrix: the experts' matmul of a sorted mixture of experts.
+
+    x (N, D), w (G, D, F), offsets (G,) integers, non-decreasing: group g is rows offsets[g - 1] (0
+    for the first) to offsets[g], perhaps none. Returns (N, F); rows past the last offset give 0.
+    """
+    if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[1] or offsets.shape != w.shape[:1]:
+        raise ValueError(f"x {tuple(x.shape)}, w {tuple(w.shape)}, offsets {tuple(offsets.shape)}: "
+                         "need (N, D), (G, D, F), (G,)")
+    if not _use_triton(x, impl):
+        return grouped_mm_reference(x, w, offsets)
+    return _GroupedMM.apply(x.contiguous(), w, offsets.to(torch.int32))
+
+
+# ---- X X' at half the work -----------------------------------------------------------------------
+# Muon's Newton-Schulz needs A = X X' and A A', both symmetric: tiles below the diagonal are computed
+# and stored twice, M^2 K operations in place of 2 M^2 K.
+
+
+def symmetric_mm_reference(x):
+    """x @ x' over the last two dimensions."""
+    return x @ x.mT
+
+
+@triton.jit
+def _symmetric_kernel(X, Y, M, K, sx_b, sx_m, sx_k, DOT: tl.constexpr, BM: tl.constexpr,
+                      BK: tl.constexpr):
+    p, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)  # p = row (row + 1) / 2 + column
+    row += tl.where((row + 1) * (row + 2) // 2 <= p, 1, 0)  # where the root was rounded
+    row -= tl.where(row * (row + 1) // 2 > p, 1, 0)
+    i = row * BM + tl.arange(0, BM)
+    j = (p - row * (row + 1) // 2) * BM + tl.arange(0, BM)
+    acc = tl.zeros([BM, BM], tl.float32)
+    X += b * sx_b
+    for k0 in range(0, K, BK):
+        k = (k0 + tl.arange(0, BK))[None, :]
+        a = tl.load(X + i.to(tl.int64)[:, None] * sx_m + k * sx_k,
+                    mask=(i < M)[:, None] & (k < K), other=0.0).to(DOT)  # (BM, BK)
+        c = tl.load(X + j.to(tl.int64)[:, None] * sx_m + k * sx_k,
+                    mask=(j < M)[:, None] & (k < K), other=0.0).to(DOT)
+        acc = tl.dot(a, tl.trans(c), acc, input_precision=_PRECISION)
+    Y += b * M * M
+    i, j, y = i.to(tl.int64)[:, None], j[None, :], acc.to(Y.dtype.element_ty)
+    keep = (i < M) & (j <= i)
+    tl.store(Y + i * M + j, y, mask=keep)
+    tl.store(Y + j * M + i, y, mask=keep & (j < i))
+
+
+class _SymmetricMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        B, M, K = x.shape
+        y = torch.empty(B, M, M, dtype=x.dtype, device=x.device)
+        options = dict(BM=128, BK=64, num_warps=8, num_stages=3)
+        options = dict(BM=16, BK=16) if INTERPRETED else options
+        tiles = triton.cdiv(M, options["BM"])
+        if y.numel():
+            _symmetric_kernel[tiles * (tiles + 1) // 2, B](x, y, M, K, *x.stride(), **options,
+                                                          DOT=_dot_dtype(x))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (dy + dy.mT) @ ctx.saved_tensors[0]
+
+
+def symmetric_mm(x, *, impl=None):
+    """x @ x.mT for x (..., M, K) -> (..., M, M), only one triangle of tiles computed."""
+    if x.dim() < 2:
+        raise ValueError(f"x must be (..., M, K), got {tuple(x.shape)}")
+    if not _use_triton(x, impl):
+        return symmetric_mm_reference(x)
+    y = _SymmetricMM.apply(x.reshape(-1, *x.shape[-2:]))  # (..., M, K) -> (B, M, K)
+    return y.view(*x.shape[:-1], x.shape[-2])
 
 
 def main(argv=None):

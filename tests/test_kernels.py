@@ -235,7 +235,7 @@ def test_rope_is_a_complex_rotation(interleaved, positions, impl):
 # ---- the loss ----
 
 
-@pytest.mark.parametrize("impl", ["torch", "chunked"])
+@pytest.mark.parametrize("impl", ["torch", "chunked", "triton"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -264,3 +264,69 @@ def test_linear_cross_entropy(impl, options):
         return kernels.linear_cross_entropy(x, w, t.to(TRITON), impl=impl, **options)
 
     agree(ours, twin, (randn(N, D), randn(V, D, seed=1)))
+
+
+# ---- AdamW, experts, Muon ----
+
+
+@pytest.mark.parametrize("offsets", [[0, 20, 20, 53, 60], [7, 7, 7, 7, 7], [0, 0, 0, 0, 64]])
+def test_grouped_mm(offsets):
+    ends = torch.tensor(offsets)
+
+    def twin(x, w):
+        group = torch.searchsorted(ends, torch.arange(64), right=True)
+        rows = w[group.clamp_max(4)] * (group < 5)[:, None, None]  # one matrix a row
+        return torch.einsum("nd,ndf->nf", x, rows)
+
+    for impl in ("torch", "triton"):
+        agree(lambda x, w, i=impl: kernels.grouped_mm(x, w, ends.to(x.device), impl=i), twin,
+              (randn(64, 20), randn(5, 20, 37, seed=1)))
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (70, 33), (2, 3, 17, 16)])
+def test_symmetric_mm(shape):
+    for impl in ("torch", "triton"):
+        agree(lambda x, i=impl: kernels.symmetric_mm(x, impl=i), lambda x: x @ x.mT, [randn(*shape)])
+    x = randn(*shape).to(TRITON)
+    y = kernels.symmetric_mm(x.mT, impl="triton")
+    assert relative(y, x.double().mT @ x.double()) < 1e-5 and (y == y.mT).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_fused_adamw_is_torchs(impl):
+    shapes = [(7,), (33, 5), (1,), (130,)]
+    ours = [torch.nn.Parameter(randn(*s, seed=i).to(TRITON)) for i, s in enumerate(shapes)]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    options = dict(lr=0.03, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
+    a = kernels.FusedAdamW(ours, impl=impl, **options)
+    b = torch.optim.AdamW(theirs, **options)
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(ours, theirs)):
+            p.grad = randn(*p.shape, seed=100 * step + i).to(TRITON)
+            q.grad = p.grad * 0.25
+        a.step(grad_scale=torch.tensor(0.25, device=TRITON))
+        b.step()
+    for p, q in zip(ours, theirs):
+        assert relative(p, q) < 1e-6
+        assert relative(a.state[p]["exp_avg_sq"], b.state[q]["exp_avg_sq"]) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_adamw_master_weights_keep_small_steps(impl):
+    p = torch.nn.Parameter(torch.full((100,), 256.0, dtype=torch.bfloat16, device=TRITON))
+    opt = kernels.FusedAdamW([p], lr=0.01, weight_decay=0.0, impl=impl)
+    for _ in range(200):  # 0.01 is far below bf16's step of 2 at 256: 200 of them are one
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert opt.state[p]["master"].sub(254.0).abs().max() < 0.01
+    assert (p == 254.0).all()
+
+
+def test_adamw_stochastic_rounding_is_right_on_average():
+    p = torch.nn.Parameter(torch.full((4096,), 256.0, dtype=torch.bfloat16, device=TRITON))
+    opt = kernels.FusedAdamW([p], lr=0.5, weight_decay=0.0, stochastic=True, impl="triton")
+    p.grad = torch.ones_like(p)
+    opt.step()
+    # 255.5 lies between bf16's 255 and 256: half of 4096 coins each, standard deviation 0.0078
+    assert set(p.detach().float().unique().tolist()) == {255.0, 256.0}
+    assert abs(p.detach().float().mean().item() - 255.5) < 5 * 0.0078
