@@ -1,4 +1,4 @@
-"""Common Crawl to training tokens: read, extract, filter, deduplicate, tokenise, and account for it.
+"""Common Crawl to training tokens: extract, filter, deduplicate, tokenise, and account for it.
 
     python filter_data.py run --input 'crawl/*.warc.gz' --out data/      # everything, resumable
     torchrun --nnodes 4 filter_data.py run --input 'crawl/*.wet.gz' --out /shared/data/
@@ -33,12 +33,12 @@ import os
 import re
 import shutil
 import signal
-import string
 import sys
 import tempfile
 import threading
 import time
 import unicodedata
+import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -70,18 +70,19 @@ class Page(NamedTuple):
 class ByteStream:
     """The bytes of a plain or gzip file through a small buffer, able to go on behind damage.
 
-    Common Crawl compresses every record as a gzip member of its own so that a reader can start at
-    any of them. After damage we look for the next member from just behind the *start* of the broken
-    one: inflating may have swallowed the start of its neighbour before it noticed.
+    Common Crawl compresses each record as a gzip member of its own, so that one can start at any of
+    them. After damage we look for the next member from just behind the *start* of the broken one:
+    inflating may have swallowed the start of its neighbour before it noticed.
     """
 
     def __init__(self, path):
         self.file = open(path, "rb")
         self.is_gzip = self.file.read(2) == b"\x1f\x8b"
         self.buffer = bytearray()
-        self._begin(0)
+        self.begin(0)
 
-    def _begin(self, offset: int) -> None:
+    def begin(self, offset: int) -> None:
+        """Read on from this offset of the file."""
         self.file.seek(offset)
         self.member, self.raw, self.damaged = offset, b"", False
         self.inflater = zlib.decompressobj(31)
@@ -89,8 +90,7 @@ class ByteStream:
     def fill(self) -> bool:
         """Append up to 1 MiB to the buffer; False at the end of the file or at damage."""
         if not self.is_gzip:
-            chunk = self.file.read(1 << 16)
-            self.buffer += chunk
+            self.buffer += (chunk := self.file.read(1 << 16))
             return bool(chunk)
         while not self.damaged:
             if self.inflater.eof:
@@ -98,47 +98,41 @@ class ByteStream:
                 self.member = self.file.tell() - len(self.raw)
                 self.inflater = zlib.decompressobj(31)
             self.raw = self.raw or self.file.read(1 << 16)
-            if not self.raw:  # the file ends: inside a member it was cut off
-                self.damaged = self.file.tell() > self.member
-                return False
             try:
                 chunk = self.inflater.decompress(self.raw, 1 << 20)
             except zlib.error:
-                self.damaged = True
+                chunk, self.damaged = b"", True
+            if not self.raw:  # the file ends; inside a member, if any of it was read
+                self.damaged = self.file.tell() > self.member
                 return False
             self.raw = self.inflater.unconsumed_tail
+            self.buffer += chunk
             if chunk:
-                self.buffer += chunk
                 return True
         return False
 
     def restart(self) -> bool:
-        """After damage: continue at the next gzip member; False when there is none."""
+        """After damage: go to the next gzip member; False when there is none."""
         offset, tail = self.member + 1, b""
         self.file.seek(offset)
         while block := self.file.read(1 << 20):
-            found = re.search(rb"\x1f\x8b\x08[\x00-\x1f]", tail + block)
-            if found:
+            if found := re.search(rb"\x1f\x8b\x08[\x00-\x1f]", tail + block):
                 self.buffer.clear()
-                self._begin(offset - len(tail) + found.start())
+                self.begin(offset - len(tail) + found.start())
                 return True
             offset, tail = offset + len(block), block[-3:]
         return False
 
-    def next_record(self, counts: Counter) -> bool:
+    def find_record(self, counts: Counter) -> bool:
         """Drop bytes up to the next `WARC/1.x` line; False at the end of the file."""
-        while True:
-            found = RECORD_START.search(self.buffer)
-            if found and found.end() < len(self.buffer):
-                del self.buffer[: found.start(1)]
-                return True
+        while not (found := RECORD_START.search(self.buffer)):
             del self.buffer[:-64]
             if not self.fill():
-                if not self.damaged:
+                counts["damaged_gzip"] += self.damaged
+                if not self.damaged or not self.restart():
                     return False
-                counts["damaged_gzip"] += 1
-                if not self.restart():
-                    return False
+        del self.buffer[: found.start(1)]
+        return True
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes, fewer at the end of the file or at damage."""
@@ -148,20 +142,19 @@ class ByteStream:
         del self.buffer[:size]
         return block
 
-    def take_headers(self) -> dict[str, str] | None:
-        """Header lines up to the blank one, names in lower case; None when they never end."""
+    def take_headers(self) -> dict[str, str]:
+        """Header lines up to the blank one; {} when they do not end within 64 KiB."""
         while not (end := re.search(rb"\r?\n\r?\n", self.buffer)):
             if len(self.buffer) > 1 << 16 or not self.fill():
-                del self.buffer[:5]  # so that the search for the next record moves on
-                return None
+                self.take(5)  # behind this "WARC/", to find the next
+                return {}
         return parse_headers(self.take(end.end()))
 
     def at_boundary(self) -> bool:
         """Whether a record ends here: only newlines, then the next record or the end."""
         while len(self.buffer) < 16 and self.fill():
             pass
-        rest = self.buffer[:16].lstrip(b"\r\n")
-        return not rest or rest.startswith(b"WARC/")
+        return self.buffer[:16].lstrip(b"\r\n")[:5] in (b"", b"WARC/")
 
 
 def parse_headers(block: bytes) -> dict[str, str]:
@@ -174,28 +167,24 @@ def parse_headers(block: bytes) -> dict[str, str]:
 def dechunk(body: bytes) -> bytes:
     """Undo HTTP's chunked transfer coding; a body that is not chunked comes back as it is.
 
-    wget stores bodies as they came over the wire, Common Crawl stores them decoded but may keep the
-    header, so the body and not the header decides.
+    wget stores bodies as they came over the wire; Common Crawl stores them decoded and may keep the
+    header all the same. So the body decides, not the header.
 
     >>> dechunk(b"5\\r\\nhello\\r\\n1\\r\\n!\\r\\n0\\r\\n\\r\\n")
     b'hello!'
     """
-    parts, at = [], 0
-    while size := re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n").match(body, at):
-        length = int(size[1], 16)
-        if length == 0:
-            break
-        parts.append(body[size.end() : size.end() + length])
-        at = size.end() + length + 2
-        if body[at - 2 : at] not in (b"\r\n", b"\r", b""):
-            return body if len(parts) == 1 else b"".join(parts)
-    return b"".join(parts) if parts else body
+    parts, at, pattern = [], 0, re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+    while size := pattern.match(body, at):
+        at = size.end() + int(size[1], 16)
+        parts.append(body[size.end() : at])
+        if body[at : at + 2] != b"\r\n" and (at < len(body) or len(parts) == 1):
+            return body  # text that only looks like a size; a later chunk may be cut off
+        at += 2
+    return b"".join(parts) or body
 
 
 def inflate(body: bytes, max_bytes: int) -> bytes:
     """Undo gzip or deflate if the body really is compressed; at most `max_bytes` come out."""
-    if body[:2] != b"\x1f\x8b" and body[:1] != b"\x78":
-        return body
     try:
         return zlib.decompressobj(47).decompress(body, max_bytes)
     except zlib.error:
@@ -205,29 +194,27 @@ def inflate(body: bytes, max_bytes: int) -> bytes:
 def page_of(headers: dict, block: bytes, max_bytes: int, counts: Counter) -> Page | None:
     """The page in a record, or None (counted by reason) when it holds no readable one."""
     url = headers.get("warc-target-uri", "").strip("<>")  # wget writes <http://...>
-    kind = headers.get("warc-type")
-    if kind == "conversion":
+    if headers.get("warc-type") == "conversion":
         return Page(url, "text/plain", "utf-8", block)
-    if kind != "response":
-        counts["other_records"] += 1
-        return None
     end = re.search(rb"\r?\n\r?\n", block)
     http = parse_headers(block[: end.start()] if end else b"")
-    if not re.match(r"HTTP/\S+ 200\b", http[":"]):
-        counts["not_status_200"] += 1
-        return None
     declared = http.get("content-type", "").lower()
-    content_type = (headers.get("warc-identified-payload-type") or declared).split(";")[0].strip()
-    if content_type not in ("text/html", "application/xhtml+xml", "text/plain"):
+    kind = (headers.get("warc-identified-payload-type") or declared).split(";")[0].strip()
+    if headers.get("warc-type") != "response":
+        counts["other_records"] += 1
+    elif not re.match(r"HTTP/\S+ 200\b", http[":"]):
+        counts["not_status_200"] += 1
+    elif kind not in ("text/html", "application/xhtml+xml", "text/plain"):
         counts["not_html_or_text"] += 1
-        return None
-    body = block[end.end() :]
-    if "chunked" in http.get("transfer-encoding", "").lower():
-        body = dechunk(body)
-    if http.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
-        body = inflate(body, max_bytes)
-    charset = re.search(r"charset=[\"']?([\w.:-]+)", declared)
-    return Page(url, content_type, charset and charset[1], body)
+    else:
+        body = block[end.end() :] if end else b""
+        if "chunked" in http.get("transfer-encoding", "").lower():
+            body = dechunk(body)
+        if http.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
+            body = inflate(body, max_bytes)
+        charset = re.search(r"charset=[\"']?([\w.:-]+)", declared)
+        return Page(url, kind, charset and charset[1], body)
+    return None
 
 
 def read_warc(path, max_bytes: int = MAX_BYTES, counts: Counter | None = None) -> Iterator[Page]:
@@ -235,125 +222,122 @@ def read_warc(path, max_bytes: int = MAX_BYTES, counts: Counter | None = None) -
 
     A record that cannot be used is skipped and counted in `counts`: "truncated" (the file ends
     inside it), "misaligned" (its Content-Length is wrong), "too_large" (over `max_bytes`; never
-    held in memory), "bad_header", "damaged_gzip", "not_warc". After each, reading resumes at the
-    next thing that looks like a record, so a bad record never costs its neighbours.
+    held in memory), "bad_header", "damaged_gzip", "not_warc". Reading resumes at the next thing
+    that looks like a record, so that a bad record never costs its neighbours.
     """
     counts = Counter() if counts is None else counts
     stream, records = ByteStream(path), 0
     with stream.file:
-        while stream.next_record(counts):
+        while stream.find_record(counts):
             records += 1
             headers = stream.take_headers()
-            if headers is None or not headers.get("content-length", "").isdecimal():
+            length = headers.get("content-length", "")
+            if not length.isascii() or not length.isdecimal():
                 counts["bad_header"] += 1
-                continue
-            size = int(headers["content-length"])
-            if size > max_bytes:  # its own length may be the lie, so search rather than skip
+            elif int(length[:20]) > max_bytes:  # search, not skip: the length may be the lie
                 counts["too_large"] += 1
-                continue
-            block = stream.take(size)
-            if len(block) < size or not stream.at_boundary():
-                counts["truncated" if len(block) < size else "misaligned"] += 1
+            elif len(block := stream.take(int(length))) < int(length) or not stream.at_boundary():
+                counts["truncated" if len(block) < int(length) else "misaligned"] += 1
                 stream.buffer[:0] = block  # a neighbour may be inside
-                continue
-            page = page_of(headers, block, max_bytes, counts)
-            if page:
+            elif page := page_of(headers, block, max_bytes, counts):
                 counts["pages"] += 1
                 yield page
-    if records == 0:
-        counts["not_warc"] += 1
+    counts["not_warc"] += records == 0
 
 
 # ---- HTML to text --------------------------------------------------------------------------------
 
-# What browsers decode a label as (WHATWG Encoding Standard), where Python differs: Latin-1 pages
-# are really Windows-1252, GB2312 pages use GBK's extra characters, and so on.
+# Charsets that browsers decode as another, larger one (WHATWG Encoding Standard): "Latin-1" pages
+# are really Windows-1252, "GB2312" pages use GBK's extra characters, and so on.
 WHATWG = {
-    "latin1": "cp1252", "latin-1": "cp1252", "iso-8859-1": "cp1252", "iso8859-1": "cp1252",
-    "l1": "cp1252", "ascii": "cp1252", "us-ascii": "cp1252", "iso-8859-9": "cp1254",
-    "latin5": "cp1254", "iso-8859-11": "cp874", "tis-620": "cp874", "gb2312": "gb18030",
-    "gb_2312-80": "gb18030", "gbk": "gb18030", "x-gbk": "gb18030", "chinese": "gb18030",
-    "shift_jis": "cp932", "shift-jis": "cp932", "sjis": "cp932", "x-sjis": "cp932",
-    "euc-kr": "cp949", "ks_c_5601-1987": "cp949", "ksc5601": "cp949", "korean": "cp949",
-    "x-euc-jp": "euc_jp", "big5": "big5hkscs", "x-x-big5": "big5hkscs", "dos-874": "cp874",
-    "windows-874": "cp874", "x-cp1251": "cp1251", "x-cp1252": "cp1252", "koi8": "koi8-r",
-    "iso-8859-8-i": "iso-8859-8", "x-mac-cyrillic": "mac_cyrillic", "macintosh": "mac_roman",
-    "unicode-1-1-utf-8": "utf-8", "x-user-defined": "cp1252",
-}  # fmt: skip
+    alias: codec
+    for codec, aliases in {
+        "cp1252": "latin1 latin-1 iso-8859-1 iso8859-1 iso_8859-1 l1 ascii us-ascii x-cp1252 "
+        "x-user-defined utf-7",
+        "cp1254": "iso-8859-9 latin5 l5", "cp874": "iso-8859-11 tis-620 dos-874 windows-874",
+        "gb18030": "gb2312 gb_2312-80 gbk x-gbk chinese iso-ir-58", "big5hkscs": "big5 x-x-big5",
+        "cp932": "shift_jis shift-jis sjis x-sjis ms_kanji windows-31j", "euc_jp": "x-euc-jp",
+        "cp949": "euc-kr ks_c_5601-1987 ksc5601 ksc_5601 korean", "cp1251": "x-cp1251",
+        "iso-8859-8": "iso-8859-8-i logical", "mac_cyrillic": "x-mac-cyrillic", "koi8-r": "koi8",
+        "utf-8": "unicode-1-1-utf-8 x-unicode20utf8",
+    }.items()
+    for alias in aliases.split()
+}
 
 
 def find_codec(label: str | None) -> str | None:
     """Python's codec for a declared charset, or None if there is no such text encoding."""
-    label = WHATWG.get((label or "").strip().lower(), label or "")
+    label = (label or "").strip().lower()
     try:
-        codec = codecs.lookup(label)
+        b"a".decode(codec := WHATWG.get(label, label), "replace")
+        return codecs.lookup(codec).name
     except (LookupError, ValueError):
         return None
-    return codec.name if codec._is_text_encoding and codec.name != "utf-7" else None
 
 
 def decode_html(body: bytes, charset: str | None = None) -> str:
-    """Bytes of a page to text: byte order mark, valid UTF-8, the header's charset, <meta>'s, cp1252.
+    """Bytes of a page to text: byte order mark, valid UTF-8, header's charset, <meta>'s, cp1252.
 
-    Valid UTF-8 beats the declarations because text of another encoding is almost never valid UTF-8
+    Valid UTF-8 beats the declarations because text in another encoding is almost never valid UTF-8
     by accident, while wrong declarations are common. The incremental decoder forgives a character
     cut in two at the end: Common Crawl truncates pages at 1 MiB.
     """
-    for mark, codec in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+    marks = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+    for mark, codec in marks.items():
         if body.startswith(mark):
             return body[len(mark) :].decode(codec, "replace")
-    meta = re.search(rb"<(?:meta|\?xml)[^>]{1,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)", body[:4096], re.I)
+    meta = re.search(rb"<(?:meta|\?xml)[^>]{1,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)",
+                     body[:4096], re.I)
     declared = [find_codec(charset), find_codec(meta[1].decode("latin-1")) if meta else None]
-    seven_bit = [c for c in declared if c in ("iso2022_jp", "hz")]  # these look like valid UTF-8
-    tries = [*seven_bit, "utf-8", *filter(None, declared)]
-    for codec in tries:
-        try:
+    declared = [codec for codec in declared if codec]
+    ascii_like = [c for c in declared if c in ("iso2022_jp", "hz") or b"\0" in body[:64]]
+    for codec in (*ascii_like, "utf-8", *declared):
+        with contextlib.suppress(ValueError):
             return codecs.getincrementaldecoder(codec)("strict").decode(body)
-        except (UnicodeDecodeError, ValueError):
-            continue
-    return body.decode(next(filter(None, declared), "cp1252"), "replace")
+    return body.decode(declared[0] if declared else "cp1252", "replace")
 
 
-TAG = re.compile(r"<(/?)([a-zA-Z][\w:-]*)[^<>]*>|<[!?/][^<>]*>")
-BLOCKS = frozenset(
-    "address article aside blockquote body br dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 head header "
-    "hr html li main nav ol option p pre section table td th title tr ul".split()
-)
+TAG = re.compile(r"<!--|<(/?)([a-zA-Z][\w:-]*)[^<>]*>|<[!?/][^<>]*>")
+BLOCKS = frozenset("address article aside blockquote body br dd div dl dt fieldset figure footer form "
+                   "h1 h2 h3 h4 h5 h6 head header hr html li main nav ol option p pre section "
+                   "table td th title tr ul".split())
 
 
 def plain_text(html: str) -> str:
     """HTML to text with the standard library alone: tags dropped, blocks become lines.
 
-    One pass that never looks back: a closing tag that is missing is searched for once, so
+    One pass that never looks back, and a closing tag that is missing is searched for once, so
     60 kB of "<a <a <a" or of "<!--" costs no more than 60 kB of prose.
 
     >>> plain_text("<p>Fish &amp; <b>chips</b></p><script>var a</script><p>Tea</p>")
     'Fish & chips\\nTea'
     """
-    parts, at, missing = [], 0, set()
-    lower = html.lower()
+    parts, at, missing, lower = [], 0, set(), html.lower()
+    lower = lower if len(lower) == len(html) else html  # some capitals are two letters when small
     while tag := TAG.search(html, at):
         parts.append(html[at : tag.start()])
         at, name = tag.end(), (tag[2] or "").lower()
-        end = "-->" if html.startswith("<!--", tag.start()) else f"</{name}"
-        if (end == "-->" or name in ("script", "style", "noscript", "template")) and not tag[1]:
-            close = -1 if end in missing else lower.find(end, tag.start() + 2 if end == "-->" else at)
-            if close >= 0:
-                at = close + 3 if end == "-->" else close
-            else:
+        comment = html.startswith("<!--", tag.start())
+        if comment or (name in ("script", "style", "noscript", "template") and not tag[1]):
+            end = "-->" if comment else f"</{name}"
+            found = -1 if end in missing else lower.find(end, tag.start() + 2 if comment else at)
+            if found < 0:
                 missing.add(end)
+            else:
+                at = found + 3 * comment
         elif name in BLOCKS:
             parts.append("\n")
-    parts.append(html[at:])
-    lines = (" ".join(line.split()) for line in unescape("".join(parts)).split("\n"))
-    return "\n".join(line for line in lines if line)
+    lines = unescape("".join([*parts, html[at:]])).split("\n")
+    return "\n".join(line for line in (" ".join(line.split()) for line in lines) if line)
 
 
-def extract_text(html_bytes: bytes, charset: str | None = None, main_content: bool = False) -> str | None:
+def extract_text(
+    html_bytes: bytes, charset: str | None = None, main_content: bool = False
+) -> str | None:
     """The visible text of a page, or None when it is binary or holds no text.
 
     `charset` is what the HTTP header declared. `main_content` leaves out menus and footers
-    (resiliparse's heuristic). Without resiliparse installed the plain extraction above is used.
+    (resiliparse's heuristic). Without resiliparse installed, `plain_text` does the work.
     """
     html = decode_html(html_bytes, charset)
     if "\0" in html or html.startswith("%PDF-"):
@@ -368,13 +352,13 @@ def extract_text(html_bytes: bytes, charset: str | None = None, main_content: bo
 
 # ---- language and classifiers (fastText) ---------------------------------------------------------
 
-# The label that means "drop" in the published models (Dolma's Jigsaw classifiers, DCLM's) and ours.
+# The label that means "drop", in the published models (Dolma's, DCLM's) and in ours.
 BAD_LABEL = {"nsfw": "nsfw", "toxic": "toxic", "quality": "cc"}
 
 
 @functools.lru_cache(maxsize=8)
 def load_fasttext(path: str):
-    """Load a fastText model once per process. ValueError: no file there, or not a model."""
+    """Load a fastText model, once per process. ValueError: no file there, or not a model."""
     import fasttext
 
     if not os.path.isfile(path):
@@ -382,36 +366,34 @@ def load_fasttext(path: str):
                          f"`filter_data.py train --model {path} --input LABEL=FILE ...`")
     fasttext.FastText.eprint = lambda *_: None
     try:
-        return fasttext.load_model(str(path))
+        return fasttext.load_model(path)
     except (ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} is not a fastText model ({error})") from None
 
 
 def predict(text: str, model: str, k: int = 1) -> list[tuple[str, float]]:
-    """The `k` likeliest labels of one text with their probabilities, likeliest first.
+    """The `k` likeliest labels (-1: all) with their probabilities; [] for a text without words.
 
     Goes below fastText's Python wrapper, whose np.array(copy=False) numpy 2 refuses. A newline
     would silently end the text, and probabilities come back up to 1e-5 above 1.
     """
-    line = text.replace("\n", " ").encode("utf-8", "replace").decode()  # no lone surrogates
-    found = load_fasttext(str(model)).f.predict(line + "\n", k, 0.0, "strict")
+    line = " ".join(text.split()).encode("utf-8", "replace").decode()  # no lone surrogates
+    found = load_fasttext(os.fspath(model)).f.predict(line + "\n", k, 0.0, "strict") if line else []
     return [(label.removeprefix("__label__"), min(1.0, max(0.0, float(p)))) for p, label in found]
 
 
-def download_lid(path: str, url: str = LID_URL) -> str:
-    """Fetch fastText's 0.9 MB language model to `path` unless it is there; ValueError if altered."""
+def download_language_model(path: str, url: str = LID_URL, sha256: str = LID_SHA256) -> str:
+    """Fetch fastText's language model to `path` unless it is there; ValueError if it was altered."""
     if os.path.exists(path):
         return path
-    from urllib.request import urlopen
-
     try:
-        with urlopen(url, timeout=60) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             data = response.read()
     except OSError as error:
-        raise ValueError(f"cannot download {url} ({error}): fetch it by other means and pass its "
-                         f"path with --language-model") from None
-    if hashlib.sha256(data).hexdigest() != LID_SHA256:
-        raise ValueError(f"{url} does not have the expected SHA-256 {LID_SHA256}")
+        raise ValueError(f"cannot download {url} ({error}): fetch it by other means and give its "
+                         "path with --language-model") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{url} does not have the expected SHA-256 {sha256}: not used")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with replacing(path) as file:
         file.write(data)
@@ -421,35 +403,33 @@ def download_lid(path: str, url: str = LID_URL) -> str:
 def identify_language(text: str, model: str | None = None) -> tuple[str, float]:
     """Language of a text (ISO 639 code) and its probability in [0, 1]; ("und", 0.0) for no text.
 
-    `model` is lid.176.bin or .ftz, downloaded to ~/.cache/scratchlm if not given. Reads 2,000
+    `model` is lid.176.bin or .ftz; the .ftz (0.9 MB) is downloaded if not given. Reads 2,000
     characters: that agrees with the whole text on 99.7 % of pages and is five times faster.
     """
-    if model is None:
-        model = download_lid(os.path.expanduser("~/.cache/scratchlm/lid.176.ftz"))
-    found = predict(text[:2000], model) if text.strip() else []
-    return found[0] if found else ("und", 0.0)
+    model = model or download_language_model(os.path.expanduser("~/.cache/scratchlm/lid.176.ftz"))
+    return (predict(text[:2000], model) or [("und", 0.0)])[0]
 
 
 def classify_nsfw(text: str, model: str = "models/nsfw.bin") -> tuple[str, float]:
-    """("nsfw" or "non-nsfw", probability) by a fastText model, such as Dolma's Jigsaw classifier."""
-    return predict(text, model)[0] if text.strip() else ("non-nsfw", 0.0)
+    """("nsfw" or "non-nsfw", probability) by a fastText model such as Dolma's."""
+    return (predict(text, model) or [("non-nsfw", 0.0)])[0]
 
 
 def classify_toxic_speech(text: str, model: str = "models/toxic.bin") -> tuple[str, float]:
-    """("toxic" or "non-toxic", probability) by a fastText model."""
-    return predict(text, model)[0] if text.strip() else ("non-toxic", 0.0)
+    """("toxic" or "non-toxic", probability) by a fastText model such as Dolma's."""
+    return (predict(text, model) or [("non-toxic", 0.0)])[0]
 
 
 def classify_quality(text: str, model: str = "models/quality.bin") -> tuple[str, float]:
-    """("wiki" or "cc", probability): like what Wikipedia links to, or like the rest of a crawl."""
-    return predict(text, model)[0] if text.strip() else ("cc", 0.0)
+    """("wiki" or "cc", probability): like a page Wikipedia links to, or like any of the crawl."""
+    return (predict(text, model) or [("cc", 0.0)])[0]
 
 
 def bad_probability(text: str, task: str, model: str) -> float:
     """Probability that `text` is what the classifier of `task` ("nsfw", ...) is there to remove."""
-    found = dict(predict(text, model, k=-1)) if text.strip() else {}
+    found = dict(predict(text, model, k=-1))
     if found and BAD_LABEL[task] not in found:
-        raise ValueError(f"--{task} {model}: has the labels {', '.join(sorted(found))}, but needs "
+        raise ValueError(f"--{task} {model}: knows the labels {', '.join(sorted(found))}, but needs "
                          f"one called {BAD_LABEL[task]}")
     return found.get(BAD_LABEL[task], 0.0)
 
@@ -509,12 +489,12 @@ class Words(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def character_classes() -> np.ndarray:
     """(0x110000,) uint8: 0 punctuation, symbol, accent, control; 1 other; 2 letter; 3 white space."""
-    kinds = {"L": 2, "P": 0, "S": 0, "C": 0}
-    category = unicodedata.category
-    chars = map(chr, range(0x110000))
-    return np.array(
-        [3 if c.isspace() else 0 if category(c) == "Mn" else kinds.get(category(c)[0], 1) for c in chars], np.uint8
-    )
+    kinds = {"L": 2, "N": 1, "Z": 3, "M": 1, "P": 0, "S": 0, "C": 0}
+    table = np.zeros(0x110000, np.uint8)
+    for c in range(0x34000):  # no letters are assigned above
+        category = unicodedata.category(chr(c))
+        table[c] = 3 if chr(c).isspace() else 0 if category == "Mn" else kinds[category[0]]
+    return table
 
 
 @functools.lru_cache(maxsize=4)
@@ -863,6 +843,9 @@ def exact_line_deduplication(input_files: list, output_directory, keep: str = "n
 # ---- near-duplicates: MinHash and LSH ------------------------------------------------------------
 
 
+EMPTY = np.uint32(0xFFFFFFFF)  # fills the signature of a text without words
+
+
 def normalise(text: str) -> str:
     """Lower case, NFD, no accents, punctuation or symbols, single spaces: the course's normal form.
 
@@ -896,129 +879,137 @@ def shingles(texts: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
     return hashes[full], np.concatenate(([0], np.cumsum(full)))[words.first]
 
 
-def minhash_signatures(texts: Iterable[str], num_hashes: int = 112, ngrams: int = 5, seed: int = 0) -> np.ndarray:
-    """MinHash signatures of raw texts: (D, num_hashes) uint32; a text without words gets all ones.
+def sign(
+    hashes: np.ndarray, first: np.ndarray, num_hashes: int, seed: int = 0
+) -> np.ndarray:
+    """MinHash signatures of documents given by their shingles: (D, num_hashes) uint32.
 
     Entry k is the minimum of a_k * x + b_k modulo 2**32 over the document's shingles x, so two
-    signatures agree in a fraction of entries that estimates the Jaccard similarity with standard
+    signatures agree in a fraction of entries that estimates the Jaccard similarity J with standard
     error sqrt(J (1 - J) / num_hashes) (Broder 1997). As x is already well mixed, 32-bit
-    multiply-add is as accurate as the textbook's modulo 2**61 - 1 and 14 times faster.
+    multiply-add is as accurate as the textbook's modulo 2**61 - 1, and 14 times faster.
     """
     numbers = mix(np.arange(2 * num_hashes, dtype=np.uint64) + mix(np.array([seed], np.uint64)))
     a, b = (numbers >> np.uint64(32)).astype(np.uint32).reshape(2, num_hashes)
-    parts = []
-    for batch in batches(texts):
-        hashes, first = shingles(batch, ngrams)
-        x = (hashes >> np.uint64(32)).astype(np.uint32)  # (S,)
-        some = np.flatnonzero(np.diff(first))  # documents with words
-        signature = np.full((num_hashes, len(batch)), 0xFFFFFFFF, np.uint32)
-        value = np.empty_like(x)
-        for k in range(num_hashes if len(some) else 0):
-            np.multiply(x, a[k] | np.uint32(1), out=value)
-            np.add(value, b[k], out=value)
-            signature[k, some] = np.minimum.reduceat(value, first[some])
-        parts.append(signature.T)
-    return np.concatenate(parts) if parts else np.zeros((0, num_hashes), np.uint32)
+    x = (hashes >> np.uint64(32)).astype(np.uint32)  # (S,)
+    some = np.flatnonzero(np.diff(first))  # documents with words
+    signatures = np.full((num_hashes, len(first) - 1), EMPTY, np.uint32)
+    value = np.empty_like(x)
+    for k in range(num_hashes if len(some) else 0):
+        np.multiply(x, a[k] | np.uint32(1), out=value)
+        np.add(value, b[k], out=value)
+        signatures[k, some] = np.minimum.reduceat(value, first[some])
+    return signatures.T
+
+
+def minhash_signatures(
+    texts: Iterable[str], num_hashes: int = 112, ngrams: int = 5, seed: int = 0
+) -> np.ndarray:
+    """MinHash signatures of raw texts: (D, num_hashes) uint32; all EMPTY for one without words."""
+    parts = [sign(*shingles(batch, ngrams), num_hashes, seed) for batch in batches(texts)]
+    return np.concatenate([np.zeros((0, num_hashes), np.uint32), *parts])
+
+
+def check_bands(num_hashes: int, num_bands: int) -> None:
+    """ValueError unless the signature divides into bands."""
+    if num_hashes % num_bands:
+        raise ValueError(f"--num-bands {num_bands} does not divide --num-hashes {num_hashes}: choose "
+                         "for example 14 and 112, or 20 and 9000")
 
 
 def band_pairs(rows: np.ndarray, near: int = 8) -> np.ndarray:
-    """Pairs of documents that agree in one band: (D, R) uint32 -> (P, 2) int64, i < j.
+    """Pairs i < j of documents that agree in one band: (D, R) uint32 -> (P,) int64, i << 32 | j.
 
-    Sorting the bands' hashes puts equal ones side by side. In a bucket of B documents each is paired
-    with the next `near` and with the first: all pairs while B <= near + 1, and a few times B instead
-    of B**2 when ten thousand pages share a band.
+    Sorting the hashes of the rows puts equal ones side by side. In a bucket of B documents each is
+    paired with the next `near` and with the first: all pairs while B <= near + 1, and some times B
+    rather than B**2 where ten thousand copies share a band.
     """
     keys = np.zeros(len(rows), np.uint64)
     for column in rows.T:
-        keys = keys * np.uint64(BASE) + column
-    real = np.flatnonzero((rows != 0xFFFFFFFF).any(1))  # texts without words resemble nothing
-    order = real[np.argsort(mix(keys)[real], kind="stable")]
+        keys = mix(keys + column)
+    order = np.flatnonzero((rows != EMPTY).any(1))  # texts without words resemble nothing
+    order = order[np.argsort(keys[order], kind="stable")]
     keys = keys[order]
-    new = np.ones(len(keys), bool)
-    new[1:] = keys[1:] != keys[:-1]
+    new = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
     head = np.maximum.accumulate(np.where(new, np.arange(len(keys)), 0))
     far = np.flatnonzero(np.arange(len(keys)) - head > near)
-    pairs = [np.stack([order[head[far]], order[far]], 1)]
+    pairs = [order[head[far]] << 32 | order[far]]
     for step in range(1, near + 1):
         left = np.flatnonzero(keys[step:] == keys[:-step])
-        pairs.append(np.stack([order[left], order[left + step]], 1))
+        pairs.append(order[left] << 32 | order[left + step])
     return np.concatenate(pairs)
 
 
-def unique_pairs(pairs: np.ndarray) -> np.ndarray:
-    """(P, 2) int64 sorted, each once."""
-    codes = np.sort(pairs[:, 0] << 32 | pairs[:, 1])  # np.unique(axis=0) is 50 times slower
-    codes = codes[np.append(True, codes[1:] != codes[:-1])] if len(codes) else codes
-    return np.stack([codes >> 32, codes & 0xFFFFFFFF], 1)
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Sorted, each once; np.unique takes 50 times as long for 64-bit integers."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
 
 def candidate_pairs(signatures: np.ndarray, num_bands: int) -> np.ndarray:
-    """LSH: pairs of documents equal in all rows of at least one band: (D, K) -> (P, 2) int64.
+    """LSH: pairs equal in all rows of at least one band, sorted: (D, K) -> (P, 2) int64.
 
-    A pair of similarity J becomes a candidate with probability 1 - (1 - J**r)**num_bands with
-    r = K // num_bands rows a band. ValueError unless num_bands divides K.
+    A pair of similarity J is found with probability 1 - (1 - J**r)**num_bands, r = K // num_bands.
     """
-    rows, rest = divmod(signatures.shape[1], num_bands)
-    if rest:
-        raise ValueError(f"{signatures.shape[1]} hashes do not divide into {num_bands} bands")
-    return unique_pairs(np.concatenate([band_pairs(signatures[:, b * rows : (b + 1) * rows]) for b in range(num_bands)]))
+    rows = signatures.shape[1] // num_bands
+    pairs = [band_pairs(signatures[:, b * rows : (b + 1) * rows]) for b in range(num_bands)]
+    codes = distinct(np.concatenate(pairs))
+    return np.stack([codes >> 32, codes & 0xFFFFFFFF], 1)
 
 
 def jaccard(left: np.ndarray, right: np.ndarray) -> float:
-    """|A and B| / |A or B| of two sets given as sorted arrays without repeats."""
+    """|A and B| / |A or B| of two sets given as arrays without repeats."""
     both = np.sort(np.concatenate([left, right]))
     common = np.count_nonzero(both[1:] == both[:-1])
     return common / max(1, len(both) - common)
 
 
-def distinct(values: np.ndarray) -> np.ndarray:
-    """Sorted, each once; np.unique hashes 64-bit integers, 50 times slower than this."""
-    values = np.sort(values)
-    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
+def all_but_one(edges: np.ndarray, seed: int = 0) -> np.ndarray:
+    """All documents but one of each cluster that the edges (P, 2) connect, ascending.
 
-
-def duplicates_to_drop(edges: np.ndarray, seed: int = 0) -> np.ndarray:
-    """All but one document of each cluster that the edges (P, 2) connect, ascending.
-
-    Labels spread along edges until each document holds its cluster's smallest. The survivor is the
-    member with the smallest seeded hash of its number, whatever order the edges come in.
+    Labels spread along the edges until each document holds its cluster's smallest. The survivor is
+    the one whose number has the smallest seeded hash, whatever order the edges come in.
     """
     members, ends = np.unique(edges, return_inverse=True)
-    ends = ends.reshape(edges.shape)
-    label = np.arange(len(members))
-    while True:
-        lowest = label[ends].min(1)
-        spread = label.copy()
-        np.minimum.at(spread, ends.ravel(), np.repeat(lowest, 2))
-        spread = spread[spread]  # jump: halves the longest chain
-        if np.array_equal(spread, label):
-            break
-        label = spread
+    ends = ends.reshape(-1, 2)
+    label, old = np.arange(len(members)), None
+    while not np.array_equal(label, old):
+        old = label.copy()
+        np.minimum.at(label, ends.ravel(), np.repeat(label[ends].min(1), 2))
+        label = label[label]  # a jump: halves the longest chain
     priority = mix(members.astype(np.uint64) + mix(np.array([seed + 1], np.uint64)))
     order = np.lexsort((priority, label))
-    lost = label[order][1:] == label[order][:-1]  # all but the first of each cluster
+    lost = label[order][1:] == label[order][:-1]  # not the first of their cluster
     return np.sort(members[order[1:]][lost])
 
 
-def minhash_deduplication(
-    input_files: list,
-    num_hashes: int,
-    num_bands: int,
-    ngrams: int,
-    jaccard_threshold: float,
-    output_directory,
-    seed: int = 0,
-) -> None:
-    """Copy the files (one document each) that are not near-duplicates of a kept one, unchanged.
+def near_duplicates(
+    signatures: np.ndarray, shingle_set, num_bands: int, threshold: float, seed: int = 0
+) -> np.ndarray:
+    """Numbers of the documents to drop: (D, K) signatures -> ascending int64.
 
-    Documents are compared as sets of word n-grams after `normalise`. MinHash and LSH only propose
-    pairs; a pair counts if its true Jaccard similarity reaches the threshold, pairs that count
-    form clusters, and of each cluster one member stays.
+    Signatures only propose pairs. A pair counts if the Jaccard similarity of its two sets,
+    `shingle_set(number)`, reaches the threshold; pairs that count form the clusters.
     """
+    pairs = candidate_pairs(signatures, num_bands)
+    similar = [jaccard(shingle_set(i), shingle_set(j)) >= threshold for i, j in pairs.tolist()]
+    return all_but_one(pairs[np.array(similar, bool)], seed)
+
+
+def minhash_deduplication(
+    input_files: list, num_hashes: int, num_bands: int, ngrams: int, jaccard_threshold: float,
+    output_directory, seed: int = 0,
+) -> None:
+    """Copy the files, one document each, that are not near-duplicates of a kept one, unchanged.
+
+    Documents are compared as sets of n-grams of normalised words (see normalise); of each cluster
+    of similar ones a single member stays. ValueError: num_bands does not divide num_hashes.
+    """
+    check_bands(num_hashes, num_bands)
     targets = output_names(input_files, output_directory)
 
     def read(path) -> str:
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
 
     @functools.lru_cache(maxsize=1024)
@@ -1026,32 +1017,30 @@ def minhash_deduplication(
         return distinct(shingles([read(input_files[i])], ngrams)[0])
 
     signatures = minhash_signatures(map(read, input_files), num_hashes, ngrams, seed)
-    pairs = candidate_pairs(signatures, num_bands)
-    true = [jaccard(shingle_set(i), shingle_set(j)) >= jaccard_threshold for i, j in pairs.tolist()]
-    drop = set(duplicates_to_drop(pairs[np.array(true, bool)], seed).tolist())
-    for i, (path, target) in enumerate(zip(input_files, targets)):
-        if i not in drop:
-            with open(path, "rb") as file, replacing(target) as out:
-                shutil.copyfileobj(file, out)
+    dropped = near_duplicates(signatures, shingle_set, num_bands, jaccard_threshold, seed)
+    for i in np.setdiff1d(np.arange(len(targets)), dropped):
+        with open(input_files[i], "rb") as file, replacing(targets[i]) as out:
+            shutil.copyfileobj(file, out)
 
 
 # ---- decontamination -----------------------------------------------------------------------------
 
 
-def evaluation_ngrams(paths: list[str], n: int = 13) -> tuple[np.ndarray, int]:
-    """Hashes of all word n-grams of evaluation sets, sorted, and how many texts were too short.
+@functools.lru_cache(maxsize=1)
+def evaluation_ngrams(paths: tuple[str, ...], n: int = 13) -> tuple[np.ndarray, int]:
+    """Sorted hashes of all word n-grams of evaluation sets, and how many texts were too short.
 
-    Each string value of a .jsonl line is a text, as is any other file. Texts shorter than n words
-    are left out: a match of a few words would condemn half the crawl.
+    Each string value of a .jsonl or .csv row is a text, and so is any other file. Texts of fewer
+    than n words are left out: a match of a few words would condemn half the crawl.
     """
     found, short = [np.zeros(0, np.uint64)], 0
     for path in paths:
-        texts = [value for row in read_rows(path) for value in row.values() if isinstance(value, str)]
-        for batch in batches(texts):
+        values = (value for row in read_rows(path) for value in row.values())
+        for batch in batches(value for value in values if isinstance(value, str)):
             hashes, first = shingles(batch, n)
-            lengths = np.array([len(normalise(text).split()) for text in batch])
-            short += int((lengths < n).sum())
-            found.append(hashes[np.repeat(lengths >= n, np.diff(first))])
+            long = np.array([len(normalise(text).split()) >= n for text in batch])
+            found.append(hashes[np.repeat(long, np.diff(first))])
+            short += int((~long).sum())
     return distinct(np.concatenate(found)), short
 
 
@@ -1069,8 +1058,8 @@ def contaminated(texts: list[str], evaluation: np.ndarray, n: int = 13) -> np.nd
 
 @contextlib.contextmanager
 def replacing(path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` only when all of it is there."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """A file to write that takes the place of `path` only once all of it is there."""
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -1082,21 +1071,23 @@ def replacing(path) -> Iterator[BinaryIO]:
             os.remove(temporary)
 
 
-def write_json(path: str, value) -> None:
-    """Save a value as JSON, all or nothing."""
+def save(path: str, value) -> None:
+    """Save an array as .npy or anything else as JSON, all or nothing."""
     with replacing(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        if isinstance(value, np.ndarray):
+            np.save(file, value)
+        else:
+            file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
-@contextlib.contextmanager
-def writing_documents(path: str):
-    """Yield a function that appends one document to a .jsonl.gz file. Same documents, same bytes."""
-    with replacing(path) as raw, gzip.GzipFile("", "wb", 3, raw, mtime=0) as file:
-        yield lambda doc: file.write((json.dumps(doc) + "\n").encode())
+def load_json(path: str):
+    """What `save` wrote."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def bounded_lines(file: BinaryIO, counts: Counter, limit: int = MAX_BYTES) -> Iterator[str]:
-    """Lines of a file as text; one longer than `limit` bytes is skipped and counted as too_large."""
+    """Lines of a file as text; one longer than `limit` bytes is skipped, counted as too_large."""
     while line := file.readline(limit):
         if len(line) < limit or line.endswith(b"\n"):
             yield line.decode("utf-8", "replace")
@@ -1106,8 +1097,16 @@ def bounded_lines(file: BinaryIO, counts: Counter, limit: int = MAX_BYTES) -> It
             pass
 
 
-def read_rows(path: str, counts: Counter | None = None, separator: str = "<|endoftext|>") -> Iterator[dict]:
-    """Rows of a .jsonl, .csv or .tsv file; any other file is split at <|endoftext|> into {"text"}.
+def json_or_none(line: str) -> dict | None:
+    """The object on a line, None if there is none."""
+    try:
+        return row if isinstance(row := json.loads(line), dict) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_rows(path: str, counts: Counter | None = None) -> Iterator[dict]:
+    """Rows of a .jsonl, .csv or .tsv file; of any other, {"text"} up to each <|endoftext|>.
 
     Each may end in .gz. What cannot be read is counted: "bad_rows", "too_large", "truncated".
     """
@@ -1115,46 +1114,40 @@ def read_rows(path: str, counts: Counter | None = None, separator: str = "<|endo
     kind = os.path.splitext(path.removesuffix(".gz"))[1]
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            lines = bounded_lines(file, counts)
             if kind == ".jsonl":
-                for line in bounded_lines(file, counts):
-                    try:
-                        row = json.loads(line)
-                    except ValueError:
-                        row = None
-                    if isinstance(row, dict):
-                        yield row
-                    elif line.strip():
-                        counts["bad_rows"] += 1
+                for row in (json_or_none(line) for line in lines if line.strip()):
+                    counts["bad_rows"] += row is None
+                    yield from [row] if row else []
             elif kind in (".csv", ".tsv"):
                 csv.field_size_limit(MAX_BYTES)
-                lines = (line.replace("\0", "") for line in bounded_lines(file, counts))
+                lines = (line.replace("\0", "") for line in lines)
                 yield from csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",")
             else:
-                for text in file.read().decode("utf-8", "replace").split(separator):
+                for text in "".join(lines).split("<|endoftext|>"):
                     yield {"text": text.strip("\n")}
     except (EOFError, zlib.error, gzip.BadGzipFile, csv.Error):
         counts["truncated"] += 1
 
 
-def read_documents(path: str, text_key: str = "text", main_content: bool = False, counts: Counter | None = None) -> Iterator[dict]:
+def read_documents(path: str, o=None, counts: Counter | None = None) -> Iterator[dict]:
     """Documents {"id", "url", "text", "words"} of a crawl file (.warc, .wet) or of rows of text."""
     counts = Counter() if counts is None else counts
-    name = os.path.basename(path)
+    name, key = os.path.basename(path), getattr(o, "text_key", "text")
     if re.search(r"\.(warc|wet)\b", name):
-        pages = read_warc(path, counts=counts)
-        rows = (
-            {"url": p.url, "text": p.body.decode("utf-8", "replace") if p.content_type == "text/plain" and p.charset == "utf-8"
-             else extract_text(p.body, p.charset, main_content) if p.content_type != "text/plain" else decode_html(p.body, p.charset)}
-            for p in pages
-        )  # fmt: skip
+        rows = ({"url": page.url, "text": decode_html(page.body, page.charset)
+                 if page.content_type == "text/plain"
+                 else extract_text(page.body, page.charset, o.main_content)}
+                for page in read_warc(path, counts=counts))
     else:
         rows = read_rows(path, counts)
     for number, row in enumerate(rows):
-        text = row.get(text_key if text_key in row else "text")
-        if not isinstance(text, str) or not text.strip() or "\0" in text:
+        text = row.get(key, row.get("text"))
+        if isinstance(text, str) and text.strip() and "\0" not in text:
+            yield {"id": str(row.get("id") or f"{name}/{number}"), "url": row.get("url", ""),
+                   "text": text, "words": len(text.split())}
+        else:
             counts["no_text"] += 1
-            continue
-        yield {"id": row.get("id") or f"{name}/{number}", "url": row.get("url", ""), "text": text, "words": len(text.split())}
 
 
 # ---- the books: what each filter saw, dropped and cost -------------------------------------------
@@ -1163,293 +1156,252 @@ def read_documents(path: str, text_key: str = "text", main_content: bool = False
 def sieve(stats: dict, name: str, docs: list[dict], check) -> list[dict]:
     """Apply one filter to a batch and enter it in the books; returns the documents that stay.
 
-    `check(docs)` gives for each document None or the reason to drop it, and may edit the text. Five
-    kept and five dropped samples are those with the smallest hash of their id, so that any number
-    of workers agrees on them.
+    `check(docs)` gives None or the reason to drop for each document, and may edit the text. The
+    five kept and five dropped samples are those with the smallest hash of their id, so that any
+    number of workers agrees on them.
     """
     began = time.perf_counter()
-    row = stats["filters"].setdefault(
-        name, {"documents": 0, "words": 0, "kept": 0, "kept_words": 0, "reasons": {}, "samples": [[], []]}
-    )
+    row = stats["filters"].setdefault(name, {"documents": 0, "words": 0, "kept": 0, "kept_words": 0,
+                                             "reasons": {}, "samples": [[], []]})
     row["documents"] += len(docs)
     row["words"] += sum(doc["words"] for doc in docs)
     reasons = check(docs)
     kept = [doc for doc, reason in zip(docs, reasons) if reason is None]
     row["kept"] += len(kept)
     row["kept_words"] += sum(doc["words"] for doc in kept)
+    row["reasons"] = dict(Counter(row["reasons"]) + Counter(filter(None, reasons)))
     for doc, reason in zip(docs, reasons):
-        if reason:
-            row["reasons"][reason] = row["reasons"].get(reason, 0) + 1
-        samples, key = row["samples"][reason is not None], zlib.crc32(doc["id"].encode())
-        if len(samples) < 5 or key < samples[-1][0]:
-            samples.append([key, doc["id"], reason or "", doc["text"][:200]])
-            samples.sort()
-            del samples[5:]
-    stats["seconds"][name] = stats["seconds"].get(name, 0) + time.perf_counter() - began
+        sample = [zlib.crc32(doc["id"].encode("utf-8", "replace")), doc["id"], reason or ""]
+        samples = row["samples"][reason is not None]
+        if len(samples) < 5 or sample < samples[-1]:
+            samples[:] = sorted([*samples, [*sample, doc["text"][:200]]])[:5]
+    seconds = stats["seconds"]
+    seconds[name] = seconds.get(name, 0) + time.perf_counter() - began
     return kept
 
 
-def new_stats() -> dict:
-    """Empty books of one shard."""
-    return {"filters": {}, "counts": {}, "languages": {}, "seconds": {}}
+def sift(source: str, target: str, o, checks, reader=None) -> dict:
+    """Documents of one shard through some filters, {name: check}, to a .jsonl.gz; returns the books.
 
-
-# ---- the work on one shard -----------------------------------------------------------------------
-
-
-def extract_shard(source: str, target: str, o: dict) -> dict:
-    """Pages of one crawl file to documents."""
-    stats, counts, began = new_stats(), Counter(), time.perf_counter()
-    with writing_documents(target) as write:
-        for doc in read_documents(source, o["text_key"], o["main_content"], counts):
-            sieve(stats, "extract", [doc], lambda docs: [None])
-            write(doc)
-    stats["seconds"]["extract"] = time.perf_counter() - began
-    return stats | {"counts": counts}
-
-
-def filter_checks(o: dict, stats: dict) -> dict:
-    """{name: check} of the filters that are switched on, in the order they run."""
-
-    def language(docs):
-        found = [identify_language(doc["text"], o["language_model"]) for doc in docs]
-        for doc, (label, _) in zip(docs, found):
-            doc["language"] = label
-            stats["languages"][label] = stats["languages"].get(label, 0) + 1
-        good = [label in o["languages"] and p >= o["language_threshold"] for label, p in found]
-        return [None if ok else "unsure" if label in o["languages"] else label for ok, (label, _) in zip(good, found)]
-
-    def rules(names):
-        stop_words = STOP_WORDS if "en" in o["languages"] else ()
-        return lambda docs: failed_rules([doc["text"] for doc in docs], names, stop_words)
-
-    def c4(docs):
-        for doc in docs:
-            doc["text"] = c4_clean(doc["text"])
-            doc["words"] = len(doc["text"].split())
-        return rules(["c4"])(docs)
-
-    def classifier(task):
-        def check(docs):
-            bad = [bad_probability(doc["text"][: o["classify_characters"]], task, o[task]) for doc in docs]
-            return [f"{task} {p:.1f}" if p >= o["drop_above"] else None for p in bad]
-
-        return check
-
-    evaluation = evaluation_ngrams(o["decontaminate"])[0] if o["decontaminate"] else None
-
-    def decontaminate(docs):
-        hit = contaminated([doc["text"] for doc in docs], evaluation)
-        return ["shares 13 words with an evaluation" if bad else None for bad in hit]
-
-    def pii(docs):
-        for doc in docs:
-            for name, mask in (("emails", mask_emails), ("phone_numbers", mask_phone_numbers), ("ips", mask_ips)):
-                doc["text"], found = mask(doc["text"])
-                stats["counts"][name] = stats["counts"].get(name, 0) + found
-        return [None] * len(docs)
-
-    gopher = [name for name in ("repetition", "gopher") if name in o["rules"]]
-    checks = {
-        "language": language if o["languages"] else None,
-        "gopher": rules(gopher) if gopher else None,
-        "c4": c4 if "c4" in o["rules"] else None,
-        "fineweb": rules(["fineweb"]) if "fineweb" in o["rules"] else None,
-        **{task: classifier(task) if o[task] else None for task in BAD_LABEL},
-        "decontaminate": decontaminate if o["decontaminate"] else None,
-        "pii": pii if o["pii"] else None,
-    }
-    return {name: check for name, check in checks.items() if check}
-
-
-def filter_shard(source: str, target: str, o: dict) -> dict:
-    """Documents of one shard through language, rules, classifiers, decontamination and masking."""
-    stats, counts = new_stats(), Counter()
-    checks = filter_checks(o, stats)
-    with writing_documents(target) as write:
-        for docs in batches(read_documents(source, counts=counts), lambda doc: len(doc["text"])):
-            for name, check in checks.items():
-                docs = sieve(stats, name, docs, check)
-            for doc in docs:
-                write(doc)
-    stats["counts"].update(counts)
+    The same documents give the same bytes: the gzip header holds neither time nor name.
+    """
+    stats = {"filters": {}, "counts": Counter(), "languages": Counter(), "seconds": {}}
+    docs = read_documents(source, o, stats["counts"])
+    with replacing(target) as raw, gzip.GzipFile("", "wb", 3, raw, mtime=0) as file:
+        for batch in batches(docs, lambda doc: len(doc["text"])):
+            for name, check in checks(stats):
+                batch = sieve(stats, name, batch, check)
+            for doc in batch:
+                file.write((json.dumps(doc) + "\n").encode())
     return stats
 
 
+# ---- what is done to one shard -------------------------------------------------------------------
+
+
+def extract_shard(source: str, target: str, o) -> dict:
+    """Pages of one crawl file to documents."""
+    began = time.perf_counter()
+    stats = sift(source, target, o, lambda stats: [("extract", lambda docs: [None] * len(docs))])
+    return stats | {"seconds": {"extract": time.perf_counter() - began}}
+
+
+def check_language(docs: list[dict], o, stats: dict) -> list[str | None]:
+    """Drop all but the wanted languages, and what may be none of them."""
+    found = [identify_language(doc["text"], o.language_model) for doc in docs]
+    for doc, (label, _) in zip(docs, found):
+        doc["language"] = label
+        stats["languages"][label] += 1
+    return [label if label not in o.languages else None if p >= o.language_threshold else "unsure"
+            for label, p in found]
+
+
+def check_rules(docs: list[dict], o, names: list[str]) -> list[str | None]:
+    """Apply rule sets; C4 first takes out lines."""
+    if "c4" in names:
+        for doc in docs:
+            doc["text"] = c4_clean(doc["text"])
+            doc["words"] = len(doc["text"].split())
+    stop_words = STOP_WORDS if "en" in o.languages else ()
+    return failed_rules([doc["text"] for doc in docs], names, stop_words)
+
+
+def check_classifier(docs: list[dict], o, task: str) -> list[str | None]:
+    """Drop what a classifier calls bad, reading only the start of long documents."""
+    texts = (doc["text"][: o.classify_characters] for doc in docs)
+    bad = [bad_probability(text, task, getattr(o, task)) for text in texts]
+    return [f"{task} {p:.1f}" if p >= o.drop_above else None for p in bad]
+
+
+def check_evaluation(docs: list[dict], o) -> list[str | None]:
+    """Drop documents that contain a piece of an evaluation set."""
+    evaluation, _ = evaluation_ngrams(tuple(o.decontaminate))
+    hit = contaminated([doc["text"] for doc in docs], evaluation)
+    return ["13 words of an evaluation set" if bad else None for bad in hit]
+
+
+def mask_all(docs: list[dict], stats: dict) -> list[None]:
+    """Mask personal data; drops nothing."""
+    masks = {"emails": mask_emails, "phone numbers": mask_phone_numbers, "IPs": mask_ips}
+    for doc in docs:
+        for name, mask in masks.items():
+            doc["text"], found = mask(doc["text"])
+            stats["counts"][f"{name} masked"] += found
+    return [None] * len(docs)
+
+
+def filter_shard(source: str, target: str, o) -> dict:
+    """One shard through language, rules, classifiers, decontamination and masking."""
+
+    def checks(stats: dict):
+        if o.languages:
+            yield "language", lambda docs: check_language(docs, o, stats)
+        for names in (["repetition", "gopher"], ["c4"], ["fineweb"]):
+            if names := [name for name in names if name in o.rules]:
+                yield names[-1], functools.partial(check_rules, o=o, names=names)
+        for task in BAD_LABEL:
+            if getattr(o, task):
+                yield task, functools.partial(check_classifier, o=o, task=task)
+        if o.decontaminate:
+            yield "decontaminate", lambda docs: check_evaluation(docs, o)
+        if o.pii:
+            yield "pii", lambda docs: mask_all(docs, stats)
+
+    return sift(source, target, o, checks)
+
+
 def hash_lines_shard(source: str, target: str, index: int) -> dict:
-    """First pass of line deduplication: the sorted hashes of one shard's lines."""
-    hashes = [hash_lines(doc["text"].encode("utf-8", "replace").split(b"\n")) for doc in read_documents(source)]
-    with replacing(target) as file:
-        np.save(file, sorted_line_hashes(np.concatenate([np.zeros(0, np.uint64), *hashes]), index))
+    """Lines 1: the sorted hashes of one shard's lines."""
+    hashes = [hash_lines(split_lines(doc)) for doc in read_documents(source)]
+    save(target, sorted_line_hashes(np.concatenate([np.zeros(0, np.uint64), *hashes]), index))
     return {}
 
 
 def repeated_lines_part(tables: list[str], target: str, part: int, num_parts: int) -> dict:
-    """Second pass: the repeated lines in one range of hashes."""
-    with replacing(target) as file:
-        np.save(file, repeated_lines(tables, part, num_parts))
+    """Lines 2: the lines that repeat, in one range of hashes."""
+    save(target, repeated_lines(tables, part, num_parts))
     return {}
 
 
-def drop_lines_shard(source: str, target: str, index: int, parts: list[str], o: dict) -> dict:
-    """Third pass: one shard without its repeated lines. Blank lines stay, they mark paragraphs."""
-    repeated, at, stats = [np.load(part, mmap_mode="r") for part in parts], 0, new_stats()
+def split_lines(doc: dict) -> list[bytes]:
+    """The lines of a document as they are hashed."""
+    return doc["text"].encode("utf-8", "replace").split(b"\n")
+
+
+def drop_lines_shard(source: str, target: str, index: int, parts: list[str], o) -> dict:
+    """Lines 3: one shard without its repeated lines. Blank lines stay: they mark paragraphs."""
+    repeated, place = [np.load(part, mmap_mode="r") for part in parts], index << 40
 
     def drop(docs):
-        nonlocal at
+        nonlocal place
         for doc in docs:
-            lines = doc["text"].split("\n")
-            hashes = hash_lines(line.encode("utf-8", "replace") for line in lines)
-            gone = lines_to_drop(hashes, index << 40 | at, repeated, o["keep"])
-            at += len(lines)
-            doc["text"] = "\n".join(x for x, bad in zip(lines, gone) if not bad or not x.strip()).strip()
+            lines = split_lines(doc)
+            gone = lines_to_drop(hash_lines(lines), place, repeated, o.keep)
+            place += len(lines)
+            kept = (line for line, bad in zip(lines, gone) if not bad or not line.strip())
+            doc["text"] = b"\n".join(kept).decode().strip()
             doc["words"] = len(doc["text"].split())
-        return ["too few words left" if doc["words"] < o["min_words"] else None for doc in docs]
+        return ["too few words left" if doc["words"] < o.min_words else None for doc in docs]
 
-    with writing_documents(target) as write:
-        for docs in batches(read_documents(source), lambda doc: len(doc["text"])):
-            for doc in sieve(stats, "lines", docs, drop):
-                write(doc)
-    return stats
+    return sift(source, target, o, lambda stats: [("lines", drop)])
 
 
-def signature_shard(source: str, target: str, o: dict) -> dict:
-    """MinHash 1: signatures of one shard, (D, K)."""
-    texts = (doc["text"] for doc in read_documents(source))
-    signatures = minhash_signatures(texts, o["num_hashes"], o["ngrams"], o["seed"])
-    with replacing(target) as file:
-        np.save(file, signatures)
-    return {"documents": len(signatures)}
-
-
-def band_part(tables: list[str], target: str, band: int, o: dict) -> dict:
-    """MinHash 2: candidate pairs that agree in one band, over all shards."""
-    size = o["num_hashes"] // o["num_bands"]
-    rows = [np.load(table, mmap_mode="r")[:, band * size : (band + 1) * size] for table in tables]
-    with replacing(target) as file:
-        np.save(file, unique_pairs(band_pairs(np.concatenate(rows))))
+def signature_shard(source: str, target: str, o) -> dict:
+    """MinHash 1: signatures (D, K) and shingle sets of one shard; 32 bits of a shingle suffice."""
+    signatures, sets, count = [np.zeros((0, o.num_hashes), np.uint32)], [np.zeros(0, np.uint32)], [0]
+    for texts in batches(doc["text"] for doc in read_documents(source)):
+        hashes, first = shingles(texts, o.ngrams)
+        signatures.append(sign(hashes, first, o.num_hashes, o.seed))
+        parts = np.split((hashes >> np.uint64(32)).astype(np.uint32), first[1:-1])
+        sets += [distinct(part) for part in parts]
+        count += [len(part) for part in sets[-len(parts):]]
+    save(f"{target}.sets.npy", np.concatenate(sets))
+    save(f"{target}.first.npy", np.cumsum(count))
+    save(target, np.concatenate(signatures))
     return {}
 
 
-def shingle_shard(source: str, target: str, bands: list[str], begin: int, o: dict) -> dict:
-    """MinHash 3: shingle sets of those documents of a shard that are in some candidate pair."""
-    texts = [doc["text"] for doc in read_documents(source)]
-    wanted = np.zeros(len(texts), bool)
-    for band in bands:
-        ids = np.load(band).ravel() - begin
-        wanted[ids[(ids >= 0) & (ids < len(texts))]] = True
-    sets = [distinct(shingles([text], o["ngrams"])[0]) if use else np.zeros(0, np.uint64) for text, use in zip(texts, wanted)]
-    with replacing(target) as file:
-        np.save(file, np.concatenate([np.zeros(0, np.uint64), *sets]))
-    with replacing(target.replace(".npy", ".first.npy")) as file:
-        np.save(file, np.cumsum([0] + [len(part) for part in sets]))
-    return {}
-
-
-def verify_shard(sets: list[str], target: str, bands: list[str], begins: list[int], index: int, o: dict) -> dict:
-    """MinHash 4: of the pairs whose first document is in this shard, those that are similar."""
-    begins = np.array(begins)
-    low, high = begins[index], begins[index + 1]
-    pairs = [p[(p[:, 0] >= low) & (p[:, 0] < high)] for p in map(np.load, bands)]
-    pairs = unique_pairs(np.concatenate(pairs))
-    tables = [(np.load(path, mmap_mode="r"), np.load(path.replace(".npy", ".first.npy"))) for path in sets]
+def near_duplicates_part(tables: list[str], target: str, o) -> dict:
+    """MinHash 2: numbers of the documents to drop, counted through all shards."""
+    signatures = [np.load(table, mmap_mode="r") for table in tables]
+    begins = np.cumsum([0] + [len(part) for part in signatures])
+    sets = [np.load(f"{table}.sets.npy", mmap_mode="r") for table in tables]
+    firsts = [np.load(f"{table}.first.npy") for table in tables]
 
     def shingle_set(doc: int) -> np.ndarray:
         shard = np.searchsorted(begins, doc, "right") - 1
-        values, first = tables[shard]
-        return values[first[doc - begins[shard]] : first[doc - begins[shard] + 1]]
+        at = doc - begins[shard]
+        return sets[shard][firsts[shard][at] : firsts[shard][at + 1]]
 
-    true = [jaccard(shingle_set(i), shingle_set(j)) >= o["jaccard"] for i, j in pairs.tolist()]
-    with replacing(target) as file:
-        np.save(file, pairs[np.array(true, bool)])
+    save(target, near_duplicates(np.concatenate(signatures), shingle_set, o.num_bands, o.jaccard, o.seed))
     return {}
 
 
-def cluster_part(edges: list[str], target: str, o: dict) -> dict:
-    """MinHash 5: numbers of the documents to drop."""
-    pairs = np.concatenate([np.load(path) for path in edges])
-    with replacing(target) as file:
-        np.save(file, duplicates_to_drop(pairs, o["seed"]))
-    return {}
-
-
-def drop_duplicates_shard(source: str, target: str, dropped: str, begin: int) -> dict:
-    """MinHash 6: one shard without its near-duplicates."""
-    gone, at, stats = np.load(dropped, mmap_mode="r"), begin, new_stats()
+def drop_duplicates_shard(source: str, target: str, begin: int, dropped: str, o) -> dict:
+    """MinHash 3: one shard without its near-duplicates."""
+    gone, number = np.load(dropped, mmap_mode="r"), begin
 
     def drop(docs):
-        nonlocal at
-        at += len(docs)
-        hit = np.isin(np.arange(at - len(docs), at), gone)
+        nonlocal number
+        number += len(docs)
+        hit = np.isin(np.arange(number - len(docs), number), gone)
         return ["near-duplicate of another" if bad else None for bad in hit]
 
-    with writing_documents(target) as write:
-        for docs in batches(read_documents(source), lambda doc: len(doc["text"])):
-            for doc in sieve(stats, "minhash", docs, drop):
-                write(doc)
-    return stats
+    return sift(source, target, o, lambda stats: [("minhash", drop)])
 
 
-def train_tokenizer_part(sources: list[str], target: str, o: dict) -> dict:
-    """A tokenizer trained on the kept text, the first gigabyte of it."""
+def train_tokenizer_part(sources: list[str], target: str, o) -> dict:
+    """A tokenizer trained on the first gigabyte of the text."""
     from tokenizer import EOT, Tokenizer, train_bpe
 
-    def texts():
-        left = 1 << 30
-        for source in sources:
-            for doc in read_documents(source):
-                yield doc["text"]
-                left -= len(doc["text"])
-                if left < 0:
-                    return
+    def texts(left: int = 1 << 30):
+        for doc in (doc for source in sources for doc in read_documents(source)):
+            yield doc["text"]
+            if (left := left - len(doc["text"])) < 0:
+                return
 
-    vocab, merges = train_bpe(texts(), o["vocab_size"], [EOT], num_processes=1)
+    vocab, merges = train_bpe(texts(), o.vocab_size, [EOT], num_processes=1)
     Tokenizer(vocab, merges, [EOT]).save(target)
     return {}
 
 
-def tokenize_shard(source: str, target: str, tokenizer: str, o: dict) -> dict:
-    """Token ids of one shard, <|endoftext|> after each document, in train/ and val/ .npy files.
+def tokenize_shard(source: str, target: str, tokenizer: str, o) -> dict:
+    """Ids of one shard's documents, <|endoftext|> after each, to <target>/train and /val.
 
-    A document goes to validation if the hash of its text falls below val_fraction: the same text
-    lands on the same side in every run and on every machine.
+    A document is validation if the hash of its text falls below --val-fraction: on every machine
+    and in every run the same text lands on the same side.
     """
     from tokenizer import Tokenizer
 
-    coder = Tokenizer.load(tokenizer)
-    sides = {"train": [], "val": []}
-    stats = new_stats()
+    coder, ids = Tokenizer.load(tokenizer), {"train": [], "val": []}
     for doc in read_documents(source):
-        sieve(stats, "tokenize", [doc], lambda docs: [None])
         digest = hashlib.blake2b(doc["text"].encode("utf-8", "replace"), digest_size=8).digest()
-        side = "val" if int.from_bytes(digest, "big") < o["val_fraction"] * 2**64 else "train"
-        ids = coder.encode_numpy(doc["text"], allowed_special=())
-        sides[side] += [ids, np.array([coder.eot_id], ids.dtype)]
-    for side, parts in sides.items():
+        side = "val" if int.from_bytes(digest, "big") < o.val_fraction * 2**64 else "train"
+        new = coder.encode_numpy(doc["text"], allowed_special=())
+        ids[side] += [new, np.array([coder.eot_id], new.dtype)]
+    for side, parts in ids.items():
         if parts:
-            folder, name = os.path.split(target)
-            os.makedirs(os.path.join(folder, side), exist_ok=True)
-            with replacing(os.path.join(folder, side, name)) as file:
-                np.save(file, np.concatenate(parts))
-        stats["counts"][f"{side}_tokens"] = sum(map(len, parts))
-    return stats
+            folder = os.path.join(os.path.dirname(target), side)
+            os.makedirs(folder, exist_ok=True)
+            save(os.path.join(folder, os.path.basename(target)), np.concatenate(parts))
+    return {"counts": {f"{side} tokens": sum(map(len, parts)) for side, parts in ids.items()}}
 
 
 # ---- many shards, processes and machines ---------------------------------------------------------
 
 
 def do_unit(marker: str, function, args: tuple, seconds: str) -> dict:
-    """Do one unit of work; its marker, which holds its books, comes last and means "done"."""
-    began = time.perf_counter()
+    """Do one unit of work. Its marker, which holds its books, comes last and means "done"."""
+    for stale in glob.glob(glob.escape(marker.removesuffix(".json")) + ".*.tmp"):
+        os.remove(stale)
     stats = function(*args)
-    times = stats.pop("seconds", {})
-    write_json(seconds, times | {"total": time.perf_counter() - began})
-    write_json(marker, stats)
+    save(seconds, stats.pop("seconds", {}))  # apart: all else is the same in every run
+    save(marker, stats)
     return stats
 
 
 def start_worker(parent: int) -> None:
-    """Let a worker end with its parent, even if that was killed, and leave Ctrl-C to it."""
+    """Leave Ctrl-C to the parent, and end with it even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -1462,466 +1414,551 @@ def start_worker(parent: int) -> None:
 
 
 def in_pool(units: list[tuple], processes: int) -> Iterator[dict]:
-    """Results of do_unit(*unit), as they come, from worker processes. A killed one is an error."""
+    """Results of do_unit(*unit) from worker processes, as they come."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     before = set(multiprocessing.active_children())
-    # not multiprocessing.Pool: that one waits for ever for a worker that was killed
+    # not multiprocessing.Pool, which waits for ever for a worker that was killed
     pool = concurrent.futures.ProcessPoolExecutor(processes, context, start_worker, (os.getpid(),))
     try:
-        for future in concurrent.futures.as_completed([pool.submit(do_unit, *unit) for unit in units]):
+        for future in concurrent.futures.as_completed([pool.submit(do_unit, *u) for u in units]):
             yield future.result()
-        pool.shutdown()
-    except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
+    except concurrent.futures.process.BrokenProcessPool:
+        raise ValueError("a worker process was killed (out of memory?); finished shards are kept: run "
+                         "the same command again, with fewer --processes if memory is short") from None
+    finally:
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
-        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
-            raise ValueError("a worker process was killed (out of memory?): finished shards are kept, run the same "
-                             "command again, with a smaller --processes if memory is short") from None
-        raise
+        pool.shutdown(cancel_futures=True)
 
 
-def run_units(o: dict, name: str, units: list[tuple]) -> list[dict]:
-    """Do the units (marker, function, args) that are not done, this machine's share of them.
+def run_units(o, name: str, units: list[tuple]) -> None:
+    """Do those units (marker, function, args) that are not done: this machine's share of them.
 
-    Rank r of w takes every w-th unit, then waits until the markers of all the others exist: the
-    shared directory is the barrier. Returns the books of all units.
+    Rank r of w takes every w-th, then waits until the markers of all others exist: the shared
+    directory is the barrier.
     """
-    folder = os.path.join(o["out"], "seconds")
+    folder = os.path.join(o.out, "seconds")
     os.makedirs(folder, exist_ok=True)
-    units = [(*u, os.path.join(folder, os.path.relpath(u[0], o["out"]).replace(os.sep, "-"))) for u in units]
-    todo = [unit for unit in units[o["rank"] :: o["world_size"]] if not os.path.exists(unit[0])]
-    for marker, *_ in todo:
-        for stale in glob.glob(glob.escape(marker.removesuffix(".json")) + ".*.tmp"):
-            os.remove(stale)
-    processes = min(o["processes"], len(todo))
+    slug = [os.path.relpath(unit[0], o.out).replace(os.sep, "-") for unit in units]
+    units = [(*unit, os.path.join(folder, part)) for unit, part in zip(units, slug)]
+    todo = [unit for unit in units[o.rank :: o.world_size] if not os.path.exists(unit[0])]
+    processes = min(o.processes, len(todo))
     began = shown = time.monotonic()
     documents = 0
-    for done, stats in enumerate(in_pool(todo, processes) if processes > 1 else (do_unit(*u) for u in todo), 1):
-        documents += max([f["documents"] for f in stats.get("filters", {}).values()], default=stats.get("documents", 0))
+    results = in_pool(todo, processes) if processes > 1 else (do_unit(*unit) for unit in todo)
+    for done, stats in enumerate(results, 1):
+        documents += max([row["documents"] for row in stats.get("filters", {}).values()], default=0)
         now = time.monotonic()
         if now - shown > 2 or done == len(todo):
-            left = (now - began) / done * (len(todo) - done)
-            print(f"{name}: {done}/{len(todo)} shards, {documents / (now - began):,.0f} documents/s, {left:.0f} s left",
-                  file=sys.stderr)
-            shown = now
+            shown, each = now, (now - began) / done
+            print(f"{name}: {done}/{len(todo)} shards, {documents / (now - began):,.0f} documents/s, "
+                  f"{each * (len(todo) - done):.0f} s left", file=sys.stderr)
     while missing := [unit[0] for unit in units if not os.path.exists(unit[0])]:
-        if time.monotonic() - shown > 60:
-            print(f"{name}: waiting for {len(missing)} shards of other machines, such as {missing[0]}", file=sys.stderr)
-            shown = time.monotonic()
         time.sleep(0.2)
-    results = []
-    for marker, *_ in units:
-        with open(marker, encoding="utf-8") as file:
-            results.append(json.load(file))
-    return results
+        if time.monotonic() - shown > 60:
+            shown = time.monotonic()
+            print(f"{name}: waiting for {len(missing)} shards of other machines, such as "
+                  f"{missing[0]}", file=sys.stderr)
 
 
-def begin_stage(o: dict, stage: str, inputs: list[str], keys: tuple) -> tuple[str, list[str]]:
-    """Make <out>/<stage>, refuse settings other than those it was begun with, name the shards."""
-    folder = os.path.join(o["out"], stage)
+def map_shards(o, label: str, folder: str, names: list, kind: str, function, *columns) -> list[str]:
+    """Run function(source, target, ...) for every shard; returns targets, <folder>/<name><kind>.
+
+    Each column holds one argument: a list with a value for every shard, or one value for all.
+    """
+    targets = [os.path.join(folder, name + kind) for name in names]
+    columns = [column if isinstance(column, list) else [column] * len(names) for column in columns]
+    run_units(o, label, [(os.path.join(folder, name + ".json"), function, (source, target, *rest))
+                         for name, target, source, *rest in zip(names, targets, *columns)])
+    return targets
+
+
+def begin_stage(o, stage: str, inputs: list[str], *keys: str) -> tuple[str, str, list[str]]:
+    """(<out>/<stage>, its work directory, names of the shards).
+
+    ValueError if the stage was begun with other settings: half of each would be neither.
+    """
+    folder = os.path.join(o.out, stage)
     os.makedirs(os.path.join(folder, "work"), exist_ok=True)
-    files = [[os.path.basename(path), os.path.getsize(path)] for path in inputs]
-    settings = {"stage": stage, **{key: o[key] for key in keys}, "input": files}
+    settings = {key: getattr(o, key) for key in keys}
+    settings["input"] = [[os.path.basename(path), os.path.getsize(path)] for path in inputs]
     path = os.path.join(folder, "settings.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            old = json.load(file)
-        for key, value in settings.items():
-            if old.get(key) != value:
-                raise ValueError(
-                    f"--{key.replace('_', '-')}: {folder} was begun with "
-                    + ("other input files" if key == "input" else f"{old.get(key)!r}, not {value!r}")
-                    + f": use the same, or another --out, or delete {folder} and the stages behind it"
-                )
-    write_json(path, settings)
-    stems = [re.sub(r"\.(gz|jsonl|warc|wet|txt|csv|tsv)\b", "", os.path.basename(path)) for path in inputs]
-    unique = len(set(stems)) == len(stems)
-    return folder, [stem if unique else f"{i:05d}-{stem}" for i, stem in enumerate(stems)]
+    old = load_json(path) if os.path.exists(path) else settings
+    for key, value in settings.items():
+        if old.get(key) != value:
+            change = "other files" if key == "input" else f"{old.get(key)}, not {value}"
+            raise ValueError(f"--{key.replace('_', '-')}: {folder} was begun with {change}: use the "
+                             f"same, another --out, or delete {folder} and the stages behind it")
+    save(path, settings)
+    pattern = r"\.(gz|jsonl|warc|wet|txt|csv|tsv)\b"
+    names = [re.sub(pattern, "", os.path.basename(path)) for path in inputs]
+    if len(set(names)) < len(names):
+        names = [f"{i:05d}-{name}" for i, name in enumerate(names)]
+    return folder, os.path.join(folder, "work"), names
 
 
 # ---- stages --------------------------------------------------------------------------------------
 
 
-def map_shards(o: dict, label: str, folder: str, names: list[str], kind: str, function, *columns) -> list[str]:
-    """Run function(source, target, ...) for every shard; returns the targets, <folder>/<name><kind>.
-
-    Each further argument is a list with a value for each shard, or one value for all of them.
-    """
-    targets = [os.path.join(folder, name + kind) for name in names]
-    columns = [column if isinstance(column, list) else [column] * len(names) for column in columns]
-    units = [
-        (os.path.join(folder, name + ".json"), function, (source, target, *rest))
-        for name, target, source, *rest in zip(names, targets, *columns)
-    ]
-    run_units(o, label, units)
-    return targets
-
-
-def stage_extract(o: dict, inputs: list[str]) -> list[str]:
+def stage_extract(o, inputs: list[str]) -> list[str]:
     """Crawl files to documents."""
-    folder, names = begin_stage(o, "extract", inputs, ("text_key", "main_content"))
+    folder, _, names = begin_stage(o, "extract", inputs, "text_key", "main_content")
     return map_shards(o, "extract", folder, names, ".jsonl.gz", extract_shard, inputs, o)
 
 
-def stage_filter(o: dict, inputs: list[str]) -> list[str]:
+def stage_filter(o, inputs: list[str]) -> list[str]:
     """Language, quality rules, classifiers, decontamination, personal data."""
-    keys = ("languages", "language_threshold", "rules", "drop_above", "classify_characters", "pii")
-    folder, names = begin_stage(o, "filter", inputs, (*keys, "decontaminate", *BAD_LABEL))
-    for task in BAD_LABEL:  # find a missing or wrong model before the work starts
-        if o[task]:
-            bad_probability("a", task, o[task])
-    if o["languages"]:
-        identify_language("a", o["language_model"])
+    keys = ("languages", "language_model", "language_threshold", "rules", "drop_above", "pii",
+            "classify_characters", "decontaminate", *BAD_LABEL)
+    folder, _, names = begin_stage(o, "filter", inputs, *keys)
+    for task in filter(lambda task: getattr(o, task), BAD_LABEL):
+        bad_probability("a", task, getattr(o, task))  # a missing model is found before the work
+    if o.languages:
+        identify_language("a", o.language_model)
+    if o.decontaminate:
+        found, short = evaluation_ngrams(tuple(o.decontaminate))
+        print(f"filter: {len(found):,} 13-grams of evaluation sets; {short} of their texts are "
+              "shorter and not looked for", file=sys.stderr)
     return map_shards(o, "filter", folder, names, ".jsonl.gz", filter_shard, inputs, o)
 
 
-def stage_lines(o: dict, inputs: list[str]) -> list[str]:
+def stage_lines(o, inputs: list[str]) -> list[str]:
     """Lines that occur more than once in the whole crawl."""
-    folder, names = begin_stage(o, "lines", inputs, ("keep", "min_words"))
-    work, index = os.path.join(folder, "work"), list(range(len(names)))
+    folder, work, names = begin_stage(o, "lines", inputs, "keep", "min_words")
+    index = list(range(len(names)))
     tables = map_shards(o, "lines 1/3", work, names, ".npy", hash_lines_shard, inputs, index)
-    num_parts = 1 + sum(map(os.path.getsize, tables)) // (1 << 30)  # a gigabyte of hashes at a time
-    parts = list(range(num_parts))
-    repeated = map_shards(o, "lines 2/3", work, [f"part-{p:03d}" for p in parts], ".npy",
-                          repeated_lines_part, [tables] * num_parts, parts, num_parts)
+    num_parts = 1 + sum(map(os.path.getsize, tables)) // (1 << 30)  # a gigabyte at a time
+    parts = [f"part-{part:03d}" for part in range(num_parts)]
+    parts = map_shards(o, "lines 2/3", work, parts, ".npy", repeated_lines_part,
+                       [tables] * num_parts, list(range(num_parts)), num_parts)
     return map_shards(o, "lines 3/3", folder, names, ".jsonl.gz", drop_lines_shard, inputs, index,
-                      [repeated] * len(names), o)
+                      [parts] * len(names), o)
 
 
-def stage_minhash(o: dict, inputs: list[str]) -> list[str]:
+def stage_minhash(o, inputs: list[str]) -> list[str]:
     """Near-duplicate documents of the whole crawl."""
+    check_bands(o.num_hashes, o.num_bands)
     keys = ("num_hashes", "num_bands", "ngrams", "jaccard", "seed")
-    folder, names = begin_stage(o, "minhash", inputs, keys)
-    work, size, index = os.path.join(folder, "work"), len(names), list(range(len(names)))
-    if o["num_hashes"] % o["num_bands"]:
-        raise ValueError(f"--num-hashes {o['num_hashes']} does not divide into --num-bands {o['num_bands']}")
-    tables = map_shards(o, "minhash 1/6", work, names, ".npy", signature_shard, inputs, o)
-    begins = np.cumsum([0] + [len(np.load(table, mmap_mode="r")) for table in tables]).tolist()
-    bands = [f"band-{band:03d}" for band in range(o["num_bands"])]
-    bands = map_shards(o, "minhash 2/6", work, bands, ".npy", band_part, [tables] * len(bands),
-                       list(range(len(bands))), o)
-    sets = map_shards(o, "minhash 3/6", work, [f"{n}-sets" for n in names], ".npy", shingle_shard,
-                      inputs, [bands] * size, begins[:-1], o)
-    edges = map_shards(o, "minhash 4/6", work, [f"{n}-edges" for n in names], ".npy", verify_shard,
-                       [sets] * size, [bands] * size, [begins] * size, index, o)
-    dropped = map_shards(o, "minhash 5/6", work, ["dropped"], ".npy", cluster_part, [edges], o)
-    return map_shards(o, "minhash 6/6", folder, names, ".jsonl.gz", drop_duplicates_shard, inputs,
-                      dropped * size, begins[:-1])
+    folder, work, names = begin_stage(o, "minhash", inputs, *keys)
+    tables = map_shards(o, "minhash 1/3", work, names, ".npy", signature_shard, inputs, o)
+    [dropped] = map_shards(o, "minhash 2/3", work, ["dropped"], ".npy", near_duplicates_part,
+                           [tables], o)
+    sizes = [len(np.load(table, mmap_mode="r")) for table in tables]
+    begins = np.cumsum([0, *sizes]).tolist()[:-1]
+    return map_shards(o, "minhash 3/3", folder, names, ".jsonl.gz", drop_duplicates_shard, inputs,
+                      begins, dropped, o)
 
 
-def stage_tokenize(o: dict, inputs: list[str]) -> list[str]:
-    """Token files for train.py, with a tokenizer given or trained on the text itself."""
-    folder, names = begin_stage(o, "tokens", inputs, ("tokenizer", "vocab_size", "val_fraction"))
-    tokenizer = o["tokenizer"]
-    if not tokenizer:
-        tokenizer = os.path.join(folder, "tokenizer.json")
-        run_units(o, "tokenizer", [(os.path.join(folder, "work", "tokenizer.json"), train_tokenizer_part, (inputs, tokenizer, o))])
+def stage_tokenize(o, inputs: list[str]) -> list[str]:
+    """Token files for train.py, by a tokenizer that is given or trained on this text."""
+    keys = ("tokenizer", "vocab_size", "val_fraction")
+    folder, work, names = begin_stage(o, "tokenize", inputs, *keys)
+    tokenizer = o.tokenizer or os.path.join(folder, "tokenizer.json")
+    if not o.tokenizer:
+        marker = os.path.join(work, "tokenizer.json")
+        run_units(o, "tokenizer", [(marker, train_tokenizer_part, (inputs, tokenizer, o))])
     return map_shards(o, "tokenize", folder, names, ".npy", tokenize_shard, inputs, tokenizer, o)
 
 
-STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines, "minhash": stage_minhash,
-          "tokenize": stage_tokenize}
+STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines,
+          "minhash": stage_minhash, "tokenize": stage_tokenize}
 
 
-def run(o: dict, stages: list[str]) -> None:
-    """Run stages one after the other, each on what the one before it left."""
-    inputs = find_inputs(o)
-    for stage in stages:
-        inputs = STAGES[stage](o, inputs)
-
-
-def find_inputs(o: dict) -> list[str]:
-    """Files of --input (files, directories, globs), sorted. ValueError if one matches nothing."""
-    found = []
-    for spec in o["input"]:
-        files = glob.glob(os.path.join(spec, "*.*")) if os.path.isdir(spec) else glob.glob(spec)
-        files = [path for path in files if os.path.isfile(path) and not path.endswith((".json", ".tmp"))]
+def find_inputs(specs: list[str]) -> list[str]:
+    """Files, directories and patterns to a sorted list. ValueError if one matches nothing."""
+    found = set()
+    for spec in specs:
+        files = glob.glob(os.path.join(spec, "*") if os.path.isdir(spec) else spec)
+        files = [path for path in files if os.path.isfile(path)]
         if not files:
-            raise ValueError(f"--input {spec}: no such file; give files, a directory or a quoted pattern")
-        found += files
-    return sorted(set(found))
+            raise ValueError(f"--input {spec}: no such file; give files, directories or patterns")
+        found.update(files)
+    return sorted(found)
 
 
 # ---- report --------------------------------------------------------------------------------------
 
 
-def collect(out: str) -> dict:
-    """Add up the books of all shards: {"filters", "counts", "languages", "seconds"}."""
-    total = new_stats()
-    for stage in ("extract", "filter", "lines", "minhash", "tokens"):
+def collect_books(out: str) -> dict:
+    """The books of all shards added up: {"filters", "counts", "languages", "seconds"}."""
+    total = {"filters": {}, "counts": Counter(), "languages": Counter(), "seconds": Counter()}
+    for stage in STAGES:
         for path in sorted(glob.glob(os.path.join(glob.escape(out), stage, "*.json"))):
-            with open(path, encoding="utf-8") as file:
-                stats = json.load(file)
+            stats = load_json(path)
             seconds = os.path.join(out, "seconds", f"{stage}-{os.path.basename(path)}")
-            if "filters" not in stats or not os.path.exists(seconds):
-                continue
-            with open(seconds, encoding="utf-8") as file:
-                stats["seconds"] = json.load(file)
+            stats["seconds"] = load_json(seconds) if os.path.exists(seconds) else {}
             for key in ("counts", "languages", "seconds"):
-                total[key] = dict(Counter(total[key]) + Counter(stats[key]))
-            for name, row in stats["filters"].items():
-                merge_row(total["filters"].setdefault(name, {}), row)
+                total[key].update(stats.get(key, {}))
+            for name, row in stats.get("filters", {}).items():
+                into = total["filters"].setdefault(name, Counter(reasons=Counter(), samples=[[], []]))
+                into.update({key: row[key] for key in ("documents", "words", "kept", "kept_words")})
+                into["reasons"].update(row["reasons"])
+                for mine, new in zip(into["samples"], row["samples"]):
+                    mine[:] = sorted(mine + new)[:5]
     return total
 
 
-def merge_row(into: dict, row: dict) -> None:
-    """Add the books of one filter on one shard to those of all shards."""
-    for key in ("documents", "words", "kept", "kept_words"):
-        into[key] = into.get(key, 0) + row[key]
-    into["reasons"] = dict(Counter(into.get("reasons", {})) + Counter(row["reasons"]))
-    pairs = zip(into.get("samples", [[], []]), row["samples"])
-    into["samples"] = [sorted(a + b)[:5] for a, b in pairs]
-
-
-def funnel_table(total: dict) -> list[str]:
-    """The funnel as lines of text."""
-    removed = max(1, sum(row["documents"] - row["kept"] for row in total["filters"].values()))
-    lines = [f"{'filter':<16}{'documents in':>14}{'kept':>12}{'words in':>14}{'kept':>14}{'removals':>10}{'seconds':>10}"]
+def funnel(total: dict) -> Iterator[str]:
+    """The funnel, line by line: each filter, its commonest reasons, what was counted on the way."""
+    removed = sum(row["documents"] - row["kept"] for row in total["filters"].values()) or 1
+    yield (f"{'filter':<14}{'documents':>12}{'kept':>12}{'words':>14}{'kept':>14}{'of removals':>13}"
+           f"{'seconds':>10}")
     for name, row in total["filters"].items():
-        share = (row["documents"] - row["kept"]) / removed
-        lines.append(f"{name:<16}{row['documents']:>14,}{row['kept']:>12,}{row['words']:>14,}{row['kept_words']:>14,}"
-                     f"{share:>10.1%}{total['seconds'].get(name, 0):>10.2f}")
-        for reason, count in sorted(row["reasons"].items(), key=lambda item: -item[1])[:12]:
-            lines.append(f"    {count:>8,}  {reason}")
-    lines.append("a word is whatever white space separates")
+        yield (f"{name:<14}{row['documents']:>12,}{row['kept']:>12,}{row['words']:>14,}"
+               f"{row['kept_words']:>14,}{(row['documents'] - row['kept']) / removed:>13.1%}"
+               f"{total['seconds'][name]:>10.2f}")
+        for reason, count in row["reasons"].most_common(12):
+            yield f"{'':<14}{count:>12,} {reason}"
     for key in ("counts", "languages"):
-        items = sorted(total[key].items(), key=lambda item: -item[1])
-        lines.append(f"{key}: " + ", ".join(f"{name} {count:,}" for name, count in items[:30]))
-    return lines
+        found = ", ".join(f"{name} {count:,}" for name, count in total[key].most_common(30) if count)
+        yield f"{key}: {found}"
+    yield "a word is what white space separates"
 
 
 def draw_funnel(total: dict, path: str) -> None:
-    """Documents left after each filter, and the languages, as a picture."""
+    """Documents before and after each filter, and their languages."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
-    names = list(total["filters"])
     for key, shade in (("documents", "0.8"), ("kept", "tab:blue")):
-        left.barh(names, [total["filters"][name][key] for name in names], color=shade, label=key)
+        documents = [row[key] for row in total["filters"].values()]
+        left.barh(list(total["filters"]), documents, color=shade, label=key)
     left.invert_yaxis()
-    left.set(title="documents before and after each filter")
     left.legend()
-    languages = sorted(total["languages"].items(), key=lambda item: -item[1])[:20]
-    right.bar([name for name, _ in languages], [count for _, count in languages])
-    right.set(title="documents by language", yscale="log" if languages else "linear")
+    left.set(title="documents before and after each filter")
+    right.bar(*zip(*total["languages"].most_common(20) or [("none", 0)]))
+    right.set(title="documents by language", yscale="symlog")
     figure.tight_layout()
     with replacing(path) as file:
         figure.savefig(file, format="png")
     plt.close(figure)
 
 
-def report(o: dict) -> None:
-    """Print the funnel; write it with the samples to report.txt and draw it in report.png."""
-    total = collect(o["out"])
+def report(o) -> None:
+    """Print the funnel; write it with samples to report.txt and draw it in report.png."""
+    total = collect_books(o.out)
     if not total["filters"]:
-        raise ValueError(f"--out {o['out']}: nothing to report there yet; run the stages first")
-    lines = funnel_table(total)
+        raise ValueError(f"--out {o.out}: nothing to report there; run some stages first")
+    lines = list(funnel(total))
     print("\n".join(lines))
     for name, row in total["filters"].items():
         for title, samples in zip(("kept", "dropped"), row["samples"]):
-            lines += ["", f"{name}: {title}"]
-            lines += [f"  {doc} [{reason}] {' '.join(text.split())}" for _, doc, reason, text in samples]
-    with replacing(os.path.join(o["out"], "report.txt")) as file:
+            lines += ["", f"{name}, {title}:"]
+            lines += [f"  {doc} {reason}: {' '.join(text.split())}" for _, doc, reason, text in samples]
+    with replacing(os.path.join(o.out, "report.txt")) as file:
         file.write("\n".join([*lines, ""]).encode("utf-8", "replace"))
-    draw_funnel(total, os.path.join(o["out"], "report.png"))
+    draw_funnel(total, os.path.join(o.out, "report.png"))
 
 
 # ---- training and applying classifiers -----------------------------------------------------------
 
 
-def labelled_texts(o: dict) -> list[tuple[str, str]]:
-    """(label, text) of LABEL=FILE inputs, or of rows with a label column."""
-    names = dict(pair.split("=", 1) for pair in o["labels"])
-    found = []
-    for spec in o["input"]:
-        label, path = spec.split("=", 1) if "=" in spec else (None, spec)
+def labelled_texts(o) -> Iterator[tuple[str, str]]:
+    """(label, text) of LABEL=FILE inputs (of plain text, each line), or rows with a label column."""
+    names = dict(pair.split("=", 1) for pair in o.labels)
+    for spec in o.input:
+        label, _, path = spec.rpartition("=")
         if not os.path.isfile(path):
-            raise ValueError(f"--input {spec}: no such file; give LABEL=FILE, or a file with a --label-key column")
-        for row in read_rows(path, separator="\n"):
-            given = label or str(row.get(o["label_key"]))
-            text = row.get(o["text_key"])
-            if text and text.strip() and names.get(given, given):
-                found.append((names.get(given, given), text))
-    return found
+            raise ValueError(f"--input {spec}: no such file; give LABEL=FILE, or FILE with a column "
+                             f"{o.label_key} (--label-key)")
+        for row in read_rows(path):
+            if o.text_key not in row or not (label or row.get(o.label_key)):
+                raise ValueError(f"--input {path}: a row without {o.text_key!r} or a label; name the "
+                                 "columns with --text-key and --label-key")
+            text, given = str(row[o.text_key]), label or str(row[o.label_key])
+            parts = [text] if len(row) > 1 else text.split("\n")
+            yield from ((names.get(given, given), part) for part in parts if part.strip())
 
 
 def random_crop(text: str, random: np.random.Generator) -> str:
-    """8 to 256 consecutive words of a text, each power of two as likely."""
-    words = text.split()
-    size = int(2 ** random.uniform(3, 8))
+    """8 to 256 consecutive words of a text, every length's power of two as likely."""
+    words, size = text.split(), int(2 ** random.uniform(3, 8))
     start = int(random.integers(0, max(1, len(words) - size + 1)))
     return " ".join(words[start : start + size])
 
 
 def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Chance that a positive outscores a negative (ties count half): the area under the ROC curve."""
-    _, rank, count = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = (np.cumsum(count) - (count - 1) / 2)[rank]
-    num = positive.sum()
-    return float((mean_rank[positive].sum() - num * (num + 1) / 2) / max(1, num * (len(scores) - num)))
+    """Chance that a positive outscores a negative, ties half: the area under the ROC curve."""
+    below = np.searchsorted(np.sort(scores[~positive]), scores[positive], "left")
+    up_to = np.searchsorted(np.sort(scores[~positive]), scores[positive], "right")
+    return float((below + up_to).mean() / (2 * (~positive).sum()))
 
 
-def train(o: dict) -> None:
-    """Train a fastText classifier and print its accuracy and AUC on a tenth held out.
+def train(o) -> None:
+    """Train a fastText classifier; print its accuracy and AUC on a tenth held out.
 
-    Classes often differ in length (tweets against articles) and fastText would learn just that, so
-    both sides are cut to random crops of the same lengths, as many crops of each.
+    Classes often differ in length (tweets against articles), and fastText would learn just that. So
+    it sees random crops of the same lengths, as many of each class.
     """
     import fasttext
 
-    texts = labelled_texts(o)
-    labels = sorted({label for label, _ in texts})
-    if len(labels) < 2:
-        raise ValueError(f"--input: needs texts of at least two labels, found {', '.join(labels) or 'none'}")
-    random = np.random.default_rng(o["seed"])
-    held = [zlib.crc32(text.encode("utf-8", "replace")) % 10 == 0 for _, text in texts]
-    kept = {lab: [t for (name, t), out in zip(texts, held) if name == lab and not out] for lab in labels}
+    random, kept, tests = np.random.default_rng(o.seed), {}, []
+    for label, text in labelled_texts(o):
+        if zlib.crc32(text.encode("utf-8", "replace")) % 10:
+            kept.setdefault(label, []).append(text)
+        else:
+            tests.append((label, random_crop(text, random)))
+    if len(kept) < 2 or len({label for label, _ in tests}) < len(kept):
+        raise ValueError(f"--input: needs a few dozen texts of each of two or more labels, found "
+                         f"{ {label: len(texts) for label, texts in kept.items()} }")
     most = max(map(len, kept.values()))
-    lines = [f"__label__{label} {random_crop(part[i % len(part)], random)}"
-             for label, part in kept.items() for i in range(most)]
+    lines = [f"__label__{label} {random_crop(texts[i % len(texts)], random)}\n"
+             for label, texts in kept.items() for i in range(most)]
     random.shuffle(lines)
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8", errors="replace") as file:
-        file.write("\n".join(lines) + "\n")
-        file.flush()
-        model = fasttext.train_supervised(file.name, epoch=o["epochs"], lr=0.2, wordNgrams=2, dim=64, bucket=200_000,
-                                          thread=1, seed=o["seed"], verbose=0)
-    os.makedirs(os.path.dirname(os.path.abspath(o["model"])), exist_ok=True)
-    model.save_model(o["model"] + ".tmp")
-    os.replace(o["model"] + ".tmp", o["model"])
+    os.makedirs(os.path.dirname(os.path.abspath(o.model)), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(o.model))) as folder:
+        path = os.path.join(folder, "train.txt")
+        with open(path, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(lines)
+        model = fasttext.train_supervised(path, epoch=o.epochs, lr=0.2, wordNgrams=2, dim=64,
+                                          bucket=200_000, thread=1, seed=o.seed, verbose=0)
+        model.save_model(os.path.join(folder, "model.bin"))
+        os.replace(os.path.join(folder, "model.bin"), o.model)
     load_fasttext.cache_clear()
-    tests = [(label, random_crop(text, random)) for (label, text), out in zip(texts, held) if out]
-    found = [dict(predict(text, o["model"], -1)) for _, text in tests]
-    correct = np.mean([max(p, key=p.get) == label for p, (label, _) in zip(found, tests)])
-    print(f"{o['model']}: {len(lines):,} crops, {len(tests):,} held out, accuracy {correct:.3f}", end="")
-    for label in labels:
-        scores = np.array([p.get(label, 0) for p in found])
+    found = [dict(predict(text, o.model, -1)) for _, text in tests]
+    right = np.mean([max(p, key=p.get) == label for p, (label, _) in zip(found, tests)])
+    print(f"{o.model}: {len(lines):,} crops; held out {len(tests):,}, accuracy {right:.3f}", end="")
+    for label in sorted(kept):
+        scores = np.array([p.get(label, 0.0) for p in found])
         auc = area_under_curve(scores, np.array([name == label for name, _ in tests]))
         print(f", AUC {label} {auc:.3f}", end="")
     print()
 
 
-def score(o: dict) -> None:
-    """Print label, probability and start of every document, one JSON line each."""
-    for path in find_inputs(o):
-        for doc in read_documents(path, o["text_key"]):
-            label, p = (predict(doc["text"], o["model"]) or [("und", 0.0)])[0]
-            print(json.dumps({"id": doc["id"], "label": label, "probability": round(p, 4), "text": doc["text"][:80]}))
+def score(o) -> None:
+    """Print label, probability and start of every document, one JSON object a line."""
+    for path in find_inputs(o.input):
+        for doc in read_documents(path, o):
+            label, p = (predict(doc["text"], o.model) or [("und", 0.0)])[0]
+            print(json.dumps({"id": doc["id"], "label": label, "probability": round(p, 4),
+                              "text": doc["text"][:80]}))
+
+
+# ---- measuring against the peers -----------------------------------------------------------------
+
+
+def seconds_of(function) -> float:
+    """Median of three runs."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[1]
+
+
+def show(what: str, ours: float, peers: dict, mb: float | None = None) -> None:
+    """One row of the table: our time, each peer's and the ratio."""
+    rate = f" ({mb / ours:.1f} MB/s)" if mb else ""
+    others = "; ".join(f"{name} {t:.3f} s, {t / ours:.1f}x" for name, t in peers.items())
+    print(f"{what:<34} ours {ours:.3f} s{rate}; {others}", flush=True)
+
+
+def bench(o) -> None:
+    """Time MinHash, LSH, rules and the whole pipeline beside datasketch and datatrove, on one core."""
+    import logging
+
+    import datasketch
+    from datatrove.data import Document
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    class Whitespace(WordTokenizer):
+        word_tokenize = staticmethod(str.split)
+        sent_tokenize = span_tokenize = None
+
+    logging.disable()
+    texts = [doc["text"] for path in find_inputs(o.input) for doc in read_documents(path, o)]
+    texts = [text[at : at + 4000] for text in texts for at in range(0, len(text), 4000)]
+    mb = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
+    print(f"{len(texts):,} documents, {mb:.1f} MB")
+    drop = str.maketrans("", "", r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~""")
+
+    def grams(text):
+        words = text.lower().translate(drop).split()
+        return [" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))]
+
+    with tempfile.TemporaryDirectory() as folder:
+        trove = MinhashDedupSignature(folder, MinhashConfig(n_grams=5), Whitespace())
+        show("signatures of raw text, 14 x 8", seconds_of(lambda: minhash_signatures(texts)), {
+            "datasketch bulk": seconds_of(lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112)),
+            "datatrove": seconds_of(lambda: [trove.get_signature(s) for s in map(trove.get_shingles, texts)
+                                             if len(s)])}, mb)
+    signatures = np.tile(minhash_signatures(texts), (1 + 20_000 // len(texts), 1))[:20_000]
+    signatures[::2] ^= np.arange(10_000, dtype=np.uint32)[:, None]  # half of them have no copy
+    minhashes = [datasketch.MinHash(112, hashvalues=row.astype(np.uint64)) for row in signatures]
+
+    def their_lsh():
+        lsh = datasketch.MinHashLSH(num_perm=112, params=(14, 8))
+        for i, minhash in enumerate(minhashes):
+            lsh.insert(i, minhash)
+        return [lsh.query(minhash) for minhash in minhashes]
+
+    show("LSH of 20,000 documents", seconds_of(lambda: candidate_pairs(signatures, 14)),
+         {"datasketch": seconds_of(their_lsh)})
+    filters = [GopherQualityFilter(language=Whitespace()), GopherRepetitionFilter(language=Whitespace())]
+    docs = [Document(text, str(i)) for i, text in enumerate(texts)]
+    show("Gopher quality and repetition",
+         seconds_of(lambda: [failed_rules(batch, ("gopher", "repetition")) for batch in batches(texts)]),
+         {"datatrove": seconds_of(lambda: [[f.filter(doc) for f in filters] for doc in docs])}, mb)
+    ours = [rule is None for batch in batches(texts) for rule in failed_rules(batch, ("gopher", "repetition"))]
+    theirs = [all(f.filter(doc) is True for f in filters) for doc in docs]
+    print(f"same verdict on {np.mean(np.array(ours) == theirs):.1%} of documents")
+    bench_pipeline(o, texts, mb)
+
+
+def bench_pipeline(o, texts: list[str], mb: float) -> None:
+    """Time a WET file through every filter and three classifiers to signatures; then two processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i, text in enumerate(texts):
+            body = text.encode("utf-8", "replace")
+            head = f"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            for shard in ("all", i % 8):
+                with gzip.open(os.path.join(folder, f"{shard}.wet.gz"), "ab", 6) as file:
+                    file.write(head + body + b"\r\n\r\n")
+        models = []
+        for task, label in BAD_LABEL.items():
+            with open(os.path.join(folder, task), "w", encoding="utf-8", errors="replace") as file:
+                file.writelines(json.dumps({"text": text, "label": (label, "fine")[i % 2]}) + "\n" for i, text in enumerate(texts[:2000]))
+            os.rename(os.path.join(folder, task), os.path.join(folder, f"{task}.jsonl"))
+            models += [f"--{task}", os.path.join(folder, f"{task}.bin")]
+            main(["train", "--input", os.path.join(folder, f"{task}.jsonl"), "--model", models[-1], "--epochs", "1"])
+        lid = ["--language-model", o.language_model] if o.language_model else []
+
+        def pipeline(pattern, processes):
+            out = os.path.join(folder, "out")
+            shutil.rmtree(out, ignore_errors=True)
+            for stage, more in (("extract", ["--input", os.path.join(folder, pattern)]),
+                                ("filter", [*models, *lid, "--drop-above", "1"]), ("minhash", ["--input", f"{out}/filter/*.gz"])):
+                with contextlib.redirect_stderr(None):
+                    assert main([stage, "--out", out, "--processes", str(processes), *more]) == 0
+
+        one = seconds_of(lambda: pipeline("all.wet.gz", 1))
+        show("WET to signatures, one process", one, {}, mb)
+        if (os.cpu_count() or 1) > 1 and len(os.sched_getaffinity(0)) > 1:
+            show("the same in 8 shards, 2 processes", seconds_of(lambda: pipeline("[0-7].wet.gz", 2)),
+                 {"1 process": seconds_of(lambda: pipeline("[0-7].wet.gz", 1))}, mb)
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def whole(low: int):
+def at_least(low: int):
     """An argparse type: a whole number of at least `low`."""
 
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < low:
+    def whole_number(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or int(text) < low:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
         return int(text)
 
-    return parse
+    return whole_number
 
 
-def fraction(text: str) -> float:
+def share(text: str) -> float:
     """An argparse type: a number from 0 to 1."""
-    try:
-        if 0 <= float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    if not re.fullmatch(r"[01]|[01]?\.\d*", text) or float(text) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return float(text)
 
 
-def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
-    """The flags of one command."""
-    every = command == "run"
-    add = parser.add_argument
-    add("--out", default="data", help="directory of all stages' output")
-    if command == "report":
-        return
-    add("--input", nargs="+", help="files, directories or patterns; default for a stage alone: the output of the one before it")
-    add("--processes", type=whole(1), default=None, help="worker processes (default: all cores of this machine)")
-    if every or command == "extract":
-        add("--text-key", default="text", help="column that holds the text, in .jsonl, .csv and .tsv input")
-        add("--main-content", action="store_true", help="leave out menus and footers (needs resiliparse)")
+COMMANDS = {
+    "run": "all stages and the report",
+    **{name: function.__doc__ for name, function in STAGES.items()},
+    "report": "Print and draw the funnel: documents, words, seconds and samples of each filter.",
+    "train": "Train a fastText classifier.",
+    "score": "Apply a fastText classifier.",
+    "bench": "Time it all beside datasketch and datatrove, which must be installed.",
+}
+
+
+def add_flags(add, command: str) -> None:
+    """The flags of a command; `run` has those of all stages."""
+    stages = {"run", command} & {"run"} or {command}
+    every = "run" in stages
+    if command not in ("train", "score"):
+        add("--out", default="data", help="directory of everything that is written")
+    if command != "report":
+        add("--input", nargs="+", required=command in ("train", "score", "bench"),
+            help="LABEL=FILE, or files with a label column" if command == "train" else
+            "files, directories, patterns (default: what the stage before left in --out)")
+    if every or command in STAGES:
+        add("--processes", type=at_least(1), help="worker processes (default: one for each core)")
+    if every or command in ("extract", "train", "score", "bench"):
+        add("--text-key", default="text", help="column of the text in .jsonl, .csv, .tsv")
+        add("--main-content", action="store_true", help="leave out menus and footers")
+    if every or command in ("filter", "bench"):
+        add("--language-model", help="lid.176.bin or .ftz (default: downloads the .ftz)")
     if every or command == "filter":
-        add("--languages", nargs="*", default=["en"], help="languages to keep (ISO 639 codes); none: all, unidentified")
-        add("--language-threshold", type=fraction, default=0.65, help="least probability of the language (FineWeb: 0.65)")
-        add("--language-model", help="path of lid.176.bin or .ftz (default: downloads the .ftz)")
-        add("--rules", nargs="*", default=list(RULE_SETS), choices=RULE_SETS, help="rule sets to apply")
-        for task, bad in BAD_LABEL.items():
-            add(f"--{task}", metavar="MODEL", help=f"fastText model; drops what it calls {bad!r} (default: not applied)")
-        add("--drop-above", type=fraction, default=0.5, help="least probability at which a classifier drops")
-        add("--classify-characters", type=whole(1), default=4000, help="classifiers read this much of a document, characters")
-        add("--decontaminate", nargs="*", default=[], metavar="FILE", help="evaluation sets; 13 equal words drop a document")
-        add("--no-pii", dest="pii", action="store_false", help="leave e-mail addresses, phone numbers and IPs as they are")
+        add("--languages", nargs="*", default=["en"], help="ISO 639 codes to keep; none: all")
+        add("--language-threshold", type=share, default=0.65, help="least probability of it")
+        add("--rules", nargs="*", default=list(RULE_SETS), choices=RULE_SETS, help="rule sets")
+        for task, label in BAD_LABEL.items():
+            add(f"--{task}", metavar="MODEL", help=f"fastText model; drops label {label}")
+        add("--drop-above", type=share, default=0.5, help="probability at which these drop")
+        add("--classify-characters", type=at_least(1), default=4000, help="what these read of a "
+            "document, characters")
+        add("--decontaminate", nargs="*", default=[], metavar="FILE", help="evaluation sets")
+        add("--no-pii", dest="pii", action="store_false", help="do not mask personal data")
     if every or command == "lines":
-        add("--keep", choices=("none", "first"), default="none", help="copies of a repeated line to keep")
-        add("--min-words", type=whole(0), default=50, help="shortest document to keep after lines went, words")
+        add("--keep", choices=("none", "first"), default="none", help="copies of a line to keep")
+        add("--min-words", type=at_least(0), default=50, help="shortest document left, words")
     if every or command == "minhash":
-        add("--num-hashes", type=whole(1), default=112, help="hash functions of a signature")
-        add("--num-bands", type=whole(1), default=14, help="bands of the LSH; must divide --num-hashes")
-        add("--ngrams", type=whole(1), default=5, help="words of a shingle")
-        add("--jaccard", type=fraction, default=0.8, help="least similarity of a duplicate")
-        add("--seed", type=whole(0), default=0, help="of the hash functions and of which duplicate stays")
+        add("--num-hashes", type=at_least(1), default=112, help="hashes of a signature")
+        add("--num-bands", type=at_least(1), default=14, help="LSH bands, a divisor of these")
+        add("--ngrams", type=at_least(1), default=5, help="words of a shingle")
+        add("--jaccard", type=share, default=0.8, help="similarity from which on two are one")
     if every or command == "tokenize":
-        add("--tokenizer", help="tokenizer.json, or the directory of it (default: train one on the text)")
-        add("--vocab-size", type=whole(257), default=32_000, help="of the tokenizer trained here, tokens")
-        add("--val-fraction", type=fraction, default=0.005, help="share of documents held out for validation")
+        add("--tokenizer", help="tokenizer.json or its directory (default: train one here)")
+        add("--vocab-size", type=at_least(257), default=32_000, help="tokens of the one trained")
+        add("--val-fraction", type=share, default=0.005, help="share held out for validation")
+    if command in ("train", "score"):
+        add("--model", required=True, help="the fastText model")
+    if command == "train":
+        add("--label-key", default="label", help="column of the label")
+        add("--labels", nargs="*", default=[], metavar="OLD=NEW", help="labels to rename")
+        add("--epochs", type=at_least(1), default=5, help="passes over the data")
+    if every or command in ("minhash", "train"):
+        add("--seed", type=at_least(0), default=0, help="of all that is random")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line: one sub-command a stage, `run` with the flags of all of them."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+    """The command line, a sub-command for every job."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    titles = {"run": "all stages and the report", **{name: f.__doc__.splitlines()[0] for name, f in STAGES.items()},
-              "report": "print and draw the funnel"}
-    for name, title in titles.items():
-        add_flags(commands.add_parser(name, help=title, description=title, formatter_class=formatter), name)
-    one = commands.add_parser("train", help="train a fastText classifier", formatter_class=formatter)
-    one.add_argument("--input", nargs="+", required=True, help="LABEL=FILE (a line, row or document is a text), or files with a label column")
-    one.add_argument("--model", required=True, help="where to save it")
-    one.add_argument("--text-key", default="text", help="column of the text")
-    one.add_argument("--label-key", default="label", help="column of the label")
-    one.add_argument("--labels", nargs="*", default=[], metavar="OLD=NEW", help="rename labels, for example 0=toxic 2=non-toxic")
-    one.add_argument("--epochs", type=whole(1), default=5, help="passes over the data")
-    one.add_argument("--seed", type=whole(0), default=0, help="of crops and training")
-    one = commands.add_parser("score", help="apply a fastText classifier", formatter_class=formatter)
-    one.add_argument("--input", nargs="+", required=True, help="files, directories or patterns")
-    one.add_argument("--model", required=True, help="a fastText model")
-    one.add_argument("--text-key", default="text", help="column of the text")
+    for command, text in COMMANDS.items():
+        sub = commands.add_parser(command, help=text, description=text, formatter_class=form)
+        add_flags(sub.add_argument, command)
     return parser
 
 
-def run_command(o: dict) -> None:
-    """Do what the command line asks for."""
-    command = o["command"]
-    if command in ("train", "score", "report"):
-        return {"train": train, "score": score, "report": report}[command](o)
-    o["rank"], o["world_size"] = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    o["processes"] = o["processes"] or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+def run(o) -> None:
+    """Run one stage or all, each on what the one before it left."""
+    o.rank, o.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    o.processes = o.processes or max(1, (os.cpu_count() or 1) // local)
     names = list(STAGES)
-    if not o["input"]:
-        if command in ("run", "extract"):
-            raise ValueError("--input: give the crawl files, for example --input 'crawl/*.warc.gz'")
-        o["input"] = [os.path.join(o["out"], names[names.index(command) - 1], "*.jsonl.gz")]
-    run(o, names if command == "run" else [command])
-    if command == "run" and o["rank"] == 0:
+    before = names[names.index(o.command) - 1] if o.command in names[1:] else None
+    if not o.input and not before:
+        raise ValueError("--input: name the crawl files, for example --input 'crawl/*.warc.gz'")
+    files = find_inputs(o.input or [os.path.join(o.out, before, "*.jsonl.gz")])
+    for stage in names if o.command == "run" else [o.command]:
+        files = STAGES[stage](o, files)
+    if o.command == "run" and o.rank == 0:
         report(o)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    o = vars(make_parser().parse_args(argv))
+    o = make_parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up; every finished shard is safe
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # every finished shard is safe
     try:
-        run_command(o)
+        {"report": report, "train": train, "score": score, "bench": bench}.get(o.command, run)(o)
     except (ValueError, OSError) as error:
         print(f"filter_data.py: {error}", file=sys.stderr)
         return 2
