@@ -21,14 +21,19 @@ Flash-Decoding (2023), Liger Kernel (2410.10989), Cut Your Losses (2411.09009), 
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import os
+import statistics
 import sys
+import time
 from typing import NamedTuple
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
+from torch import nn
 
 if not torch.cuda.is_available():  # Triton reads this when it is imported, so it is set before
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -1693,9 +1698,368 @@ def symmetric_mm(x, *, impl=None):
     return y.view(*x.shape[:-1], x.shape[-2])
 
 
+# ---- bench: every kernel against its peers -------------------------------------------------------
+
+
+class _Case(NamedTuple):
+    """A row or three of the table. Calls take make(*size)'s tensors; make draws from randn."""
+
+    name: str
+    check: tuple  # a small size, compared with the fp64 twin
+    size: tuple  # the size that is timed
+    make: object
+    ours: object  # called with impl=...
+    twin: object
+    peers: dict
+    work: tuple  # ("FLOP" or "byte", forward, backward): of one call, of the size that is timed
+    modes: tuple = ("fwd", "bwd", "fwd+bwd")
+
+
+def _attention_case(B, T, H, K, E, cuda):
+    def make(B, T, H, K, E):
+        return [(B, T, H, E), (B, T, K, E), (B, T, K, E)]
+
+    def sdpa(q, k, v, backend=None):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with contextlib.nullcontext() if backend is None else nn.attention.sdpa_kernel(backend):
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+        return o.transpose(1, 2)
+
+    peers = {"sdpa": sdpa}
+    if cuda:
+        kinds = nn.attention.SDPBackend
+        backends = kinds.FLASH_ATTENTION, kinds.CUDNN_ATTENTION, kinds.EFFICIENT_ATTENTION
+        peers = {b.name[:6].lower(): functools.partial(sdpa, backend=b) for b in backends}
+        peers["flex"] = _flex_peer(T, H != K)
+    flops = 2 * B * H * T * T * E  # causal: half of 4 B H T^2 E
+    return _Case("flash_attention", (1, 96, H // K * 2, 2, E), (B, T, H, K, E), make, flash_attention,
+                 flash_attention_reference, peers, ("FLOP", flops, 5 * flops // 2))
+
+
+def _flex_peer(T, grouped):
+    """torch's flex_attention, compiled, causal."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
+    compiled = torch.compile(flex_attention)
+
+    def flex(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+    return flex
+
+
+def _loss_case(N, D, V, device):
+    targets = {n: torch.randint(0, V, (n,), device=device) for n in (64, N)}
+
+    def naive(x, w):
+        return F.cross_entropy((x @ w.t()).float(), targets[len(x)])
+
+    def loss(x, w, function=linear_cross_entropy, **options):
+        return function(x, w * D**-0.5, targets[len(x)], **options)
+
+    return _Case("linear_cross_entropy", (64, D, V), (N, D, V), lambda N, D, V: [(N, D), (V, D)], loss,
+                 functools.partial(loss, function=linear_cross_entropy_reference),
+                 {"naive": lambda x, w: naive(x, w * D**-0.5)}, ("FLOP", 2 * N * D * V, 4 * N * D * V),
+                 ("fwd+bwd",))
+
+
+def _cases(device, dtype):
+    """What bench times, and compile compiles: sizes for a GPU, or small ones for a CPU."""
+    cuda, b = device == "cuda", torch.finfo(dtype).bits // 8
+    for B, T, H, K, E in ([(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
+                           (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else
+                          [(1, 1024, 8, 8, 64), (1, 1024, 8, 2, 64)]):
+        yield _attention_case(B, T, H, K, E, cuda)
+    N, D = (16384, 4096) if cuda else (2048, 512)
+    compiled = torch.compile if cuda else (lambda twin: twin)  # on a CPU the twin is what we run
+
+    def peers(twin, **more):
+        return {**({"compile": compiled(twin)} if cuda else {}), **more}
+
+    yield _Case("rms_norm", (64, D), (N, D), lambda N, D: [(N, D), (D,)], rms_norm, rms_norm_reference,
+                peers(rms_norm_reference, torch=lambda x, w: F.rms_norm(x, w.shape, w, 1e-5)),
+                ("byte", 2 * N * D * b, 3 * N * D * b))
+    yield _Case("swiglu", (64, D), (N, D), lambda N, D: [(N, D)] * 2, swiglu, swiglu_reference,
+                peers(swiglu_reference, torch=lambda g, u: F.silu(g) * u),
+                ("byte", 3 * N * D * b, 5 * N * D * b))
+    angle = torch.rand(N, 64, device=device)
+    cos, sin = angle.cos(), angle.sin()
+
+    def rope(q, k, function=apply_rope, **options):
+        return function(q, k, cos, sin, **options)
+
+    rope_twin = functools.partial(rope, function=apply_rope_reference)
+    yield _Case("apply_rope", (1, 64, 2, 1), (1, N, D // 128, D // 512),
+                lambda B, T, H, K: [(B, T, H, 128), (B, T, K, 128)], rope, rope_twin,
+                peers(rope_twin, torch=rope_twin), ("byte", *[2 * N * D * b * 5 // 4] * 2))
+    yield _loss_case(*((16384, 4096, 131072) if cuda else (4096, 512, 50257)), device)
+    S, H, K, E = (16384, 32, 8, 128) if cuda else (4096, 8, 2, 64)
+    yield _Case("flash_decode", (2, 64, H, K, E), (16, S, H, K, E),
+                lambda B, S, H, K, E: [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
+                flash_decode_reference, {"sdpa": lambda q, k, v: F.scaled_dot_product_attention(
+                    *(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(1, 2)},
+                ("byte", 2 * 16 * S * K * E * b, 0), ("fwd",))
+    G, M = (64, 4096) if cuda else (8, 512)
+
+    def experts(x, w, function=grouped_mm, **options):
+        ends = (torch.linspace(0, 1, G, device=device) ** 2 * len(x)).to(torch.int32)  # uneven
+        return function(x, w, ends, **options)
+
+    yield _Case("grouped_mm", (64, M // 4, M // 4), (N, M // 4, M // 4),
+                lambda N, D, FF: [(N, D), (G, D, FF)], experts,
+                functools.partial(experts, function=grouped_mm_reference),
+                {"loop": functools.partial(experts, function=grouped_mm_reference)},
+                ("FLOP", N * M * M // 8, N * M * M // 4))
+    yield _Case("symmetric_mm", (130, 64), (M, M), lambda M, K: [(M, K)], symmetric_mm,
+                symmetric_mm_reference, {"x @ x.mT": symmetric_mm_reference}, ("FLOP", M**3, 0), ("fwd",))
+
+
+def _inputs(case, size, device, dtype, seed):
+    """Random tensors of case.make(*size)'s shapes: never zeros, which a GPU multiplies faster."""
+    gen = torch.Generator(device).manual_seed(seed)
+    return [torch.randn(s, generator=gen, device=device).to(dtype).requires_grad_()
+            for s in case.make(*size)]
+
+
+def _check(case, device, dtype):
+    """The case's small size, forward and backward, against its twin in fp64: the largest error."""
+    low = _inputs(case, case.check, device, dtype, 0)
+    high = [x.detach().double().requires_grad_() for x in low]
+    outs, refs = case.ours(*low), case.twin(*high)
+    pairs = list(zip(outs, refs)) if isinstance(outs, tuple) else [(outs, refs)]
+    if "fwd+bwd" in case.modes:
+        grads = [torch.randn_like(r) for _, r in pairs]
+        ours = torch.autograd.grad([o for o, _ in pairs], low, [g.to(dtype) for g in grads])
+        pairs += zip(ours, torch.autograd.grad([r for _, r in pairs], high, grads))
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def _seconds(call, sets, cuda):
+    """Median seconds of call(*inputs), over input sets in turn."""
+    for inputs in sets[:2]:
+        call(*inputs)
+    if not cuda:
+        times = []
+        for i in range(5):
+            start = time.perf_counter()
+            call(*sets[i % len(sets)])
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    torch.cuda._sleep(40_000_000)  # 20 ms in which all the launches queue up behind each other
+    marks[0].record()
+    for i, mark in enumerate(marks[1:]):
+        call(*sets[i % len(sets)])
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:])) / 1e3
+
+
+def _time(function, mode, sets, cuda):
+    """Seconds of one pass of function; the backward alone runs on graphs built beforehand."""
+    def outputs(*inputs):
+        outs = function(*inputs)
+        return outs if isinstance(outs, tuple) else (outs,)
+
+    def backward(outs, inputs, grads):
+        torch.autograd.grad(outs, inputs, grads, retain_graph=True)
+
+    def both(*inputs):
+        outs = outputs(*inputs)
+        torch.autograd.grad(outs, inputs, [o.detach() for o in outs])  # any gradient that is not 0
+
+    if mode == "bwd":
+        made = [(outputs(*x), x) for x in sets]
+        return _seconds(backward, [(o, x, [torch.randn_like(y) for y in o]) for o, x in made], cuda)
+    if mode == "fwd":
+        sets = [[x.detach() for x in inputs] for inputs in sets]
+    return _seconds(both if mode == "fwd+bwd" else outputs, sets, cuda)
+
+
+def _limits(device, dtype):
+    """The device's measured matmul FLOP/s and copy bytes/s, read plus write."""
+    cuda = device == "cuda"
+    n, numbers = (8192, 1 << 29) if cuda else (1024, 1 << 25)
+    a = [torch.randn(n, n, device=device, dtype=dtype) for _ in range(2)]
+    x = torch.randn(numbers, device=device, dtype=dtype)
+    y = torch.empty_like(x)
+    return {"FLOP": 2 * n**3 / _seconds(torch.mm, [a], cuda),
+            "byte": 2 * x.nbytes / _seconds(y.copy_, [(x,)], cuda)}
+
+
+def _peak_bytes(call, cuda):
+    """The most memory that call() held beyond what there was; on Linux also on a CPU, else 0."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    if not os.path.exists("/proc/self/clear_refs"):
+        return 0
+
+    def resident(key):
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith(key)) * 1024
+
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # start the high-water mark again
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+def bench(only="", device=None):
+    """Print the table: each kernel and mode, ours and each peer, and the share of what is possible."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    limits = _limits(device, dtype)
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, {dtype}, torch {torch.__version__}, triton {triton.__version__}: "
+          f"{limits['FLOP'] / 1e12:.3g} TFLOP/s, copy {limits['byte'] / 1e12:.3g} TB/s")
+    print("| kernel | shape | pass | error | ours ms | peer | ms | ratio | ours T/s | limit | peak MiB |")
+    print("|" + "---|" * 11)
+    for case in _cases(device, dtype):
+        if only not in case.name:
+            continue
+        error = _check(case, device, dtype)
+        if error > (0.03 if cuda else 1e-5):
+            raise ValueError(f"{case.name}: error {error:.1e} against the fp64 twin")
+        one = sum(math.prod(s) for s in case.make(*case.size)) * dtype.itemsize
+        copies = max(2, min(8, -(-(100 << 20) // one))) if cuda else 2  # together beyond the L2
+        sets = [_inputs(case, case.size, device, dtype, i) for i in range(copies)]
+        for mode in case.modes:
+            _bench_rows(case, mode, sets, error, limits, cuda)
+        del sets
+    print("AdamW: " + _bench_adamw(device, dtype, limits))
+
+
+def _bench_rows(case, mode, sets, error, limits, cuda):
+    """Time one mode of a case: a row for each peer."""
+    unit, forward, backward = case.work
+    work = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode]
+    seconds = _time(case.ours, mode, sets, cuda)
+    for peer, function in case.peers.items():
+        try:
+            other = _time(function, mode, sets, cuda)
+        except RuntimeError as problem:  # a backend that refuses the shape, or has no memory
+            print(f"<!-- {case.name} {peer}: {str(problem).splitlines()[0]} -->")
+            continue
+        peak = ""
+        if mode == "fwd+bwd":
+            peaks = [_peak_bytes(lambda f=f: _time(f, mode, sets, cuda), cuda)
+                     for f in (case.ours, function)]
+            peak = f"{peaks[0] / 2**20:.0f} / {peaks[1] / 2**20:.0f}"
+        print(f"| {case.name} | {'x'.join(map(str, case.size))} | {mode} | {error:.0e} "
+              f"| {seconds * 1e3:.3g} | {peer} | {other * 1e3:.3g} | {seconds / other:.2f} "
+              f"| {work / seconds / 1e12:.3g} {unit}/s | {work / seconds / limits[unit]:.0%} "
+              f"| {peak} |", flush=True)
+
+
+def _bench_adamw(device, dtype, limits):
+    """A step of FusedAdamW and of torch's fused AdamW over 64 tensors."""
+    cuda = device == "cuda"
+    shapes = [(4096, 4096) if cuda else (256, 256)] * 64
+    seconds = []
+    for make in (FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)):
+        params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        seconds.append(_seconds(make(params, lr=1e-4).step, [()], cuda))
+    rate = 28 * sum(math.prod(s) for s in shapes) / seconds[0]
+    return (f"64 tensors of {shapes[0]}, fp32: ours {seconds[0] * 1e3:.3g} ms, torch fused "
+            f"{seconds[1] * 1e3:.3g} ms, ratio {seconds[0] / seconds[1]:.2f}, {rate / 1e12:.3g} TB/s, "
+            f"{rate / limits['byte']:.0%} of copy")
+
+
+def tune():
+    """Time candidate tiles on this GPU and print the rows of TILES that would be faster."""
+    candidates = [(bm, bn, w, s) for bm in (64, 128) for bn in (32, 64, 128) for w in (4, 8)
+                  for s in (1, 2, 3)]
+    for E in (64, 128, 256):
+        q, k, v = (torch.randn(2, 4096, 16, E, device="cuda").bfloat16().requires_grad_() for _ in "qkv")
+        for kernel in ("forward", "backward_kv", "backward_q"):
+            best, before = (math.inf, None), TILES[kernel, E]
+            for TILES[kernel, E] in [before, *candidates]:
+                mode = "fwd" if kernel == "forward" else "bwd"
+                try:
+                    best = min(best, (_time(flash_attention, mode, [(q, k, v)], True), TILES[kernel, E]))
+                except triton.runtime.errors.OutOfResources:
+                    continue
+            TILES[kernel, E] = best[1]
+            print(f'    ("{kernel}", {E}): {best[1]},  # {best[0] * 1e3:.3g} ms, was {before}', flush=True)
+
+
+# ---- compile: is every kernel accepted by the compiler, without a GPU? ---------------------------
+
+
+class _NoDevice:
+    """What Triton asks of a driver before it launches: here, to compile for another machine."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_all(capability=90):
+    """Compile what bench runs, forward and backward, for an NVIDIA compute capability (90: H100,
+    H200), and print each kernel's shared memory and spills. The interpreter accepts programs that
+    the compiler refuses; this finds them where there is no GPU."""
+    triton.runtime.driver.set_active(_NoDevice(capability))
+    run, seen = triton.JITFunction.run, set()
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            print(f"{self.fn.__name__:24} {kernel.metadata.shared / 1024:6.1f} KiB shared memory")
+        if kernel.metadata.shared > 227 * 1024:
+            raise ValueError(f"{self.fn.__name__}: more shared memory than a multiprocessor has")
+
+    triton.JITFunction.run = compile_only
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in _cases("cpu", dtype):
+            inputs = _inputs(case, case.check, "cpu", dtype, 0)
+            outs = case.ours(*inputs, impl="triton")
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+    print(f"{len(seen)} kernels compiled for sm_{capability}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.parse_args(argv)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("bench", help="time every kernel against its peers, on the GPU if any")
+    sub.add_argument("--only", default="", help="only kernels whose name contains this (default: all)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: the GPU if any)")
+    sub.add_argument("--tune", action="store_true", help="time candidate attention tiles instead")
+    sub = commands.add_parser("compile", help="compile every kernel for a GPU that is not here")
+    sub.add_argument("--capability", type=int, default=90, help="compute capability (default: 90)")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "compile":
+            compile_all(args.capability)
+        elif args.tune:
+            tune()
+        else:
+            bench(args.only, args.device)
+    except (ValueError, OSError) as problem:
+        print(f"kernels.py: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
