@@ -56,6 +56,15 @@ class ModelConfig:
     zero_init: bool = False  # every block starts as the identity (muP, modded-nanogpt)
     value_embeddings: int = 0  # tables, each mixed into the values of layers i and -1-i
     residual_scalars: bool = False  # each block reads a * x + b * embedding, a and b learned
+    num_experts: int = 0  # of d_ff each, in place of the one feed-forward network
+    experts_per_token: int = 2
+    num_shared_experts: int = 0  # experts every token passes (DeepSeekMoE)
+    normalize_router: bool = True  # the chosen experts' weights add up to 1
+    balance: str = "loss"  # loss: Switch's auxiliary loss | bias: without one, see MoE
+    balance_loss: float = 0.01  # weight of the auxiliary loss
+    kv_rank: int = 0  # multi-head latent attention: width of the latent that is cached
+    d_rope: int = 32  # multi-head latent attention: dimensions a head shares that carry position
+    eos_token_id: int | list | None = None  # ends generation; travels with the checkpoint
 
     def __post_init__(self):
         self.num_kv_heads = self.num_kv_heads or self.num_heads
@@ -66,13 +75,19 @@ class ModelConfig:
         choices = {"ffn": ("swiglu", "silu", "gelu", "relu2"), "norm_type": ("rms", "layer"),
                    "norm": ("pre", "post", "output", "none"),
                    "position": ("rope", "learned", "none"),
-                   "attention": ("sdpa", "flash", "naive"), "qk_norm": (True, False, "full")}
+                   "attention": ("sdpa", "flash", "naive"), "qk_norm": (True, False, "full"),
+                   "balance": ("loss", "bias")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of "
                              f"num_kv_heads={self.num_kv_heads}")
+        if self.value_embeddings * 2 > self.num_layers:
+            raise ValueError(f"value_embeddings={self.value_embeddings} tables need twice as many "
+                             f"layers, not num_layers={self.num_layers}")
+        if self.kv_rank and (self.qk_norm or self.value_embeddings):
+            raise ValueError("kv_rank (latent attention) goes without qk_norm and value_embeddings")
 
 
 # ---- layers ------------------------------------------------------------------------------------
@@ -189,6 +204,36 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+def rope_frequencies(d_head, theta, scaling=None):
+    """Radians a position of each pair (E/2,), and the factor on cos and sin.
+
+    Scaling stretches a trained context. "linear" divides every frequency by the factor, "llama3"
+    only those that turn less than once or so in the original context, "yarn" (Peng et al. 2023)
+    blends between by the turns made, and sharpens attention by the factor it returns.
+    """
+    powers = torch.arange(0, d_head, 2, dtype=torch.float32, device="cpu") / d_head
+    base, s = 1.0 / theta**powers, scaling or {}
+    kind = s.get("rope_type", s.get("type", "default"))
+    if kind == "default":
+        return base, 1.0
+    factor = s["factor"]
+    if kind == "linear":
+        return base / factor, 1.0
+    if kind == "llama3":
+        turns = s["original_max_position_embeddings"] * base / (2 * math.pi)
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return base / factor * (1 - keep) + base * keep, 1.0
+    if kind != "yarn":
+        raise ValueError(f"rope_type {kind!r} is not one of default, linear, llama3, yarn")
+    ends = [d_head * math.log(s["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (
+        2 * math.log(theta)) for turns in (s.get("beta_fast") or 32, s.get("beta_slow") or 1)]
+    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), d_head - 1)
+    drop = ((torch.arange(d_head // 2, device="cpu") - low) / max(high - low, 1e-3)).clamp(0, 1)
+    sharpen = s.get("attention_factor") or 0.1 * math.log(factor) + 1
+    return base / factor * drop + base * (1 - drop), sharpen
+
+
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding (Su et al. 2021): pair i turns by position * theta^(-2i/E)."""
 
@@ -196,15 +241,14 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.max_len, self.interleaved = max_len, interleaved
         # A plain attribute, not a buffer: casting the model to bf16 must not round frequencies.
-        powers = torch.arange(0, d_head, 2, dtype=torch.float32, device="cpu") / d_head
-        self.frequencies = theta**-powers
+        self.frequencies, self.factor = rope_frequencies(d_head, theta, scaling)
 
     def tables(self, positions, dtype=torch.float32):
         """cos and sin of every angle: positions (..., T) -> two of (..., T, 1, E/2)."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
 
     def forward(self, x, positions):
         """x (..., T, E), positions (T,) or (..., T) -> x turned, same shape and dtype."""
@@ -364,6 +408,53 @@ class Attention(nn.Module):
         return self.o(y.reshape(B, T, -1))  # (B, T, H, E) -> (B, T, H E) -> (B, T, D)
 
 
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, Liu et al. 2024).
+
+    Keys and values of all heads are made from one latent of kv_rank numbers a token, and only that
+    and d_rope rotated numbers are cached. R is kv_rank, P is d_rope.
+    """
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        D, H, E, R, P = (config.d_model, config.num_heads, config.d_head, config.kv_rank,
+                         config.d_rope)
+        self.config, self.layer = config, layer
+        self.q = Linear(D, H * (E + P))
+        self.down = Linear(D, R + P)
+        self.norm = RMSNorm(R, config.norm_eps)
+        self.up = Linear(R, H * 2 * E)  # every head's key, then its value
+        self.o = Linear(H * E, D)
+
+    def forward(self, x, rope=None, mask=None, cache=None, values=None):
+        B, T, _ = x.shape
+        c, E = self.config, self.config.d_head
+        q, q_rope = self.q(x).view(B, T, -1, E + c.d_rope).split([E, c.d_rope], -1)
+        latent, k_rope = self.down(x)[:, :, None].split([c.kv_rank, c.d_rope], -1)  # (B, T, 1, .)
+        latent = self.norm(latent)
+        if rope is not None:
+            q_rope, k_rope = rotate(q_rope, *rope), rotate(k_rope, *rope)
+        if cache is not None:
+            latent, k_rope = cache.update(self.layer, latent, k_rope)  # (B, S, 1, R or P)
+            return self.o(self.absorbed(q, q_rope, latent, k_rope, mask).reshape(B, T, -1))
+        k, v = self.up(latent).view(B, T, -1, 2 * E).chunk(2, -1)  # (B, T, H, E)
+        q = torch.cat((q, q_rope), -1)
+        k = torch.cat((k, k_rope.expand(-1, -1, k.shape[2], -1)), -1)
+        return self.o(attend(q, k, v, mask, c).reshape(B, T, -1))
+
+    def absorbed(self, q, q_rope, latent, k_rope, mask):
+        """The same numbers without ever making a key or value: `up` moves to the query's side.
+
+        q . (W_k latent) = (W_k^T q) . latent, so H queries of width R + P share one key a token.
+        """
+        c = self.config
+        w_k, w_v = self.up.weight.view(-1, 2 * c.d_head, c.kv_rank).chunk(2, 1)  # (H, E, R)
+        q = torch.cat((torch.einsum("bthe,her->bthr", q, w_k), q_rope), -1)
+        q = q * math.sqrt(q.shape[-1] / (c.d_head + c.d_rope))  # attend divides by the wider root
+        y = attend(q, torch.cat((latent, k_rope), -1), latent, mask, c)  # (B, T, H, R)
+        return torch.einsum("bthr,her->bthe", y, w_v)
+
+
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
 
@@ -393,14 +484,61 @@ class MLP(nn.Module):
         return self.w2(F.silu(h) if self.kind == "silu" else F.gelu(h, approximate="tanh"))
 
 
+class MoE(nn.Module):
+    """Mixture of experts: each token passes the k experts its router likes best, weighted by it.
+
+    balance="loss" adds num_experts * sum(share of tokens * mean probability) over the experts, 1
+    when even (Switch, Fedus et al. 2021). balance="bias" has no loss: balance() raises a bias on
+    the choice, not the weight, of experts that got too few tokens (Wang et al. 2024).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        n, D = config.num_experts, config.d_model
+        self.config, self.aux = config, 0.0
+        self.router = Linear(D, n)
+        self.experts = nn.ModuleList(SwiGLU(D, config.d_ff) for _ in range(n))
+        if config.num_shared_experts:
+            self.shared = SwiGLU(D, config.d_ff * config.num_shared_experts)
+        if config.balance == "bias":
+            self.register_buffer("bias", torch.zeros(n))
+        self.register_buffer("load", torch.zeros(n), persistent=False)  # tokens since balance()
+
+    def forward(self, x):
+        c, flat = self.config, x.flatten(0, -2)  # (N, D)
+        p = softmax(self.router(flat).float())  # (N, num_experts)
+        chosen = (p + self.bias if c.balance == "bias" else p).topk(c.experts_per_token).indices
+        weight = p.gather(-1, chosen)  # (N, k)
+        if c.normalize_router:
+            weight = weight / weight.sum(-1, keepdim=True)
+        y = self.shared(flat) if c.num_shared_experts else torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, place = (chosen == e).nonzero(as_tuple=True)
+            out = expert(flat[token]) * weight[token, place, None]
+            y = y.index_add(0, token, out.to(y.dtype))
+        share = F.one_hot(chosen, c.num_experts).sum((0, 1)).to(p.dtype)
+        if self.training:
+            self.load += share.detach()
+        self.aux = c.num_experts * (share / chosen.numel() * p.mean(0)).sum()
+        return y.view_as(x)
+
+    @torch.no_grad()
+    def balance(self, rate=1e-3):
+        """Move the bias towards an even load; call it after each optimizer step."""
+        self.bias += rate * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()
+
+
 class Block(nn.Module):
     """Attention, then the feed-forward network, each added to the residual stream x."""
 
     def __init__(self, config, layer=0):
         super().__init__()
         self.norm = config.norm
-        self.attn = Attention(config, layer)
-        if config.ffn == "swiglu":
+        self.attn = LatentAttention(config, layer) if config.kv_rank else Attention(config, layer)
+        if config.num_experts:
+            self.ffn = MoE(config)
+        elif config.ffn == "swiglu":
             self.ffn = SwiGLU(config.d_model, config.d_ff, config.bias)
         else:
             self.ffn = MLP(config.d_model, config.d_ff, config.ffn, config.bias)
@@ -411,7 +549,9 @@ class Block(nn.Module):
             self.residual = nn.Parameter(torch.tensor([1.0, 0.0]))
         if config.zero_init:
             nn.init.zeros_(self.attn.o.weight)
-            nn.init.zeros_(self.ffn.w2.weight)
+            for name, weight in self.ffn.named_parameters():
+                if name.endswith("w2.weight"):
+                    nn.init.zeros_(weight)
 
     def add(self, x, norm, f):
         if self.norm == "post":
@@ -439,7 +579,8 @@ class Transformer(nn.Module):
         if config.position == "learned":
             self.pos = Embedding(config.context_length, D, std=0.02)
         if config.position == "rope":
-            self.rope = RotaryEmbedding(config.d_head, config.rope_theta, config.context_length,
+            self.rope = RotaryEmbedding(config.d_rope if config.kv_rank else config.d_head,
+                                        config.rope_theta, config.context_length,
                                         scaling=config.rope_scaling)
         width = config.num_kv_heads * config.d_head
         self.value_tables = nn.ModuleList(
@@ -483,7 +624,8 @@ class Transformer(nn.Module):
 
     def head(self, hidden):
         """hidden (..., D) -> logits (..., V)."""
-        logits, cap = F.linear(hidden, self.head_weight()), self.config.logit_softcap
+        tied, cap = self.config.tie_embeddings, self.config.logit_softcap
+        logits = F.linear(hidden, self.embed.weight) if tied else self.lm_head(hidden)
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     def forward(self, ids, cache=None, starts=None):
@@ -497,7 +639,14 @@ class Transformer(nn.Module):
         total = FusedCrossEntropy.apply(hidden.flatten(0, 1), self.head_weight(),
                                         targets.flatten(), ignore_index,
                                         self.config.logit_softcap, z_loss, chunk)
-        return total / (targets != ignore_index).sum() if reduction == "mean" else total
+        if reduction == "mean":
+            total = total / (targets != ignore_index).sum()
+        if self.training and self.config.num_experts and self.config.balance == "loss":
+            total = total + self.config.balance_loss * sum(m.aux for m in self.moes())
+        return total
+
+    def moes(self):
+        return [m for m in self.modules() if isinstance(m, MoE)]
 
     def num_parameters(self, embeddings=True):
         """Learned numbers; embeddings=False leaves out the token and position tables."""
@@ -515,18 +664,22 @@ class Transformer(nn.Module):
         """
         c = self.config
         T = T or c.context_length
-        matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        used = c.experts_per_token / c.num_experts if c.num_experts else 1
+        matmul = sum(m.weight.numel() * (used if ".experts." in name else 1)
+                     for name, m in self.named_modules() if isinstance(m, Linear))
         if c.tie_embeddings:
             matmul += self.embed.weight.numel()
         w = min(c.sliding_window or T, T)
         keys = (w * (w + 1) / 2 + (T - w) * w) / T
-        return 6.0 * matmul + 12.0 * c.num_layers * c.num_heads * c.d_head * keys
+        width = 2 * c.d_head + (c.d_rope if c.kv_rank else 0)  # of a key and a value
+        return 6.0 * matmul + 6.0 * c.num_layers * c.num_heads * width * keys
 
     def new_cache(self, batch, length):
         """An empty KVCache for `batch` rows of `length` tokens."""
         c, w = self.config, self.embed.weight
-        shape = (batch, length, c.num_kv_heads, c.d_head)
-        return KVCache(*([w.new_zeros(shape) for _ in self.layers] for _ in "kv"))
+        sizes = [(1, c.kv_rank), (1, c.d_rope)] if c.kv_rank else [(c.num_kv_heads, c.d_head)] * 2
+        return KVCache(*([w.new_zeros(batch, length, *size) for _ in self.layers]
+                         for size in sizes))
 
     @torch.inference_mode()
     def stream(self, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
@@ -538,30 +691,44 @@ class Transformer(nn.Module):
         """
         check_prompts(prompts, max_new_tokens, self.config)
         queue = deque(Row(i, list(prompts[i // n])) for i in range(len(prompts) * n))
-        uniform = torch.rand(len(queue), max_new_tokens, 3,
+        k, filters = draft_tokens if draft else 0, (temperature, top_k, top_p, min_p)
+        uniform = torch.rand(len(queue), max_new_tokens + k, 3,
                              generator=torch.Generator().manual_seed(seed))
-        capacity = min(max(map(len, prompts)) + max_new_tokens, self.config.context_length)
-        engine = Engine(self, min(batch_size, len(queue)), capacity)
-        rows, filters = [], (temperature, top_k, top_p, min_p)
+        limit = min(max(map(len, prompts)) + max_new_tokens, self.config.context_length)
+        batch_size, rows = min(batch_size, len(queue)), []
+        engine = Engine(self, batch_size, limit + k)
+        helper = Engine(draft, batch_size, limit + k) if isinstance(draft, Transformer) else None
         while queue or rows:
-            while queue and len(rows) < batch_size:
+            while queue and len(rows) < batch_size:  # continuous batching: a free place is refilled
                 rows.append(queue.popleft())
             engine.prefill(rows)
-            logits = engine.step(rows)
-            p = distribution(logits[:, -1], *filters)
-            u = uniform[[r.sample for r in rows], [len(r.ids) - r.prompt for r in rows], 0]
-            tokens = draw(p, u.to(p.device))
-            scores = logits[:, -1].float().log_softmax(-1).gather(-1, tokens[:, None])
-            for row, token, score in zip(rows, tokens.tolist(), scores.flatten().tolist()):
-                row.ids.append(token)
-                row.reason = finished(row, max_new_tokens, stop, capacity, tokenizer)
-                yield row.sample, token, score, row.reason
-            engine.keep([i for i, row in enumerate(rows) if not row.reason])
-            rows = [row for row in rows if not row.reason]
+            u = torch.stack([uniform[r.sample, len(r.ids) - r.prompt:][:k + 1] for r in rows])
+            u = u.to(engine.device)  # (B, k + 1, 3)
+            guess, q = propose(draft, helper, rows, k, filters, u, self.config.vocab_size)
+            logits = engine.step(rows, guess).float()  # (B, k + 1, V)
+            tokens, count = accept(distribution(logits, *filters), q, guess, u)
+            scores = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+            for row, new, m, score in zip(rows, tokens.tolist(), count, scores.tolist()):
+                for token, logprob in zip(new[:m], score):
+                    row.ids.append(token)
+                    row.reason = finished(row, max_new_tokens, stop, limit, tokenizer)
+                    yield row.sample, token, logprob, row.reason
+                    if row.reason:
+                        break
+            kept = [i for i, row in enumerate(rows) if not row.reason]
+            rows = [rows[i] for i in kept]
+            for e in (engine, helper) if helper else (engine,):
+                e.keep(kept)
 
     def generate(self, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0,
                  min_p=0.0, stop=(), seed=0, n=1, tokenizer=None, **options):
-        """Continue each prompt (a list of ids) n times; returns len(prompts) * n Completions."""
+        """Continue each prompt, a list of ids, n times; returns len(prompts) * n Completions.
+
+        stop holds token ids, and strings if a tokenizer is given. More samples than batch_size
+        queue, and take the place of those that finish. draft, a smaller Transformer or "ngram"
+        (what followed the last two tokens before), proposes draft_tokens tokens that one pass of
+        this model checks (Leviathan et al. 2023); the distribution stays the model's own.
+        """
         done = [Completion(i // n, [], [], "", "") for i in range(len(prompts) * n)]
         for i, token, logprob, reason in self.stream(
                 prompts, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, n,
@@ -601,19 +768,25 @@ class KVCache:
         return KVCache([k[start:stop] for k in self.k], [v[start:stop] for v in self.v])
 
     def copy_row(self, source, target, length):
-        for t in self.k + self.v:
+        for t in self.k + self.v if source != target else ():
             t[target, :length] = t[source, :length]
 
     def begin(self, starts, T, window=None):
-        """Positions (B, T) of T new tokens a row, and the mask (B, 1, T, S) over the cache."""
+        """Positions (B, T) of T new tokens a row, and the mask (B, 1, T, S) over the cache.
+
+        starts is a list, or a tensor when the step must not depend on its values (a CUDA graph):
+        then S is the whole cache.
+        """
         device, B = self.k[0].device, len(starts)
-        self.end = max(starts) + T
+        fixed = torch.is_tensor(starts)
+        self.end = self.k[0].shape[1] if fixed else max(starts) + T
         if self.end > self.k[0].shape[1]:
             raise ValueError(f"{self.end} tokens do not fit a cache of {self.k[0].shape[1]}")
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
+        first = torch.as_tensor(starts, device=device)[:, None]
+        positions = first + torch.arange(T, device=device)
         self.at = torch.arange(B, device=device)[:, None], positions
-        if (self.end == T or T == 1 and min(starts) == max(starts)) and (
-                not window or self.end <= window):
+        if not fixed and not (window and window < self.end) and (
+                self.end == T or T == 1 and min(starts) == max(starts)):
             return positions, None  # plain causal, or one query that sees every key
         gap = positions[..., None] - torch.arange(self.end, device=device)  # (B, T, S)
         mask = (gap >= 0) & (gap < window) if window else gap >= 0
@@ -656,14 +829,14 @@ class Engine:
     def __init__(self, model, batch, capacity):
         self.model, self.cache = model, model.new_cache(batch, capacity)
         self.device, self.running = model.embed.weight.device, 0
+        self.graphs = {}
 
     def prefill(self, rows):
         """Cache all but the last token of the rows that are new, each different prompt once.
 
         The last token is then the first decoding step, so samples of a prompt share its prefill.
         """
-        new = rows[self.running:]
-        first = {}
+        new, first = rows[self.running:], {}
         for row in new:
             first.setdefault(tuple(row.ids[:-1]), len(first))
         T = max(map(len, first), default=0)
@@ -672,22 +845,86 @@ class Engine:
             cache = self.cache.rows(self.running, self.running + len(first))
             self.model.hidden(ids, cache, [0] * len(first))
         for i in reversed(range(len(new))):  # backwards: a prompt's row is never below its number
-            source = first[tuple(new[i].ids[:-1])]
-            if source != i:
-                self.cache.copy_row(self.running + source, self.running + i, len(new[i].ids) - 1)
+            prompt = tuple(new[i].ids[:-1])
+            self.cache.copy_row(self.running + first[prompt], self.running + i, len(prompt))
         self.running = len(rows)
 
-    def step(self, rows, T=1):
-        """Logits (B, T, V) of the last T tokens of every row."""
-        ids = torch.tensor([row.ids[-T:] for row in rows], device=self.device)
-        return self.model(ids, self.cache, [len(row.ids) - T for row in rows])
+    def step(self, rows, guess=None, back=1):
+        """Logits (B, T, V) of the last `back` tokens of every row and the guess (B, k) after."""
+        ids = torch.tensor([row.ids[-back:] for row in rows], device=self.device)
+        starts = [len(row.ids) - back for row in rows]
+        if guess is not None and guess.shape[1]:
+            ids = torch.cat((ids, guess), 1)
+        if self.device.type == "cuda" and not self.model.config.num_experts:
+            return self.replay(ids, torch.tensor(starts, device=self.device))
+        return self.model(ids, self.cache, starts)
+
+    def replay(self, ids, starts):
+        """The step as a CUDA graph: one launch where there were hundreds, one graph a shape."""
+        if ids.shape not in self.graphs:
+            inputs = ids.clone(), starts.clone()
+            self.model(inputs[0], self.cache, inputs[1])  # a first run outside, to allocate
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.model(inputs[0], self.cache, inputs[1])
+            self.graphs[ids.shape] = graph, inputs, output
+        graph, inputs, output = self.graphs[ids.shape]
+        inputs[0].copy_(ids)
+        inputs[1].copy_(starts)
+        graph.replay()
+        return output
 
     def keep(self, kept):
         """Move the rows that go on to the front."""
         for target, source in enumerate(kept):
-            if target != source:
-                self.cache.copy_row(source, target, self.cache.end)
+            self.cache.copy_row(source, target, self.cache.end)
         self.running = len(kept)
+
+
+def propose(draft, helper, rows, k, filters, u, vocab_size):
+    """Guesses (B, k) of the next tokens and the distributions (B, k, V) they were drawn from."""
+    if helper is None:
+        guess = torch.tensor([lookup(row.ids, k) for row in rows], device=u.device).long()
+        return guess, F.one_hot(guess, vocab_size).float() if k else None
+    # Two tokens back, because the last pass never fed its final guess. A prompt of one token may
+    # leave a gap in the draft's cache: that costs a guess, not correctness.
+    logits = helper.step(rows, back=2 if min(len(r.ids) for r in rows) > 1 else 1)
+    guess, q = [], []
+    for j in range(k):
+        q.append(distribution(logits[:, -1], *filters))
+        guess.append(draw(q[-1], u[:, j, 2]))
+        if j + 1 < k:
+            logits = helper.model(guess[-1][:, None], helper.cache, [len(r.ids) + j for r in rows])
+    return torch.stack(guess, 1), torch.stack(q, 1)
+
+
+def lookup(ids, k):
+    """The k tokens that followed the last earlier occurrence of the last two; else of nothing."""
+    for i in range(len(ids) - 3, -1, -1) if k else ():
+        if ids[i:i + 2] == ids[-2:]:
+            return (ids[i + 2:i + 2 + k] + ids[-1:] * k)[:k]
+    return ids[-1:] * k
+
+
+def accept(p, q, guess, u):
+    """Tokens (B, k + 1), and how many of each row count: the guesses kept and one drawn token.
+
+    Guess x stays with probability min(1, p(x) / q(x)); the first that does not is replaced by a
+    draw from max(0, p - q), and if all stay the last p gives one more (Leviathan et al. 2023).
+    p (B, k + 1, V), q (B, k, V), u (B, k + 1, 3) uniform.
+    """
+    k, rows = guess.shape[1], torch.arange(len(p), device=p.device)
+    if k == 0:
+        return draw(p[:, 0], u[:, 0, 0])[:, None], [1] * len(p)
+    p_guess, q_guess = (t[:, :k].gather(-1, guess[..., None]).squeeze(-1) for t in (p, q))
+    n = (u[:, :k, 1] * q_guess < p_guess).long().cumprod(1).sum(1)  # (B,) guesses kept
+    q = torch.cat((q, torch.zeros_like(q[:, :1])), 1)
+    rest = (p[rows, n] - q[rows, n]).clamp_(min=0)
+    last = draw(rest, u[rows, n, 0])
+    tokens = torch.cat((guess, guess[:, :1]), 1)
+    tokens[rows, n] = last
+    return tokens, (n + 1).tolist()
 
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -713,6 +950,36 @@ def draw(p, u):
     total = p.double().cumsum(-1)
     ids = torch.searchsorted(total, (u.double() * total[..., -1])[..., None], right=True)
     return ids.squeeze(-1).clamp(max=p.shape[-1] - 1)
+
+
+class Int8Linear(nn.Module):
+    """A Linear whose weight is int8 with one scale an output: a quarter of fp32's memory traffic,
+    which is what decoding one token at a time waits for. For inference only."""
+
+    def __init__(self, linear):
+        super().__init__()
+        w = linear.weight.detach().float()
+        scale = (w.abs().amax(1) / 127).clamp(min=1e-8).bfloat16()  # as the kernel wants it
+        self.register_buffer("weight", (w / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        if x.device.type == "cpu" and 0 < x[..., 0].numel() <= 4:  # torch's kernel for few rows
+            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale)
+            y = y.view(*x.shape[:-1], -1).to(x.dtype)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def quantize(model):
+    """Turn every Linear into int8, in place, but for routers and what latent attention absorbs."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Linear) and name not in ("router", "up"):
+                setattr(module, name, Int8Linear(child))
+    return model
 
 
 def finished(row, max_new_tokens, stop, capacity, tokenizer):
@@ -743,92 +1010,201 @@ def check_prompts(prompts, max_new_tokens, config):
 
 # ---- checkpoints -------------------------------------------------------------------------------
 
-# Our part of a parameter's name -> Hugging Face's, for the Llama family.
+# Our part of a parameter's name -> Hugging Face's.
 LLAMA_NAMES = {
     "embed": "embed_tokens", "attn": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj",
     "o": "o_proj", "ffn": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "router": "gate"}
+OLMO_NAMES = {**LLAMA_NAMES, "attn_norm": "post_attention_layernorm",
+              "ffn_norm": "post_feedforward_layernorm"}
+GPT2_NAMES = {
+    "embed": "wte", "pos": "wpe", "layers": "h", "q": "c_attn", "k": "c_attn", "v": "c_attn",
+    "o": "c_proj", "ffn": "mlp", "w1": "c_fc", "w2": "c_proj", "attn_norm": "ln_1",
+    "ffn_norm": "ln_2", "norm": "ln_f"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "olmo2": "Olmo2ForCausalLM",
+    "gpt2": "GPT2LMHeadModel", "scratchlm": "Transformer"}
 
 
-def hf_name(name, model_type):
+def hf_name(name, kind):
     """layers.0.attn.q.weight -> model.layers.0.self_attn.q_proj.weight."""
-    if model_type == "scratchlm":
+    if kind == "scratchlm":
         return name
-    name = ".".join(LLAMA_NAMES.get(part, part) for part in name.split("."))
-    return name if name.startswith("lm_head") else "model." + name
-
-
-def config_to_hf(c):
-    """The config.json of the architecture that computes what `c` computes, else of our own."""
-    plain = ModelConfig(**{f.name: getattr(c, f.name) for f in fields(c) if f.name in SIZES})
-    changed = {f.name for f in fields(c) if getattr(c, f.name) != getattr(plain, f.name)}
-    if changed - {"attention", "zero_init", "qk_norm", "qkv_bias"} or (c.qk_norm and c.qkv_bias):
-        return {"model_type": "scratchlm", "architectures": ["Transformer"], **asdict(c)}
-    kind = "qwen3" if c.qk_norm is True else "qwen2" if c.qkv_bias else "llama"
-    name = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[kind] + "ForCausalLM"
-    return {"model_type": kind, "architectures": [name], "hidden_act": "silu",
-            "attention_bias": False, "use_sliding_window": False, "vocab_size": c.vocab_size,
-            "max_position_embeddings": c.context_length, "hidden_size": c.d_model,
-            "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads,
-            "num_key_value_heads": c.num_kv_heads, "head_dim": c.d_head,
-            "intermediate_size": c.d_ff, "rope_theta": c.rope_theta, "rms_norm_eps": c.norm_eps,
-            "tie_word_embeddings": c.tie_embeddings}
-
-
-SIZES = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads",
-         "d_head", "d_ff", "rope_theta", "norm_eps", "tie_embeddings")
+    table = {"gpt2": GPT2_NAMES, "olmo2": OLMO_NAMES}.get(kind, LLAMA_NAMES)
+    name = ".".join(table.get(part, part) for part in name.split("."))
+    return name if name.startswith("lm_head") else (
+        "transformer." if kind == "gpt2" else "model.") + name
 
 
 def config_from_hf(h):
-    """ModelConfig of a config.json already parsed."""
+    """ModelConfig of a parsed config.json; ValueError for what this file does not compute."""
     kind = h.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
     if kind == "scratchlm":
-        known = {f.name for f in fields(ModelConfig)}
-        return ModelConfig(**{k: v for k, v in h.items() if k in known})
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"config.json: model_type {kind!r} is not known")
+        return ModelConfig(**{f.name: h[f.name] for f in fields(ModelConfig) if f.name in h})
+    if kind == "gpt2":
+        expect(h, activation_function="gelu_new", scale_attn_by_inverse_layer_idx=False,
+               scale_attn_weights=True)
+        return ModelConfig(
+            vocab_size=h["vocab_size"], context_length=h["n_positions"], d_model=h["n_embd"],
+            num_layers=h["n_layer"], num_heads=h["n_head"], d_ff=h.get("n_inner"), ffn="gelu",
+            norm_eps=h["layer_norm_epsilon"], norm_type="layer", position="learned", bias=True,
+            tie_embeddings=True, qk_norm=False, eos_token_id=h.get("eos_token_id"))
+    expect(h, hidden_act="silu", attention_bias=False, mlp_bias=False, mlp_only_layers=[],
+           decoder_sparse_step=1)
+    windowed = kind == "mistral" or kind.startswith("qwen") and h.get("use_sliding_window")
+    if windowed and h.get("sliding_window") and kind != "mistral":
+        expect(h, max_window_layers=0)
+    rope = dict(h.get("rope_parameters") or h.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or h.get("rope_theta") or 10000.0
+    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    experts = {"num_experts": h.get("num_experts") or h["num_local_experts"], "experts_per_token": h["num_experts_per_tok"],
+               "normalize_router": h["norm_topk_prob"]} if kind == "qwen3_moe" else {}
     return ModelConfig(
         vocab_size=h["vocab_size"], context_length=h["max_position_embeddings"],
         d_model=h["hidden_size"], num_layers=h["num_hidden_layers"],
-        num_heads=h["num_attention_heads"], num_kv_heads=h["num_key_value_heads"],
-        d_head=h.get("head_dim"), d_ff=h["intermediate_size"],
-        rope_theta=h.get("rope_theta") or h["rope_parameters"]["rope_theta"],
-        norm_eps=h["rms_norm_eps"], tie_embeddings=h.get("tie_word_embeddings", False),
-        qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2")
+        num_heads=h["num_attention_heads"], num_kv_heads=h.get("num_key_value_heads"),
+        d_head=h.get("head_dim"), d_ff=h["moe_intermediate_size" if experts else
+                                         "intermediate_size"],
+        rope_theta=theta, rope_scaling=None if plain else rope, norm_eps=h["rms_norm_eps"],
+        tie_embeddings=h.get("tie_word_embeddings", False), qkv_bias=kind == "qwen2",
+        qk_norm="full" if kind == "olmo2" else kind.startswith("qwen3"),
+        norm="output" if kind == "olmo2" else "pre", eos_token_id=h.get("eos_token_id"),
+        sliding_window=h.get("sliding_window") if windowed else None, **experts)
 
 
-def save_pretrained(model, directory):
+def expect(h, **values):
+    for key, value in values.items():
+        if h.get(key, value) != value:
+            raise ValueError(f"config.json has {key}={h[key]!r}; only {value!r} is supported")
+
+
+def config_to_hf(c):
+    """The config.json of the first architecture that computes what `c` says, else of our own."""
+    family = {
+        "hidden_act": "silu", "attention_bias": False, "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.context_length, "hidden_size": c.d_model,
+        "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads, "head_dim": c.d_head, "intermediate_size": c.d_ff,
+        "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling, "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings, "sliding_window": c.sliding_window,
+        "use_sliding_window": bool(c.sliding_window), "max_window_layers": 0}
+    moe = {"num_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token,
+           "moe_intermediate_size": c.d_ff, "norm_topk_prob": c.normalize_router,
+           "decoder_sparse_step": 1, "mlp_only_layers": []}
+    gpt2 = {"activation_function": "gelu_new", "vocab_size": c.vocab_size,
+            "n_positions": c.context_length, "n_embd": c.d_model, "n_layer": c.num_layers,
+            "n_head": c.num_heads, "n_inner": c.d_ff, "layer_norm_epsilon": c.norm_eps}
+    for kind, name in ARCHITECTURES.items():
+        h = {"model_type": kind, "architectures": [name], "eos_token_id": c.eos_token_id}
+        h |= {"gpt2": gpt2, "qwen3_moe": family | moe, "scratchlm": asdict(c)}.get(kind, family)
+        same = asdict(config_from_hf(h)) | {key: getattr(c, key) for key in NOT_COMPUTED}
+        if same == asdict(c):
+            return h
+
+
+# Changes how, or from what start, the model computes and learns, not what it computes.
+NOT_COMPUTED = ("attention", "zero_init", "rope_theta", "balance_loss", "d_rope")
+
+
+def save_pretrained(model, directory, shard_bytes=5_000_000_000):
+    """Write config.json and model.safetensors (in shards and an index if it is larger)."""
     from safetensors.torch import save_file
-    directory = Path(directory)
+    directory, tensors = Path(directory), {}
     directory.mkdir(parents=True, exist_ok=True)
-    config = config_to_hf(model.config)
-    if config["model_type"] == "scratchlm":
+    h = config_to_hf(model.config)
+    if h["model_type"] == "scratchlm":
         print("model.py: no Hugging Face architecture has these flags together; saved as "
               "model_type scratchlm, which only this file opens", file=sys.stderr)
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    tensors = {hf_name(name, config["model_type"]): p.detach().contiguous().cpu()
-               for name, p in model.state_dict().items()}
-    temporary = directory / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, directory / "model.safetensors")
-    temporary = directory / "config.json.tmp"
-    temporary.write_text(json.dumps({**config, "torch_dtype": dtype}, indent=2) + "\n")
-    os.replace(temporary, directory / "config.json")
+    for name, p in model.state_dict().items():
+        name, p = hf_name(name, h["model_type"]), p.detach().cpu()
+        tensors[name] = torch.cat((tensors[name], p)) if name in tensors else p  # q, k, v of GPT-2
+    shards, size = [{}], 0
+    for name, p in tensors.items():
+        if size and size + p.nbytes > shard_bytes:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = (p.T if transposed(name, h["model_type"]) else p).contiguous()
+        size += p.nbytes
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):
+        save_file(shard, directory / f"{file}.tmp", metadata={"format": "pt"})
+    h |= {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
+    texts = {"config.json": h}
+    if len(files) > 1:
+        texts["model.safetensors.index.json"] = {
+            "metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
+            "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}}
+        (directory / "model.safetensors").unlink(missing_ok=True)  # it would be read first
+    for file, text in texts.items():
+        (directory / f"{file}.tmp").write_text(json.dumps(text, indent=2) + "\n")
+    for file in [*files, *texts]:
+        os.replace(directory / f"{file}.tmp", directory / file)
+
+
+def transposed(name, kind):
+    """GPT-2 stores the matrices of its blocks as (d_in, d_out)."""
+    return kind == "gpt2" and name.endswith("weight") and ".c_" in name
+
+
+def read_tensors(directory):
+    """{name: tensor}, memory-mapped, of the safetensors files of a directory; no pickles."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    files = [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if not files[0].is_file() and index.is_file():
+        names = json.loads(index.read_text())["weight_map"].values()
+        files = [directory / name for name in sorted(set(names))]
+    tensors = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; pickles (.bin, .pt) are not opened, since "
+                             "loading one can run code: convert it to safetensors")
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
+    return tensors
 
 
 def load_pretrained(cls, directory, dtype=None, device=None):
-    from safetensors.torch import load_file
+    """Open a Hugging Face directory; ValueError names the first thing wrong with it."""
     directory = Path(directory)
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: no config.json there; give a model directory")
-    h = json.loads((directory / "config.json").read_text())
-    with torch.device("meta"):
-        model = cls(config_from_hf(h))
-    tensors = load_file(directory / "model.safetensors")
-    state = {}
-    for name in model.state_dict():
-        state[name] = tensors.pop(hf_name(name, h["model_type"])).to(device or "cpu", dtype)
+        raise ValueError(f"{directory} has no config.json: give the directory of a model")
+    try:
+        h = json.loads((directory / "config.json").read_text())
+        with torch.device("meta"):
+            model = cls(config_from_hf(h))
+    except KeyError as error:
+        raise ValueError(f"{directory}/config.json has no {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json: {error}") from None
+    kind, tensors, state, used = h["model_type"], read_tensors(directory), {}, set()
+    for name, p in model.state_dict().items():
+        theirs = hf_name(name, kind)
+        if theirs not in tensors:  # OpenAI's own GPT-2 files go without the prefix
+            theirs = theirs.removeprefix("transformer.")
+        if theirs not in tensors:
+            raise ValueError(f"{directory}: tensor {hf_name(name, kind)} is missing")
+        used.add(theirs)
+        t = tensors[theirs].T if transposed(theirs, kind) else tensors[theirs]
+        if "c_attn" in theirs and len(t) == 3 * len(p):
+            t = t.chunk(3)["qkv".index(name.split(".")[-2])]
+        if t.shape != p.shape:
+            raise ValueError(f"{directory}: tensor {theirs} has shape {tuple(t.shape)}, "
+                             f"config.json asks for {tuple(p.shape)}")
+        state[name] = t.to(device or "cpu", dtype).contiguous()
+    for name in sorted(tensors.keys() - used):
+        if not name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")) and not (
+                name == "lm_head.weight" and model.config.tie_embeddings):
+            raise ValueError(f"{directory}: tensor {name} has no place in a {kind} model")
     model.load_state_dict(state, assign=True)
+    for moe in model.moes():
+        moe.load = torch.zeros(model.config.num_experts, device=device)  # the one buffer not saved
     return model.requires_grad_(True)
 
 
