@@ -1,27 +1,27 @@
-"""The model's hot loops as Triton kernels, each beside a plain torch twin that says what it computes.
+"""The model's hot loops as Triton kernels, each beside a plain torch twin that says what it does.
 
     python kernels.py bench              # every kernel against its peers on this machine's device
-    python kernels.py bench --only flash # the rows whose name contains a word
-    python kernels.py compile            # compile every kernel for an H100/H200, no GPU needed
+    python kernels.py bench --only norm  # the rows whose name contains a word
+    python kernels.py bench --tune       # time other attention tiles on this GPU
+    python kernels.py compile            # compile every kernel for an H100 or H200, no GPU needed
 
 A matrix multiply keeps a GPU busy; everything between two of them waits for memory. An H200 does
-about 790 TFLOP/s in bf16 and moves 4.3 TB/s, so a loop that does fewer than 184 operations per byte
+about 790 TFLOP/s in bf16 and moves 4.3 TB/s, so a loop that does fewer than 184 operations a byte
 is paid for in bytes, and most of what a Transformer does outside its matmuls does about one. Every
-kernel here is the same idea: read once, keep the intermediate on the chip, write once. Attention
-is the deep case (its intermediate is a T x T matrix, and a softmax stands in the way), so it comes
-first: softmax in one pass, attention in tiles, the kernel forward, the kernel backward. Then the
-fusions: norm, SwiGLU, RoPE, the loss, AdamW, experts, Muon.
+kernel here is one idea: read once, keep what lies between on the chip, write once. Attention is
+the deep case (a T x T matrix lies between, and a softmax stands in the way), so it comes first:
+softmax in one pass, attention in tiles, the kernel forward, the kernel backward. Then the fusions:
+decoding, norm, SwiGLU, RoPE, the loss, AdamW, experts, Muon.
 
-Where there is no GPU the kernels run in Triton's interpreter, the very code that runs on the GPU,
-slowly, in numpy: `impl="triton"` asks for them, and tests do. Otherwise CPU tensors take the twins
-(`impl="torch"`). Layout everywhere is (B, T, H, E), as a projection's output reshapes for free.
+Where there is no GPU the kernels run in Triton's interpreter, the very code that a GPU runs, slowly,
+in numpy: `impl="triton"` asks for them, and the tests do. Otherwise CPU tensors take the twins
+(`impl="torch"`). Attention's layout is (B, T, H, E), as a projection's output reshapes for free.
 
-Papers: FlashAttention (arXiv 2205.14135), FlashAttention-2 (2307.08691), online softmax (1805.02867),
-Flash-Decoding (2023), Liger Kernel (2410.10989), Cut Your Losses (2411.09009), Muon (Jordan, 2024).
+FlashAttention (arXiv 2205.14135), FlashAttention-2 (2307.08691), online softmax (1805.02867),
+Flash-Decoding (2023), Liger Kernel (2410.10989), Cut Your Losses (2411.09009), Muon (2024).
 """
 
 import argparse
-import contextlib
 import functools
 import math
 import os
@@ -31,56 +31,41 @@ import time
 from typing import NamedTuple
 
 import torch
-import torch.nn.attention
 import torch.nn.functional as F
-from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if not torch.cuda.is_available():  # Triton reads this when it is imported, so it is set before
     os.environ.setdefault("TRITON_INTERPRET", "1")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from triton.language import constexpr  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-LOG2E = 1.4426950408889634  # GPUs have exp2 in hardware: exp(x) = exp2(x * LOG2E)
-LN2 = 0.6931471805599453
-_LOG2E, _LN2 = tl.constexpr(LOG2E), tl.constexpr(LN2)
-_PRECISION = tl.constexpr("tf32x3")  # of fp32 products: three tensor-core ones, exact to about 2^-22
+LOG2E, LN2 = constexpr(1 / math.log(2)), constexpr(math.log(2))  # exp(x) = exp2(x LOG2E): GPUs
+PRECISION = constexpr("tf32x3")  # have exp2. fp32 products: 3 tensor-core ones, good to 2^-22
 
-# Tile sizes, warps and pipeline stages. A table and not @triton.autotune: an autotuner may choose
-# another tile tomorrow, another tile sums in another order, and a resumed run would not repeat its
-# bits. `bench --tune` times the candidates on your GPU and prints the rows to change.
-TILES = {  # (kernel, head dimension rounded up to a power of two): (BM queries, BN keys, warps, stages)
-    ("forward", 16): (128, 64, 4, 3),
-    ("forward", 32): (128, 64, 4, 3),
-    ("forward", 64): (128, 128, 8, 3),
-    ("forward", 128): (128, 128, 8, 2),
-    ("forward", 256): (128, 64, 8, 2),
-    ("backward_kv", 16): (64, 128, 4, 2),
-    ("backward_kv", 32): (64, 128, 4, 2),
-    ("backward_kv", 64): (64, 128, 8, 2),
-    ("backward_kv", 128): (64, 128, 8, 2),
-    ("backward_kv", 256): (32, 64, 8, 1),
-    ("backward_q", 16): (128, 64, 4, 2),
-    ("backward_q", 32): (128, 64, 4, 2),
-    ("backward_q", 64): (128, 64, 8, 2),
-    ("backward_q", 128): (128, 64, 8, 2),
-    ("backward_q", 256): (64, 32, 8, 1),
+# (queries BM, keys BN, warps, pipeline stages) by head dimension, rounded up to a power of two. A
+# table and not @triton.autotune: that may choose another tile tomorrow, another tile sums in another
+# order, and a resumed run would not repeat its bits. `bench --tune` prints what your GPU prefers.
+TILES = {
+    "forward": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 128, 8, 3),
+                128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+    "backward_kv": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (64, 128, 8, 2),
+                    128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+    "backward_q": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 8, 2),
+                   128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
 }
-SMALL_TILES = {"forward": (32, 16), "backward_kv": (16, 32), "backward_q": (32, 16)}
+SMALL_TILES = {"forward": (32, 16), "backward_kv": (16, 32), "backward_q": (32, 16)}  # in a test
 
 
 def _use_triton(x, impl):
     """Kernels for CUDA tensors of 16 or 32 bits, twins for all else, unless `impl` says which."""
     fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if impl is None:
-        return x.device.type == "cuda" and fits
-    if impl not in ("torch", "triton"):
+    if impl not in (None, "torch", "triton"):
         raise ValueError(f"impl={impl!r}: choose None, 'torch' or 'triton'")
     if impl == "triton" and not fits:
         raise ValueError(f"impl='triton' takes float32, bfloat16 or float16, not {x.dtype}")
-    if impl == "triton" and x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError("impl='triton' on CPU tensors: set TRITON_INTERPRET=1 before the start")
-    return impl == "triton"
+    return x.device.type == "cuda" and fits if impl is None else impl == "triton"
 
 
 def _tiles(kernel, q):
@@ -89,22 +74,34 @@ def _tiles(kernel, q):
     if INTERPRETED:  # 33 positions are already several tiles and a ragged last one
         BM, BN = SMALL_TILES[kernel]
         return dict(BE=BE, BM=BM, BN=BN)
-    BM, BN, warps, stages = TILES[kernel, BE]
-    if q.dtype == torch.float32:  # twice the shared memory a number, and three times the products
-        BM, BN, warps, stages = max(BM // 2, 32), max(BN // 2, 32), warps, 1
+    BM, BN, warps, stages = TILES[kernel][BE]
+    if q.dtype == torch.float32:  # twice the shared memory a number
+        BM, BN, stages = max(BM // 2, 32), max(BN // 2, 32), 1
     return dict(BE=BE, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+
+
+def _launch(wide, small, x=None, **options):
+    """Block sizes and launch options: small blocks and no options in the interpreter."""
+    if x is not None and x.dtype == torch.float32:
+        options["num_stages"] = 2  # shared memory holds half as many numbers
+    return small if INTERPRETED else {**wide, **options}
+
+
+def _tl_dtype(x):
+    """The dtype of x in Triton."""
+    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return names[x.dtype]
 
 
 def _dot_dtype(x):
     """What tl.dot multiplies: x's own dtype; fp32 in the interpreter, whose bf16 is wrong."""
-    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return tl.float32 if INTERPRETED else names[x.dtype]
+    return tl.float32 if INTERPRETED else _tl_dtype(x)
 
 
-def _programs(x, per_sm=1):
-    """How many persistent programs fill the device: `per_sm` for each multiprocessor."""
+def _programs(x, per_sm):
+    """How many persistent programs fill the device; few in a test, so that each loops."""
     if x.device.type != "cuda":
-        return 3  # few, so that every program loops in the tests
+        return 3
     return per_sm * torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
@@ -130,50 +127,37 @@ def online_softmax(x):
 
 def _visible(Tq, Tk, left, right, device):
     """(Tq, Tk) bool: key j is seen by query i if i' - left <= j <= i' + right, i' = i + Tk - Tq."""
-    i = torch.arange(Tq, device=device)[:, None] + Tk - Tq
-    j = torch.arange(Tk, device=device)[None, :]
-    keep = torch.ones(Tq, Tk, dtype=torch.bool, device=device)
-    if left is not None:
-        keep &= j >= i - left
-    if right is not None:
-        keep &= j <= i + right
-    return keep
+    ahead = torch.arange(Tk, device=device) - torch.arange(Tq, device=device)[:, None] - (Tk - Tq)
+    keep = ahead <= (Tk + Tq if right is None else right)
+    return keep & (ahead >= -(Tk + Tq if left is None else left))
 
 
 def _bounds(causal, window):
     """How many keys to the (left, right) of its own position a query sees; None means all."""
-    if window is None:
-        left = right = None
-    else:
-        left, right = window if isinstance(window, (tuple, list)) else (window - 1, window - 1)
-        left, right = (None if n is None or n == -1 else n for n in (left, right))
-        if min(n for n in (left, right, 0) if n is not None) < 0:
-            raise ValueError(f"window={window!r}: give a number of keys >= 1, or (left, right) >= 0")
-    if causal:
-        right = 0 if right is None else min(right, 0)
-    return left, right
+    left, right = window if isinstance(window, (tuple, list)) else (window, window)
+    if window is not None and not isinstance(window, (tuple, list)):
+        left = right = window - 1
+    left, right = (None if n is None or n == -1 else n for n in (left, right))
+    if window == 0 or any(n is not None and n < 0 for n in (left, right)):
+        raise ValueError(f"window={window!r}: give a number of keys >= 1, or (left, right) >= 0")
+    return left, (0 if right is None else min(right, 0)) if causal else right
 
 
-def flash_attention_reference(
-    q, k, v, *, causal=True, window=None, softcap=0.0, scale=None, return_lse=False
-):
+def flash_attention_reference(q, k, v, *, causal=True, window=None, softcap=0.0, scale=None,
+                              return_lse=False):
     """What flash_attention computes, with the whole score matrix in memory; same arguments."""
-    B, Tq, H, E = q.shape
-    Tk, K = k.shape[1:3]
-    left, right = _bounds(causal, window)
-    scale = E**-0.5 if scale is None else scale
+    (B, Tq, H, E), (Tk, K) = q.shape, k.shape[1:3]
     q = q.reshape(B, Tq, K, H // K, E)  # (B, Tq, H, E) -> (B, Tq, K, G, E), G heads share a kv head
-    s = torch.einsum("btkge,bske->bkgts", q * scale, k)
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
-    s = s.masked_fill(~_visible(Tq, Tk, left, right, q.device), -math.inf)
+    s = torch.einsum("btkge,bske->bkgts", q * (E**-0.5 if scale is None else scale), k)
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    s = s.masked_fill(~_visible(Tq, Tk, *_bounds(causal, window), q.device), -math.inf)
     m = s.amax(-1, keepdim=True).detach() if Tk else s.new_zeros(*s.shape[:-1], 1)
     m = m.masked_fill(m == -math.inf, 0.0)  # a row that sees nothing: exp(-inf - 0) = 0, never NaN
     p = torch.exp(s - m)
     l = p.sum(-1, keepdim=True)
-    o = torch.einsum("bkgts,bske->btkge", (p / l.masked_fill(l == 0, 1.0)).to(v.dtype), v)
+    o = torch.einsum("bkgts,bske->btkge", p / l.masked_fill(l == 0, 1.0), v)
+    o = o.reshape(B, Tq, H, E)  # (B, Tq, K, G, E) -> (B, Tq, H, E)
     lse = (m + torch.log(l)).reshape(B, H, Tq)  # (B, K, G, Tq, 1) -> (B, H, Tq)
-    o = o.reshape(B, Tq, H, E)
     return (o, lse) if return_lse else o
 
 
@@ -185,24 +169,29 @@ class FlashAttentionTorch(torch.autograd.Function):
     the scores are computed again there, cheaper than reading T^2 of them back from memory.
     """
 
-    TILE = 32  # queries and keys a tile
+    @staticmethod
+    def scores(q, k, i, is_causal, tile=32):
+        """Yield ((B, M, N) scaled scores, slice of keys) for the query rows from i, tile by tile."""
+        keep = _visible(q.shape[1], k.shape[1], None, 0 if is_causal else None, q.device)
+        for j in range(0, k.shape[1], tile):
+            s = q[:, i : i + tile] @ k[:, j : j + tile].mT * q.shape[-1] ** -0.5
+            yield s.masked_fill(~keep[i : i + tile, j : j + tile], -math.inf), slice(j, j + tile)
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False):
         o, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-        for i in range(0, q.shape[1], FlashAttentionTorch.TILE):
-            rows = slice(i, i + FlashAttentionTorch.TILE)
-            m = torch.full_like(lse[:, rows], -math.inf)  # (B, M) running maximum
-            l, acc = torch.zeros_like(m), torch.zeros_like(q[:, rows])  # (B, M), (B, M, E)
-            for s, cols in FlashAttentionTorch.scores(q, k, rows, is_causal):
-                m_new = torch.maximum(m, s.amax(-1)).clamp_min(torch.finfo(s.dtype).min)
+        for i in range(0, q.shape[1], 32):
+            m = torch.full_like(lse[:, i : i + 32], torch.finfo(q.dtype).min)  # (B, M) maximum
+            l, acc = torch.zeros_like(m), torch.zeros_like(q[:, i : i + 32])  # (B, M), (B, M, E)
+            for s, cols in FlashAttentionTorch.scores(q, k, i, is_causal):
+                m_new = torch.maximum(m, s.amax(-1))
                 p = torch.exp(s - m_new[..., None])  # (B, M, N)
                 alpha = torch.exp(m - m_new)  # what the old maximum was too small by
                 l = l * alpha + p.sum(-1)
                 acc = acc * alpha[..., None] + p @ v[:, cols]
                 m = m_new
-            o[:, rows] = acc / l.masked_fill(l == 0, 1.0)[..., None]
-            lse[:, rows] = m + torch.log(l)
+            o[:, i : i + 32] = acc / l.masked_fill(l == 0, 1.0)[..., None]
+            lse[:, i : i + 32] = m + torch.log(l)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.is_causal = is_causal
         return o
@@ -210,12 +199,12 @@ class FlashAttentionTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        delta = (o * do).sum(-1)  # (B, Tq): sum_j p_j dp_j, the softmax's Jacobian in one number
+        delta = (o * do).sum(-1)  # (B, Tq): sum_j p_j dp_j, all of the softmax's Jacobian we need
         lse = lse.masked_fill(lse == -math.inf, math.inf)  # a row that sees nothing: p = 0
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i in range(0, q.shape[1], FlashAttentionTorch.TILE):
-            rows = slice(i, i + FlashAttentionTorch.TILE)
-            for s, cols in FlashAttentionTorch.scores(q, k, rows, ctx.is_causal):
+        for i in range(0, q.shape[1], 32):
+            rows = slice(i, i + 32)
+            for s, cols in FlashAttentionTorch.scores(q, k, i, ctx.is_causal):
                 p = torch.exp(s - lse[:, rows, None])  # (B, M, N)
                 dp = do[:, rows] @ v[:, cols].mT
                 ds = p * (dp - delta[:, rows, None]) * q.shape[-1] ** -0.5
@@ -223,16 +212,6 @@ class FlashAttentionTorch(torch.autograd.Function):
                 dq[:, rows] += ds @ k[:, cols]
                 dk[:, cols] += ds.mT @ q[:, rows]
         return dq, dk, dv, None
-
-    @staticmethod
-    def scores(q, k, rows, is_causal):
-        """Yield ((B, M, N) scaled scores, slice of keys) for the query rows, a tile at a time."""
-        Tq, Tk = q.shape[1], k.shape[1]
-        keep = _visible(Tq, Tk, None, 0 if is_causal else None, q.device)[rows]
-        for j in range(0, Tk, FlashAttentionTorch.TILE):
-            cols = slice(j, j + FlashAttentionTorch.TILE)
-            s = q[:, rows] @ k[:, cols].mT * q.shape[-1] ** -0.5
-            yield s.masked_fill(~keep[:, cols], -math.inf), cols
 
 
 # ---- FlashAttention, forward ---------------------------------------------------------------------
@@ -244,7 +223,7 @@ class FlashAttentionTorch(torch.autograd.Function):
 
 
 @triton.jit
-def _sequence(CU, b, T, VARLEN: tl.constexpr):
+def _sequence(CU, b, T, VARLEN: constexpr):
     """(first row, length) of sequence b."""
     start = b.to(tl.int64) * T
     if VARLEN:
@@ -254,7 +233,7 @@ def _sequence(CU, b, T, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(X, t, T, stride, E, BE: tl.constexpr, DTYPE: tl.constexpr):
+def _load_rows(X, t, T, stride, E, BE: constexpr, DTYPE: constexpr):
     """Rows t (BT,) of a (T, E) matrix as (BT, BE); rows past T and columns past E read as 0."""
     e = tl.arange(0, BE)
     keep = (t < T)[:, None] & (e < E)[None, :]
@@ -263,7 +242,7 @@ def _load_rows(X, t, T, stride, E, BE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(X, x, t, T, stride, E, BE: tl.constexpr):
+def _store_rows(X, x, t, T, stride, E, BE: constexpr):
     """The reverse of _load_rows."""
     e = tl.arange(0, BE)
     keep = (t < T)[:, None] & (e < E)[None, :]
@@ -272,11 +251,11 @@ def _store_rows(X, x, t, T, stride, E, BE: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * _LOG2E)))  # right at +-inf, and needs no libdevice
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * LOG2E)))  # right at +-inf, and needs no libdevice
 
 
 @triton.jit
-def _keep(i, j, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+def _keep(i, j, Tq, Tk, left, right, LEFT: constexpr, RIGHT: constexpr):
     """The mask of _visible for a tile; i and j broadcast against each other."""
     own = i + (Tk - Tq)
     keep = (i < Tq) & (j < Tk)
@@ -288,8 +267,8 @@ def _keep(i, j, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
 
 
 @triton.jit
-def _key_ranges(m0, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr):
+def _key_ranges(m0, Tq, Tk, left, right, LEFT: constexpr, RIGHT: constexpr, BM: constexpr,
+                BN: constexpr):
     """The keys that queries m0 .. m0+BM see: some in [lo, a), all in [a, b), some in [b, hi). Tiles
     in the middle need no comparisons: 31 of a causal row's 32 at T = 4096, BM = BN = 128."""
     first = m0 + Tk - Tq  # the first and last queries' own positions among the keys
@@ -306,21 +285,21 @@ def _key_ranges(m0, Tq, Tk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr
 
 
 @triton.jit
-def _online_step(acc, m, l, s, v, scale2, DOT: tl.constexpr):
+def _online_step(acc, m, l, s, v, scale2, DOT: constexpr):
     """online_softmax's step for a tile of raw scores s (BM, BN), masked ones -inf, in powers of 2."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale2)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: exp2(-inf - 0) = 0
     p = tl.exp2(s * scale2 - base[:, None])  # a fused multiply-add and an exp2
     alpha = tl.exp2(m - base)  # what the old maximum was too small by
-    acc = tl.dot(p.to(DOT), v, acc * alpha[:, None], input_precision=_PRECISION)
+    acc = tl.dot(p.to(DOT), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m_new, l * alpha + tl.sum(p, 1)
 
 
 @triton.jit
 def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_in, scale2, left,
-                   right, GROUP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                   CAP: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr, E: tl.constexpr,
-                   BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+                   right, GROUP: constexpr, LEFT: constexpr, RIGHT: constexpr, CAP: constexpr,
+                   VARLEN: constexpr, DOT: constexpr, E: constexpr, BE: constexpr, BM: constexpr,
+                   BN: constexpr):
     h, b = tl.program_id(1), tl.program_id(2)
     q0, Tq = _sequence(CU_Q, b, Tq, VARLEN)
     k0, Tk = _sequence(CU_K, b, Tk, VARLEN)
@@ -343,7 +322,7 @@ def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_
         for j0 in range(start, stop, BN):
             j = j0 + tl.arange(0, BN)
             k = _load_rows(K, j, Tk, sk, E, BE, DOT)  # (BN, BE)
-            s = tl.dot(q, tl.trans(k), input_precision=_PRECISION)  # (BM, BN)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
             if CAP:
                 s = _tanh(s * scale_in)
             if phase != 1:
@@ -353,7 +332,7 @@ def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_
             acc, m, l = _online_step(acc, m, l, s, v, scale2, DOT)
     l = tl.where(l == 0.0, 1.0, l)  # saw nothing: output 0 and an LSE of m = -inf
     _store_rows(O + q0 * so + h * E, acc / l[:, None], i, Tq, so, E, BE)
-    tl.store(LSE + h.to(tl.int64) * rows + q0 + i, (m + tl.log2(l)) * _LN2, mask=i < Tq)
+    tl.store(LSE + h.to(tl.int64) * rows + q0 + i, (m + tl.log2(l)) * LN2, mask=i < Tq)
 
 
 # ---- FlashAttention, backward --------------------------------------------------------------------
@@ -365,8 +344,7 @@ def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_
 
 
 @triton.jit
-def _flash_delta(O, DO, LSE, DLSE, DELTA, rows, H, E: tl.constexpr, BE: tl.constexpr,
-                 BM: tl.constexpr):
+def _flash_delta(O, DO, LSE, DLSE, DELTA, rows, H, E: constexpr, BE: constexpr, BM: constexpr):
     """delta = rowsum(do * o) - dlse; o, do (rows, H, E), the others (H, rows). 4 E bytes a row."""
     r, h = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64)
     o = _load_rows(O + h * E, r, rows, H * E, E, BE, tl.float32)  # (BM, BE)
@@ -380,13 +358,12 @@ def _flash_delta(O, DO, LSE, DLSE, DELTA, rows, H, E: tl.constexpr, BE: tl.const
 @triton.jit
 def _load_lse(LSE, i, Tq):
     """LSE in powers of two; +inf, that is p = 0, past the end and for a row that saw nothing."""
-    lse = tl.load(LSE + i, mask=i < Tq, other=float("inf")) * _LOG2E
+    lse = tl.load(LSE + i, mask=i < Tq, other=float("inf")) * LOG2E
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
-def _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP: tl.constexpr,
-                    MASK: tl.constexpr):
+def _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP: constexpr, MASK: constexpr):
     """(p, ds) of a tile of raw scores s, either way round; ds still lacks the scale."""
     slope = 1.0
     if CAP:
@@ -400,10 +377,9 @@ def _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP: tl.constexpr
 
 @triton.jit
 def _flash_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk,
-                       scale_in, scale2, left, right, scale, GROUP: tl.constexpr,
-                       LEFT: tl.constexpr, RIGHT: tl.constexpr, CAP: tl.constexpr,
-                       VARLEN: tl.constexpr, DOT: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
-                       BM: tl.constexpr, BN: tl.constexpr):
+                       scale_in, scale2, left, right, scale, GROUP: constexpr, LEFT: constexpr,
+                       RIGHT: constexpr, CAP: constexpr, VARLEN: constexpr, DOT: constexpr,
+                       E: constexpr, BE: constexpr, BM: constexpr, BN: constexpr):
     """One program owns BN keys of a kv head and walks the queries of its group of heads, transposed
     (keys x queries), so that p' and ds' go from registers straight into the second matmuls."""
     hk, b = tl.program_id(1), tl.program_id(2)
@@ -435,22 +411,21 @@ def _flash_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, CU_Q, CU_K, sq, sk, sv, 
                 do = _load_rows(DO + q0 * so + h * E, i, Tq, so, E, BE, DOT)
                 lse = _load_lse(LSE + h * rows + q0, i, Tq)[None, :]
                 delta = tl.load(DELTA + h * rows + q0 + i, mask=i < Tq, other=0.0)[None, :]
-                s = tl.dot(k, tl.trans(q), input_precision=_PRECISION)  # (BN, BM)
-                dp = tl.dot(v, tl.trans(do), input_precision=_PRECISION)
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BN, BM)
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                 keep = _keep(i[None, :], j[:, None], Tq, Tk, left, right, LEFT, RIGHT)
                 p, ds = _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP, phase != 1)
-                dv = tl.dot(p.to(DOT), do, dv, input_precision=_PRECISION)
-                dk = tl.dot(ds.to(DOT), q, dk, input_precision=_PRECISION)
+                dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
+                dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
     _store_rows(DK + k0 * sd + hk * E, dk * scale, j, Tk, sd, E, BE)
     _store_rows(DV + k0 * sd + hk * E, dv, j, Tk, sd, E, BE)
 
 
 @triton.jit
 def _flash_backward_q(Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_in,
-                      scale2, left, right, scale, GROUP: tl.constexpr, LEFT: tl.constexpr,
-                      RIGHT: tl.constexpr, CAP: tl.constexpr, VARLEN: tl.constexpr,
-                      DOT: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-                      BN: tl.constexpr):
+                      scale2, left, right, scale, GROUP: constexpr, LEFT: constexpr,
+                      RIGHT: constexpr, CAP: constexpr, VARLEN: constexpr, DOT: constexpr,
+                      E: constexpr, BE: constexpr, BM: constexpr, BN: constexpr):
     """One program owns BM queries of one head and walks their keys, as in the forward."""
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
     q0, Tq = _sequence(CU_Q, b, Tq, VARLEN)
@@ -475,22 +450,27 @@ def _flash_backward_q(Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, sq, sk, sv, rows,
             j = j0 + tl.arange(0, BN)
             k = _load_rows(K, j, Tk, sk, E, BE, DOT)  # (BN, BE)
             v = _load_rows(V, j, Tk, sv, E, BE, DOT)
-            s = tl.dot(q, tl.trans(k), input_precision=_PRECISION)  # (BM, BN)
-            dp = tl.dot(do, tl.trans(v), input_precision=_PRECISION)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right, LEFT, RIGHT)
             _, ds = _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP, phase != 1)
-            dq = tl.dot(ds.to(DOT), k, dq, input_precision=_PRECISION)
+            dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
     _store_rows(DQ + q0 * so + h * E, dq * scale, i, Tq, so, E, BE)
 
 
 # ---- FlashAttention, the functions people call ---------------------------------------------------
 
 
+def _scales(scale, softcap):
+    """(before tanh, after it): exp2(after * s) is the exponential of the score scale * s, capped."""
+    return (scale / softcap, softcap / math.log(2)) if softcap else (0.0, scale / math.log(2))
+
+
 class _Problem(NamedTuple):
     """What stays the same from forward to backward; q, k, v themselves are (rows, heads, E)."""
 
-    cu_q: torch.Tensor | None  # (B + 1,) int32 first rows of packed sequences, or None: all are
-    cu_k: torch.Tensor | None  # Tq and Tk long
+    cu_q: torch.Tensor | None  # (B + 1,) int32 first rows of packed sequences; None: all are Tq and
+    cu_k: torch.Tensor | None  # Tk long
     B: int
     Tq: int  # the longest, if packed
     Tk: int
@@ -500,18 +480,13 @@ class _Problem(NamedTuple):
     scale: float
 
     def arguments(self, q, k, v):
-        """(pointers and numbers, compile-time options) that all three kernels take alike."""
-        # exp2(scale2 * s) is the exponential of the scaled score; of the capped one after tanh
-        cap, scale = self.softcap, self.scale
-        scale_in, scale2 = (scale / cap, cap * LOG2E) if cap else (0.0, scale * LOG2E)
-        packed = self.cu_q is not None
-        cu = (self.cu_q, self.cu_k) if packed else (q, q)  # never read unless packed
-        numbers = (*cu, q.stride(0), k.stride(0), v.stride(0), q.shape[0], self.Tq, self.Tk,
-                   scale_in, scale2, self.left or 0, self.right or 0)
-        return numbers, dict(
-            GROUP=q.shape[1] // k.shape[1], LEFT=self.left is not None,
-            RIGHT=self.right is not None, CAP=bool(cap), VARLEN=packed, DOT=_dot_dtype(q),
-            E=q.shape[2])
+        """(pointers and numbers, compile-time options) that the kernels take alike."""
+        cu = (q, q) if self.cu_q is None else (self.cu_q, self.cu_k)  # read only if packed
+        return (*cu, q.stride(0), k.stride(0), v.stride(0), q.shape[0], self.Tq, self.Tk,
+                *_scales(self.scale, self.softcap), self.left or 0, self.right or 0), dict(
+            GROUP=q.shape[1] // k.shape[1], LEFT=self.left is not None, E=q.shape[2],
+            RIGHT=self.right is not None, CAP=bool(self.softcap), VARLEN=self.cu_q is not None,
+            DOT=_dot_dtype(q))
 
 
 def _attention_forward(q, k, v, problem):
@@ -601,9 +576,8 @@ def _check_attention(q, k, v, dims, scale=None):
         raise ValueError(f"scale={scale}: must be above 0")
 
 
-def flash_attention(
-    q, k, v, *, causal=True, window=None, softcap=0.0, scale=None, return_lse=False, impl=None
-):
+def flash_attention(q, k, v, *, causal=True, window=None, softcap=0.0, scale=None,
+                    return_lse=False, impl=None):
     """Softmax attention that never holds the (Tq, Tk) scores.
 
     q (B, Tq, H, E), k and v (B, Tk, K, E) with H a multiple of K: query head h reads kv head
@@ -633,17 +607,15 @@ def flash_attention_varlen_reference(q, k, v, cu_seqlens, cu_seqlens_k=None, **o
     """flash_attention_reference of each document by itself; q, k, v (total, heads, E)."""
     cu_q = cu_seqlens.tolist()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    parts = [
-        flash_attention_reference(q[None, a:b], k[None, c:d], v[None, c:d], return_lse=True, **options)
-        for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:])
-    ]
+    parts = [flash_attention_reference(q[None, a:b], k[None, c:d], v[None, c:d], return_lse=True,
+                                       **options)
+             for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:])]
     return torch.cat([o[0] for o, _ in parts]), torch.cat([lse[0] for _, lse in parts], -1)
 
 
-def flash_attention_varlen(
-    q, k, v, cu_seqlens, max_seqlen, *, cu_seqlens_k=None, max_seqlen_k=None, causal=True,
-    window=None, softcap=0.0, scale=None, return_lse=False, impl=None,
-):
+def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, *, cu_seqlens_k=None, max_seqlen_k=None,
+                           causal=True, window=None, softcap=0.0, scale=None, return_lse=False,
+                           impl=None):
     """flash_attention over documents packed end to end, none of which sees another.
 
     q (total, H, E), k and v (total, K, E). Document b is rows cu_seqlens[b] to cu_seqlens[b + 1]
@@ -678,17 +650,14 @@ def flash_decode_reference(q, k_cache, v_cache, cache_seqlens=None, **options):
     """flash_attention_reference of each sequence against the filled part of its cache."""
     lengths = [k_cache.shape[1]] * len(q) if cache_seqlens is None else cache_seqlens.tolist()
     return torch.cat([
-        flash_attention_reference(q[b : b + 1], k_cache[b : b + 1, :n], v_cache[b : b + 1, :n],
-                                  **options)
-        for b, n in enumerate(lengths)
-    ])
+        flash_attention_reference(q[b, None], k_cache[b, None, :n], v_cache[b, None, :n], **options)
+        for b, n in enumerate(lengths)])
 
 
 @triton.jit
 def _decode_split(Q, KC, VC, LENGTHS, PART, LSE, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, Tq, scale_in,
-                  scale2, left, GROUP: tl.constexpr, LEFT: tl.constexpr, CAP: tl.constexpr,
-                  DOT: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr):
+                  scale2, left, GROUP: constexpr, LEFT: constexpr, CAP: constexpr, DOT: constexpr,
+                  E: constexpr, BE: constexpr, BM: constexpr, BN: constexpr):
     s, hk, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, H = tl.load(LENGTHS + b), tl.num_programs(1) * GROUP
     lo = 0
@@ -713,7 +682,7 @@ def _decode_split(Q, KC, VC, LENGTHS, PART, LSE, sk_b, sk_t, sk_h, sv_b, sv_t, s
         j = j0 + tl.arange(0, BN)
         k = _load_rows(KC, j, hi, sk_t, E, BE, DOT)  # (BN, BE)
         v = _load_rows(VC, j, hi, sv_t, E, BE, DOT)
-        x = tl.dot(q, tl.trans(k), input_precision=_PRECISION)  # (BM, BN)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
         if CAP:
             x = _tanh(x * scale_in)
         seen = (j < hi)[None, :] & (j[None, :] <= own[:, None])
@@ -728,8 +697,7 @@ def _decode_split(Q, KC, VC, LENGTHS, PART, LSE, sk_b, sk_t, sk_h, sv_b, sv_t, s
 
 
 @triton.jit
-def _decode_merge(PART, LSE, O, rows, splits, E: tl.constexpr, BE: tl.constexpr,
-                  BS: tl.constexpr):
+def _decode_merge(PART, LSE, O, rows, splits, E: constexpr, BE: constexpr, BS: constexpr):
     """o = sum_s 2^(lse_s - lse) part_s for one row (b, t, h)."""
     r, s = tl.program_id(0).to(tl.int64), tl.arange(0, BS)
     lse = tl.load(LSE + s * rows + r, mask=s < splits, other=float("-inf"))
@@ -759,17 +727,20 @@ def flash_decode(q, k_cache, v_cache, cache_seqlens=None, *, window=None, softca
     (B, Tq, H, E), (S, K) = q.shape, k_cache.shape[1:3]
     if cache_seqlens is None:
         cache_seqlens = torch.full((B,), S, dtype=torch.int32, device=q.device)
-    scale = E**-0.5 if scale is None else scale
-    scale_in, scale2 = (scale / softcap, softcap * LOG2E) if softcap else (0.0, scale * LOG2E)
+    if Tq * H // K > 128:
+        raise ValueError(f"{Tq} queries of {H // K} heads a kv head: over 128 rows, use flash_attention")
+    k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_cache, v_cache))
     BE, BN = max(16, triton.next_power_of_2(E)), 16 if INTERPRETED else 64
     wanted = triton.cdiv(_programs(q, 2), max(1, B * K)) if num_splits is None else num_splits
     splits = max(1, min(wanted, triton.cdiv(S, BN), 128))
     part = torch.empty(splits, B, Tq, H, E, dtype=torch.float32, device=q.device)
-    lse, o = part.new_empty(splits, B, Tq, H), torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = part.new_empty(splits, B, Tq, H)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel():
         _decode_split[splits, K, B](
             q.contiguous(), k_cache, v_cache, cache_seqlens.to(torch.int32), part, lse,
-            *k_cache.stride()[:3], *v_cache.stride()[:3], Tq, scale_in, scale2, left or 0,
+            *k_cache.stride()[:3], *v_cache.stride()[:3], Tq,
+            *_scales(E**-0.5 if scale is None else scale, softcap), left or 0,
             GROUP=H // K, LEFT=left is not None, CAP=bool(softcap), DOT=_dot_dtype(q), E=E, BE=BE,
             BM=max(16, triton.next_power_of_2(Tq * H // K)), BN=BN)
         _decode_merge[(B * Tq * H,)](part, lse, o, B * Tq * H, splits, E=E, BE=BE,
@@ -792,8 +763,8 @@ def rms_norm_reference(x, weight, eps=1e-5, residual=None):
 
 
 @triton.jit
-def _rms_forward(X, RES, W, Y, SUM, RSTD, N, eps, D: tl.constexpr, BD: tl.constexpr,
-                 BR: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr):
+def _rms_forward(X, RES, W, Y, SUM, RSTD, N, eps, D: constexpr, BD: constexpr, BR: constexpr,
+                 HAS_RES: constexpr, HAS_W: constexpr):
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     x = _load_rows(X, r, N, D, D, BD, tl.float32)  # (BR, BD)
     if HAS_RES:
@@ -810,8 +781,8 @@ def _rms_forward(X, RES, W, Y, SUM, RSTD, N, eps, D: tl.constexpr, BD: tl.conste
 
 
 @triton.jit
-def _rms_backward(X, W, DY, DSUM, RSTD, DX, DW, N, D: tl.constexpr, BD: tl.constexpr,
-                  BR: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr):
+def _rms_backward(X, W, DY, DSUM, RSTD, DX, DW, N, D: constexpr, BD: constexpr, BR: constexpr,
+                  HAS_RES: constexpr, HAS_W: constexpr):
     """A persistent grid: a program walks many rows and keeps its share of dw in registers, so the
     weight's gradient costs one row a program, and no atomics."""
     c = tl.arange(0, BD)
@@ -836,51 +807,41 @@ def _rms_backward(X, W, DY, DSUM, RSTD, DX, DW, N, D: tl.constexpr, BD: tl.const
 
 
 def _row_tiles(D):
-    """(BD, rows a tile, launch options): about 4096 numbers a tile, 8 to 16 a thread."""
+    """Options for tiles of whole rows: about 4096 numbers, 16 to 64 a thread."""
     BD = triton.next_power_of_2(D)
-    BR = 2 if INTERPRETED else max(1, 4096 // BD)
-    return BD, BR, {} if INTERPRETED else {"num_warps": min(max(BD * BR // 512, 4), 16)}
+    BR = max(1, 4096 // BD)
+    return dict(BD=BD, **_launch(dict(BR=BR), dict(BR=2), num_warps=min(BD * BR // 512, 16)))
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
-        shape, D = x.shape, x.shape[-1]
-        rows = x.numel() // D
-        x = x.contiguous()
-        BD, BR, launch = _row_tiles(D)
-        y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        x, D = x.contiguous(), x.shape[-1]
+        y, rstd = torch.empty_like(x), x.new_empty(x.numel() // D, dtype=torch.float32)
         total = x if residual is None else torch.empty_like(x)
-        res = x if residual is None else residual.contiguous()
-        ctx.flags = dict(D=D, BD=BD, BR=BR, HAS_RES=residual is not None, HAS_W=weight is not None)
-        if rows:
-            _rms_forward[(triton.cdiv(rows, BR),)](
-                x, res, x if weight is None else weight, y, total, rstd, rows, eps,
-                **ctx.flags, **launch,
-            )
+        ctx.options = dict(D=D, HAS_RES=residual is not None, HAS_W=weight is not None,
+                           **_row_tiles(D))
+        if x.numel():
+            _rms_forward[(triton.cdiv(len(rstd), ctx.options["BR"]),)](
+                x, x if residual is None else residual.contiguous(), x if weight is None else weight,
+                y, total, rstd, len(rstd), eps, **ctx.options)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
-        return y.view(shape), None if residual is None else total.view(shape)
+        return y, None if residual is None else total
 
     @staticmethod
     def backward(ctx, dy, dsum):
         x, weight, rstd = ctx.saved_tensors
-        rows, D = rstd.numel(), x.shape[-1]
-        if dy is None:  # only the sum was used
-            return dsum, None, None, dsum
-        has_res = ctx.flags["HAS_RES"]
-        dsum = dsum if dsum is not None or not has_res else torch.zeros_like(x)
+        rows, D, res = len(rstd), x.shape[-1], ctx.options["HAS_RES"]
+        dy, dsum = (torch.zeros_like(x) if g is None else g.contiguous() for g in (dy, dsum))
         dx = torch.empty_like(x)
-        grid = max(1, min(_programs(x, 4), triton.cdiv(rows, ctx.flags["BR"])))
-        dw = torch.zeros(grid, D, dtype=torch.float32, device=x.device)  # a row a program
+        grid = max(1, min(_programs(x, 4), triton.cdiv(rows, ctx.options["BR"])))
+        dw = x.new_zeros(grid, D, dtype=torch.float32)  # a row a program
         if rows:
-            _rms_backward[(grid,)](
-                x, x if weight is None else weight, dy.contiguous(),
-                dsum.contiguous() if has_res else x, rstd, dx, dw, rows, **ctx.flags,
-                **_row_tiles(D)[2],
-            )
+            _rms_backward[(grid,)](x, x if weight is None else weight, dy, dsum, rstd, dx, dw, rows,
+                                   **ctx.options)
         dw = None if weight is None else dw.sum(0).to(weight.dtype)
-        return dx, dw, None, dx if has_res else None
+        return dx, dw, None, dx if res else None
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None, *, impl=None):
@@ -909,13 +870,13 @@ def swiglu_reference(gate, up):
 
 
 @triton.jit
-def _swiglu_kernel(GATE, UP, Y, DY, DGATE, DUP, s_gate, s_up, D, BD: tl.constexpr,
-                   BACKWARD: tl.constexpr):
+def _swiglu_kernel(GATE, UP, Y, DY, DGATE, DUP, s_gate, s_up, D, BD: constexpr,
+                   BACKWARD: constexpr):
     r, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     keep = c < D
     gate = tl.load(GATE + r * s_gate + c, mask=keep, other=0.0).to(tl.float32)
     up = tl.load(UP + r * s_up + c, mask=keep, other=0.0).to(tl.float32)
-    sig = 1.0 / (1.0 + tl.exp2(-gate * _LOG2E))
+    sig = 1.0 / (1.0 + tl.exp2(-gate * LOG2E))
     if BACKWARD:
         dy = tl.load(DY + r * D + c, mask=keep, other=0.0).to(tl.float32)
         dgate = dy * up * sig * (1.0 + gate * (1.0 - sig))
@@ -986,8 +947,8 @@ def apply_rope_reference(q, k, cos, sin, positions=None, interleaved=False):
 
 
 @triton.jit
-def _rotate(X, Y, s_h, H: tl.constexpr, BH: tl.constexpr, HALF: tl.constexpr, BHALF: tl.constexpr,
-            cos, sin, INTERLEAVED: tl.constexpr):
+def _rotate(X, Y, s_h, H: constexpr, BH: constexpr, HALF: constexpr, BHALF: constexpr, cos, sin,
+            INTERLEAVED: constexpr):
     """Rotate the H heads of one token, (H, E) at X with head stride s_h, into Y, contiguous."""
     h = tl.arange(0, BH)[:, None]
     if INTERLEAVED:  # load whole rows and part them in registers: every byte of a line is used
@@ -1010,9 +971,8 @@ def _rotate(X, Y, s_h, H: tl.constexpr, BH: tl.constexpr, HALF: tl.constexpr, BH
 
 @triton.jit
 def _rope_kernel(Q, K, YQ, YK, COS, SIN, POS, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, pos_b, sign,
-                 HAS_POS: tl.constexpr, INTERLEAVED: tl.constexpr, H: tl.constexpr,
-                 KV: tl.constexpr, BH: tl.constexpr, BKV: tl.constexpr, HALF: tl.constexpr,
-                 BHALF: tl.constexpr):
+                 HAS_POS: constexpr, INTERLEAVED: constexpr, H: constexpr, KV: constexpr,
+                 BH: constexpr, BKV: constexpr, HALF: constexpr, BHALF: constexpr):
     """One program a token (t, b), all heads of q and k."""
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = t
@@ -1134,9 +1094,8 @@ def _loss_rows_reference(logits, t, scale, opts, grad):
 
 
 @triton.jit
-def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, stride, V, ignore_index, z_loss, cap, smoothing,
-               CAP: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr,
-               BV: tl.constexpr):
+def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, stride, V, ignore_index, z_loss, cap,
+               smoothing, CAP: constexpr, SMOOTH: constexpr, GRAD: constexpr, BV: constexpr):
     """One program a row of logits: read it once for the loss, once more (from L2) to replace it by
     scale dloss/dlogits. Rows are `stride` long, V rounded up, so that loads stay 16 bytes wide."""
     r = tl.program_id(0).to(tl.int64)
@@ -1155,11 +1114,11 @@ def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, stride, V, ignore_index, z_
             z = cap * _tanh(z / cap)
         z = tl.where(v < V, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 0))
-        l = l * tl.exp2((m - m_new) * _LOG2E) + tl.sum(tl.exp2((z - m_new) * _LOG2E), 0)
+        l = l * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((z - m_new) * LOG2E), 0)
         if SMOOTH:
             total += tl.sum(tl.where(v < V, z, 0.0), 0)
         m = m_new
-    lse = m + tl.log2(l) * _LN2
+    lse = m + tl.log2(l) * LN2
     loss = lse - (1.0 - smoothing) * z_t - smoothing * total / V + z_loss * lse * lse
     tl.store(LOSS + r, tl.where(valid, loss, 0.0))
     tl.store(LOGPROB + r, tl.where(valid, z_t - lse, 0.0))
@@ -1174,14 +1133,14 @@ def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, stride, V, ignore_index, z_
 
 
 @triton.jit
-def _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP: tl.constexpr):
+def _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP: constexpr):
     """d loss / d z of raw logits z: p (1 + 2 z_loss lse) - smoothed one-hot, times the cap's slope."""
     slope = 1.0
     if CAP:
         y = _tanh(z / cap)
         slope = 1.0 - y * y
         z = cap * y
-    p = tl.exp2((z - lse) * _LOG2E)
+    p = tl.exp2((z - lse) * LOG2E)
     return (p * (1.0 + 2.0 * z_loss * lse) - smoothing / V - tl.where(v == t, 1.0 - smoothing, 0.0)) * slope
 
 
@@ -1210,9 +1169,8 @@ def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
         if kernel:
             _loss_rows[(c.stop - i,)](
                 logits, t[c], scale[c], loss[c], logprob[c], buffer.shape[1], V, *opts, CAP=opts[2] > 0,
-                SMOOTH=opts[3] > 0, GRAD=want_x or want_w, BV=32 if INTERPRETED else 4096,
-                **({} if INTERPRETED else {"num_warps": 16}),
-            )
+                SMOOTH=opts[3] > 0, GRAD=want_x or want_w,
+                **_launch(dict(BV=4096), dict(BV=32), num_warps=16))
         else:
             loss[c], logprob[c] = _loss_rows_reference(
                 logits, t[c], scale[c], opts, want_x or want_w
@@ -1225,19 +1183,19 @@ def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
 
 
 @triton.jit
-def _logit_tile(X, W, n, v, N, V, D: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr):
+def _logit_tile(X, W, n, v, N, V, D: constexpr, BD: constexpr, DOT: constexpr):
     """Logits (BN, BV) of tokens n and words v, in registers."""
     z = tl.zeros([n.shape[0], v.shape[0]], tl.float32)
     for d0 in range(0, D, BD):
         x = _load_rows(X + d0, n, N, D, D - d0, BD, DOT)  # (BN, BD)
         w = _load_rows(W + d0, v, V, D, D - d0, BD, DOT)  # (BV, BD)
-        z = tl.dot(x, tl.trans(w), z, input_precision=_PRECISION)
+        z = tl.dot(x, tl.trans(w), z, input_precision=PRECISION)
     return z
 
 
 @triton.jit
-def _fused_loss(X, W, TARGET, LSE, Z_T, TOTAL, N, V, cap, D: tl.constexpr, CAP: tl.constexpr,
-                DOT: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
+def _fused_loss(X, W, TARGET, LSE, Z_T, TOTAL, N, V, cap, D: constexpr, CAP: constexpr,
+                DOT: constexpr, BN: constexpr, BV: constexpr, BD: constexpr):
     """Program (i, s) of (token tiles, S): over every S-th tile of words, each token's LSE, sum of
     logits and target logit (0 if it lies elsewhere), merged by the caller."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -1254,18 +1212,18 @@ def _fused_loss(X, W, TARGET, LSE, Z_T, TOTAL, N, V, cap, D: tl.constexpr, CAP: 
         z_t += tl.sum(tl.where(v[None, :] == t[:, None], z, 0.0), 1)
         z = tl.where(inside, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 1))
-        l = l * tl.exp2((m - m_new) * _LOG2E) + tl.sum(tl.exp2((z - m_new[:, None]) * _LOG2E), 1)
+        l = l * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((z - m_new[:, None]) * LOG2E), 1)
         m = m_new
     at = tl.program_id(1) * N + n
-    tl.store(LSE + at, m + tl.log2(l) * _LN2, mask=n < N)
+    tl.store(LSE + at, m + tl.log2(l) * LN2, mask=n < N)
     tl.store(TOTAL + at, total, mask=n < N)
     tl.store(Z_T + at, z_t, mask=n < N)
 
 
 @triton.jit
-def _fused_gradient(X, W, TARGET, SCALE, LSE, OUT, N, V, z_loss, cap, smoothing, FOR_W: tl.constexpr,
-                    D: tl.constexpr, CAP: tl.constexpr, DOT: tl.constexpr, BN: tl.constexpr,
-                    BV: tl.constexpr, BD: tl.constexpr):
+def _fused_gradient(X, W, TARGET, SCALE, LSE, OUT, N, V, z_loss, cap, smoothing, FOR_W: constexpr,
+                    D: constexpr, CAP: constexpr, DOT: constexpr, BN: constexpr, BV: constexpr,
+                    BD: constexpr):
     """One program owns BV rows of dw (or BN of dx) in OUT, fp32, and adds every tile of tokens (or
     words) to them: D is too wide for registers, so the sum lives in L2, and has one writer."""
     for i in range(0, tl.cdiv(N, BN) if FOR_W else tl.cdiv(V, BV)):
@@ -1281,12 +1239,12 @@ def _fused_gradient(X, W, TARGET, SCALE, LSE, OUT, N, V, z_loss, cap, smoothing,
             if FOR_W:
                 x = _load_rows(X + d0, n, N, D, D - d0, BD, DOT)  # (BN, BD)
                 out = _load_rows(OUT + d0, v, V, D, D - d0, BD, tl.float32)
-                out = tl.dot(tl.trans(g), x, out, input_precision=_PRECISION)
+                out = tl.dot(tl.trans(g), x, out, input_precision=PRECISION)
                 _store_rows(OUT + d0, out, v, V, D, D - d0, BD)
             else:
                 w = _load_rows(W + d0, v, V, D, D - d0, BD, DOT)  # (BV, BD)
                 out = _load_rows(OUT + d0, n, N, D, D - d0, BD, tl.float32)
-                out = tl.dot(g, w, out, input_precision=_PRECISION)
+                out = tl.dot(g, w, out, input_precision=PRECISION)
                 _store_rows(OUT + d0, out, n, N, D, D - d0, BD)
         tl.debug_barrier()  # the next round reads what this one wrote
 
@@ -1295,10 +1253,10 @@ def _fused_core(x, weight, t, scale, opts, want_x, want_w):
     """_chunked_core without logits in memory: what is kept is a few numbers a token."""
     (N, D), V = x.shape, weight.shape[0]
     _, z_loss, cap, smoothing = opts
-    BN, BV, BD = (16, 32, 16) if INTERPRETED else (128, 128, 64)
-    tiles = dict(D=D, CAP=cap > 0, DOT=_dot_dtype(x), BN=BN, BV=BV, BD=BD)
-    tiles.update({} if INTERPRETED else dict(num_warps=8, num_stages=3))
-    tokens, words = triton.cdiv(N, BN), triton.cdiv(V, BV)
+    tiles = _launch(dict(BN=128, BV=128, BD=64), dict(BN=16, BV=32, BD=16), x, num_warps=8,
+                    num_stages=3)
+    tokens, words = triton.cdiv(N, tiles["BN"]), triton.cdiv(V, tiles["BV"])
+    tiles.update(D=D, CAP=cap > 0, DOT=_dot_dtype(x))
     splits = max(1, min(words, triton.cdiv(_programs(x, 2), max(tokens, 1))))
     lse, z_t, total = torch.zeros(3, splits, N, dtype=torch.float32, device=x.device)
     if N:
@@ -1390,26 +1348,18 @@ def linear_cross_entropy(
 # kernel a list of tensors; here a table of pointers makes a whole parameter group one launch.
 
 
-def fused_adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas, eps,
-                          weight_decay, step, grad_scale=None):
-    """What fused_adamw computes, one tensor at a time."""
-    masters = masters or [None] * len(params)
-    for p, g, m, v, master in zip(params, grads, exp_avgs, exp_avg_sqs, masters):
-        w = p.float() if master is None else master
-        g = g.float() if grad_scale is None else g.float() * grad_scale
-        m.lerp_(g, 1 - betas[0])
-        v.lerp_(g.square(), 1 - betas[1])
-        m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
-        w = w * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps)
-        p.copy_(w)
-        if master is not None:
-            master.copy_(w)
+def adamw_reference(w, g, m, v, *, lr, betas, eps, weight_decay, step):
+    """One step for a tensor w of gradient g, all fp32; m and v change in place. Returns the new w."""
+    m.lerp_(g, 1 - betas[0])
+    v.lerp_(g.square(), 1 - betas[1])
+    m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    return w * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps)
 
 
 @triton.jit
 def _adamw_kernel(TABLE, OWNER, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, correct2, seed,
-                  P_TYPE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                  ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+                  P_TYPE: constexpr, MASTER: constexpr, STOCHASTIC: constexpr, ALIGN: constexpr,
+                  BLOCK: constexpr):
     """A program updates BLOCK numbers of tensor OWNER[program, 0], its OWNER[program, 1]-th block.
     TABLE (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master, and the length."""
     owner = OWNER + 2 * tl.program_id(0)
@@ -1448,48 +1398,13 @@ def _adamw_owners(lengths, block, device):
     return torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2).to(device)
 
 
-def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas, eps, weight_decay,
-                step, grad_scale=None, stochastic=False, impl=None):
-    """One AdamW step in place over lists of tensors of one dtype, in one launch (1711.05101, alg. 2).
-
-    params and grads fp32, bf16 or fp16; exp_avgs and exp_avg_sqs fp32, all contiguous. masters: fp32
-    copies that take the update, of which params become the rounding; without them bf16 params may
-    round stochastically. step counts from 1; grad_scale, a scalar tensor (the clip factor), multiplies
-    the gradients in the same pass.
-    """
-    if not params:
-        return
-    if len({p.dtype for p in [*params, *grads]}) > 1:
-        raise ValueError("params and grads must share one dtype: call once for each")
-    if stochastic and (params[0].dtype != torch.bfloat16 or masters):
-        raise ValueError("stochastic rounding is for bfloat16 parameters without fp32 masters")
-    if not _use_triton(params[0], impl):
-        if stochastic:
-            raise ValueError("stochastic rounding needs the kernel: impl='triton' or a GPU")
-        return fused_adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters, lr=lr, betas=betas,
-                                     eps=eps, weight_decay=weight_decay, step=step,
-                                     grad_scale=grad_scale)
-    lists = [params, grads, exp_avgs, exp_avg_sqs, masters or params]
-    if not all(x.is_contiguous() for xs in lists for x in xs):
-        raise ValueError("fused_adamw takes contiguous tensors")
-    device, block = params[0].device, 64 if INTERPRETED else 2048
-    table = [[x.data_ptr() for x in xs] + [xs[0].numel()] for xs in zip(*lists)]
-    align = 16 if all(n % 16 == 0 for row in table for n in row) else 1  # 16-byte loads, or single ones
-    owners = _adamw_owners(tuple(p.numel() for p in params), block, device)
-    grad_scale = torch.ones((), device=device) if grad_scale is None else grad_scale.float()
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    _adamw_kernel[(len(owners),)](
-        torch.tensor(table).to(device, non_blocking=True), owners, grad_scale,
-        1 - lr * weight_decay, lr, betas[0], betas[1], eps, 1 / (1 - betas[0] ** step),
-        1 / (1 - betas[1] ** step), step, P_TYPE=types[params[0].dtype], MASTER=masters is not None,
-        STOCHASTIC=stochastic, ALIGN=align, BLOCK=block)
-
-
 class FusedAdamW(torch.optim.Optimizer):
-    """AdamW over fused_adamw: a launch for each parameter group (and dtype in it).
+    """AdamW (arXiv 1711.05101, algorithm 2), one launch for a parameter group (and dtype in it).
 
-    bf16 parameters keep an fp32 master copy, or with stochastic=True none (4 bytes less each).
-    step(grad_scale=...) multiplies the gradients by a scalar tensor first.
+    Parameters fp32, bf16 or fp16, contiguous; exp_avg and exp_avg_sq fp32. 16-bit parameters keep an
+    fp32 master copy, or, if stochastic (bf16 only), none, 4 bytes less each: the update is rounded
+    up or down at random. step(grad_scale=...) multiplies the gradients by a scalar tensor (the clip
+    factor) in the same pass, without waiting for the GPU.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
@@ -1501,28 +1416,52 @@ class FusedAdamW(torch.optim.Optimizer):
     def step(self, closure=None, grad_scale=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            live = [p for p in group["params"] if p.grad is not None]
-            group["step"] = group.get("step", 0) + 1
-            for kind in dict.fromkeys((p.dtype, p.numel() % 16 == 0) for p in live):
-                params = [p for p in live if (p.dtype, p.numel() % 16 == 0) == kind]
-                low = kind[0] != torch.float32
-                self._update(params, group, low and not group["stochastic"],
-                             low and group["stochastic"], grad_scale)
+            group["step"], kinds = group.get("step", 0) + 1, {}
+            for p in group["params"]:
+                if p.grad is not None:  # only lengths of a multiple of 16 can be read 16 bytes wide
+                    kinds.setdefault((p.dtype, p.numel() % 16 == 0), []).append(p)
+            for params in kinds.values():
+                self._update(params, group, grad_scale)
         return loss
 
-    def _update(self, params, group, master, stochastic, grad_scale):
+    def _update(self, params, group, grad_scale):
+        """Step params, which share a dtype."""
+        low = params[0].dtype != torch.float32
+        stochastic, kernel = low and group["stochastic"], _use_triton(params[0], group["impl"])
+        if stochastic and not (kernel and params[0].dtype == torch.bfloat16):
+            raise ValueError("stochastic=True: needs bfloat16 parameters, and impl='triton' or a GPU")
         for p in params:
             if not self.state[p]:
-                names = ("exp_avg", "exp_avg_sq")
-                self.state[p] = {n: torch.zeros_like(p, dtype=torch.float32) for n in names}
-                if master:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    self.state[p][name] = torch.zeros_like(p, dtype=torch.float32)
+                if low and not stochastic:
                     self.state[p]["master"] = p.float()
-        lists = [[self.state[p][n] for p in params] for n in ("exp_avg", "exp_avg_sq")]
-        fused_adamw(
-            params, [p.grad for p in params], *lists,
-            [self.state[p]["master"] for p in params] if master else None, lr=group["lr"],
-            betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-            step=group["step"], grad_scale=grad_scale, stochastic=stochastic, impl=group["impl"])
+        rows = [(p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"],
+                 self.state[p].get("master", p)) for p in params]
+        if kernel:
+            return self._launch(rows, group, grad_scale, stochastic)
+        hyper = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "step")}
+        for p, g, m, v, master in rows:
+            g = g.float() if grad_scale is None else g.float() * grad_scale
+            master.copy_(adamw_reference(master, g, m, v, **hyper))
+            p.copy_(master)
+
+    def _launch(self, rows, group, grad_scale, stochastic):
+        """The same for all rows (p, grad, exp_avg, exp_avg_sq, master) in one launch."""
+        if not all(x.is_contiguous() for row in rows for x in row):
+            raise ValueError("FusedAdamW takes contiguous parameters and gradients")
+        p, device, block = rows[0][0], rows[0][0].device, 64 if INTERPRETED else 2048
+        table = [[x.data_ptr() for x in row] + [row[0].numel()] for row in rows]
+        align = 16 if all(n % 16 == 0 for row in table for n in row) else 1
+        owners = _adamw_owners(tuple(row[0].numel() for row in rows), block, device)
+        grad_scale = torch.ones((), device=device) if grad_scale is None else grad_scale.float()
+        beta1, beta2 = group["betas"]
+        _adamw_kernel[(len(owners),)](
+            torch.tensor(table).to(device, non_blocking=True), owners, grad_scale,
+            1 - group["lr"] * group["weight_decay"], group["lr"], beta1, beta2, group["eps"],
+            1 / (1 - beta1 ** group["step"]), 1 / (1 - beta2 ** group["step"]), group["step"],
+            P_TYPE=_tl_dtype(p), MASTER=rows[0][4] is not p, STOCHASTIC=stochastic, ALIGN=align,
+            BLOCK=block)
 
 
 # ---- mixture of experts: a matmul for each group of rows -----------------------------------------
@@ -1538,8 +1477,8 @@ def grouped_mm_reference(x, w, offsets):
 
 
 @triton.jit
-def _grouped_kernel(X, W, Y, ENDS, G, sw_g, sw_d, sw_f, D, FF, DOT: tl.constexpr,
-                    BG: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
+def _grouped_kernel(X, W, Y, ENDS, G, sw_g, sw_d, sw_f, D, FF, DOT: constexpr, BG: constexpr,
+                    BM: constexpr, BF: constexpr, BD: constexpr):
     """y (N, F) = x (N, D) w[group] (D, F): program (i, f) takes the i-th tile of rows of all groups."""
     gs = tl.arange(0, BG)
     ends = tl.load(ENDS + gs, mask=gs < G, other=0)
@@ -1562,13 +1501,13 @@ def _grouped_kernel(X, W, Y, ENDS, G, sw_g, sw_d, sw_f, D, FF, DOT: tl.constexpr
         x = _load_rows(X + d0, n, end, D, D - d0, BD, DOT)  # (BM, BD)
         w = tl.load(W + d[:, None] * sw_d + f[None, :] * sw_f,
                     mask=(d < D)[:, None] & (f < FF)[None, :], other=0.0).to(DOT)  # (BD, BF)
-        acc = tl.dot(x, w, acc, input_precision=_PRECISION)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
     _store_rows(Y + tl.program_id(1) * BF, acc, n, end, FF, FF - tl.program_id(1) * BF, BF)
 
 
 @triton.jit
-def _grouped_weight_kernel(X, DY, DW, ENDS, D, FF, DOT: tl.constexpr, BM: tl.constexpr,
-                           BF: tl.constexpr, BD: tl.constexpr):
+def _grouped_weight_kernel(X, DY, DW, ENDS, D, FF, DOT: constexpr, BM: constexpr, BF: constexpr,
+                           BD: constexpr):
     """dw[g] (D, F) = x[rows of g]' dy[rows of g]; an empty group's is 0."""
     g = tl.program_id(2)
     first, end = tl.load(ENDS + g - 1, mask=g > 0, other=0), tl.load(ENDS + g)
@@ -1578,21 +1517,18 @@ def _grouped_weight_kernel(X, DY, DW, ENDS, D, FF, DOT: tl.constexpr, BM: tl.con
         n = n0 + tl.arange(0, BM)
         x = _load_rows(X + d0, n, end, D, D - d0, BD, DOT)  # (BM, BD)
         dy = _load_rows(DY + f0, n, end, FF, FF - f0, BF, DOT)  # (BM, BF)
-        acc = tl.dot(tl.trans(x), dy, acc, input_precision=_PRECISION)
+        acc = tl.dot(tl.trans(x), dy, acc, input_precision=PRECISION)
     DW += g.to(tl.int64) * D * FF
     _store_rows(DW + f0, acc, d0 + tl.arange(0, BD), D, FF, FF - f0, BF)
 
 
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
-    def tiles():
-        wide = dict(BM=128, BF=128, BD=64, num_warps=8, num_stages=3)
-        return dict(BM=16, BF=16, BD=16) if INTERPRETED else wide
-
-    @staticmethod
     def launch(x, w, ends):
         """x (N, D), w (G, D, F) of any strides -> (N, F)."""
-        (N, D), (G, _, FF), tiles = x.shape, w.shape, _GroupedMM.tiles()
+        (N, D), (G, _, FF) = x.shape, w.shape
+        tiles = _launch(dict(BM=128, BF=128, BD=64), dict(BM=16, BF=16, BD=16), x, num_warps=8,
+                        num_stages=3)
         y = x.new_zeros(N, FF)
         if N and FF:
             _grouped_kernel[triton.cdiv(N, tiles["BM"]) + G, triton.cdiv(FF, tiles["BF"])](
@@ -1607,15 +1543,16 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (x, w, ends), dy, tiles = ctx.saved_tensors, dy.contiguous(), _GroupedMM.tiles()
+        (x, w, ends), dy = ctx.saved_tensors, dy.contiguous()
         dx = _GroupedMM.launch(dy, w.mT, ends) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None
         dw = torch.zeros(w.shape, dtype=w.dtype, device=w.device)
-        (G, D, FF), (BD, BF) = w.shape, (tiles.pop("BF"),) * 2
-        tiles.update(BD=BD, BF=BF, BM=tiles["BM"] // 2 if not INTERPRETED else 16)
+        G, D, FF = w.shape
+        tiles = _launch(dict(BM=64, BF=128, BD=128), dict(BM=16, BF=16, BD=16), x, num_warps=8,
+                        num_stages=3)
         if dw.numel():
-            _grouped_weight_kernel[triton.cdiv(D, BD), triton.cdiv(FF, BF), G](
+            _grouped_weight_kernel[triton.cdiv(D, tiles["BD"]), triton.cdiv(FF, tiles["BF"]), G](
                 x, dy, dw, ends, D, FF, DOT=_dot_dtype(x), **tiles)
         return dx, dw, None
 
@@ -1645,8 +1582,7 @@ def symmetric_mm_reference(x):
 
 
 @triton.jit
-def _symmetric_kernel(X, Y, M, K, sx_b, sx_m, sx_k, DOT: tl.constexpr, BM: tl.constexpr,
-                      BK: tl.constexpr):
+def _symmetric_kernel(X, Y, M, K, sx_b, sx_m, sx_k, DOT: constexpr, BM: constexpr, BK: constexpr):
     p, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)  # p = row (row + 1) / 2 + column
     row += tl.where((row + 1) * (row + 2) // 2 <= p, 1, 0)  # where the root was rounded
@@ -1661,7 +1597,7 @@ def _symmetric_kernel(X, Y, M, K, sx_b, sx_m, sx_k, DOT: tl.constexpr, BM: tl.co
                     mask=(i < M)[:, None] & (k < K), other=0.0).to(DOT)  # (BM, BK)
         c = tl.load(X + j.to(tl.int64)[:, None] * sx_m + k * sx_k,
                     mask=(j < M)[:, None] & (k < K), other=0.0).to(DOT)
-        acc = tl.dot(a, tl.trans(c), acc, input_precision=_PRECISION)
+        acc = tl.dot(a, tl.trans(c), acc, input_precision=PRECISION)
     Y += b * M * M
     i, j, y = i.to(tl.int64)[:, None], j[None, :], acc.to(Y.dtype.element_ty)
     keep = (i < M) & (j <= i)
@@ -1675,8 +1611,7 @@ class _SymmetricMM(torch.autograd.Function):
         ctx.save_for_backward(x)
         B, M, K = x.shape
         y = torch.empty(B, M, M, dtype=x.dtype, device=x.device)
-        options = dict(BM=128, BK=64, num_warps=8, num_stages=3)
-        options = dict(BM=16, BK=16) if INTERPRETED else options
+        options = _launch(dict(BM=128, BK=64), dict(BM=16, BK=16), x, num_warps=8, num_stages=3)
         tiles = triton.cdiv(M, options["BM"])
         if y.numel():
             _symmetric_kernel[tiles * (tiles + 1) // 2, B](x, y, M, K, *x.stride(), **options,
@@ -1702,153 +1637,149 @@ def symmetric_mm(x, *, impl=None):
 
 
 class _Case(NamedTuple):
-    """A row or three of the table. Calls take make(*size)'s tensors; make draws from randn."""
+    """One row of the table for each of forward, backward and both that has work."""
 
     name: str
-    check: tuple  # a small size, compared with the fp64 twin
+    small: tuple  # a size that is first compared with the fp64 twin
     size: tuple  # the size that is timed
-    make: object
-    ours: object  # called with impl=...
+    shapes: object  # the inputs' shapes, of a size
+    ours: object  # takes the inputs and impl=
     twin: object
     peers: dict
-    work: tuple  # ("FLOP" or "byte", forward, backward): of one call, of the size that is timed
-    modes: tuple = ("fwd", "bwd", "fwd+bwd")
+    unit: str  # what work counts: "FLOP" or "B"
+    work: tuple  # of (forward, backward, both) at size; 0: not timed
 
 
 def _attention_case(B, T, H, K, E, cuda):
-    def make(B, T, H, K, E):
-        return [(B, T, H, E), (B, T, K, E), (B, T, K, E)]
-
-    def sdpa(q, k, v, backend=None):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with contextlib.nullcontext() if backend is None else nn.attention.sdpa_kernel(backend):
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
-        return o.transpose(1, 2)
-
-    peers = {"sdpa": sdpa}
-    if cuda:
-        kinds = nn.attention.SDPBackend
-        backends = kinds.FLASH_ATTENTION, kinds.CUDNN_ATTENTION, kinds.EFFICIENT_ATTENTION
-        peers = {b.name[:6].lower(): functools.partial(sdpa, backend=b) for b in backends}
-        peers["flex"] = _flex_peer(T, H != K)
-    flops = 2 * B * H * T * T * E  # causal: half of 4 B H T^2 E
-    return _Case("flash_attention", (1, 96, H // K * 2, 2, E), (B, T, H, K, E), make, flash_attention,
-                 flash_attention_reference, peers, ("FLOP", flops, 5 * flops // 2))
-
-
-def _flex_peer(T, grouped):
-    """torch's flex_attention, compiled, causal."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
-    compiled = torch.compile(flex_attention)
+    """Causal attention against each of torch's backends."""
+    def sdpa(q, k, v, backends):
+        with sdpa_kernel(backends):
+            return F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=H != K
+            ).transpose(1, 2)
 
     def flex(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+        from torch.nn.attention import flex_attention as module
 
-    return flex
+        mask = _flex_mask(T)
+        return _compiled(module.flex_attention)(*(x.transpose(1, 2) for x in (q, k, v)),
+                                                block_mask=mask, enable_gqa=H != K).transpose(1, 2)
 
-
-def _loss_case(N, D, V, device):
-    targets = {n: torch.randint(0, V, (n,), device=device) for n in (64, N)}
-
-    def naive(x, w):
-        return F.cross_entropy((x @ w.t()).float(), targets[len(x)])
-
-    def loss(x, w, function=linear_cross_entropy, **options):
-        return function(x, w * D**-0.5, targets[len(x)], **options)
-
-    return _Case("linear_cross_entropy", (64, D, V), (N, D, V), lambda N, D, V: [(N, D), (V, D)], loss,
-                 functools.partial(loss, function=linear_cross_entropy_reference),
-                 {"naive": lambda x, w: naive(x, w * D**-0.5)}, ("FLOP", 2 * N * D * V, 4 * N * D * V),
-                 ("fwd+bwd",))
+    kinds = (["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"] if cuda else
+             ["FLASH_ATTENTION"])
+    peers = {f"sdpa {kind[:5]}": functools.partial(sdpa, backends=getattr(SDPBackend, kind))
+             for kind in kinds}
+    half = 2 * B * H * T * T * E  # 4 B H T^2 E, of which causal needs half
+    return _Case("flash_attention", (1, 96, 2 * H // K, 2, E), (B, T, H, K, E),
+                 lambda B, T, H, K, E: [(B, T, H, E), (B, T, K, E), (B, T, K, E)], flash_attention,
+                 flash_attention_reference, {**peers, **({"flex": flex} if cuda else {})}, "FLOP",
+                 (half, half * 5 // 2, half * 7 // 2))
 
 
-def _cases(device, dtype):
-    """What bench times, and compile compiles: sizes for a GPU, or small ones for a CPU."""
-    cuda, b = device == "cuda", torch.finfo(dtype).bits // 8
-    for B, T, H, K, E in ([(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
-                           (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else
-                          [(1, 1024, 8, 8, 64), (1, 1024, 8, 2, 64)]):
-        yield _attention_case(B, T, H, K, E, cuda)
+@functools.lru_cache
+def _flex_mask(T):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
+
+
+@functools.lru_cache
+def _compiled(function):
+    return torch.compile(function)
+
+
+def _cases(cuda, device, itemsize):
+    """What bench times and compile compiles; sizes for a GPU, or small ones for a CPU."""
+    attention = ([(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
+                  (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else [(1, 1024, 8, 2, 64)])
+    for sizes in attention:
+        yield _attention_case(*sizes, cuda)
+
+    def bytes_case(name, size, shapes, ours, twin, peer, forward, backward, small=(64, 512)):
+        compiled = {"compile": lambda *x: _compiled(twin)(*x)} if cuda else {}
+        work = tuple(n * math.prod(size) * itemsize for n in (forward, backward, forward + backward))
+        return _Case(name, small, size, shapes, ours, twin, {"torch": peer, **compiled}, "B", work)
+
     N, D = (16384, 4096) if cuda else (2048, 512)
-    compiled = torch.compile if cuda else (lambda twin: twin)  # on a CPU the twin is what we run
+    yield bytes_case("rms_norm", (N, D), lambda N, D: [(N, D), (D,)], rms_norm, rms_norm_reference,
+                     lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2, 3)
+    yield bytes_case("swiglu", (N, D), lambda N, D: [(N, D)] * 2, swiglu, swiglu_reference,
+                     lambda gate, up: F.silu(gate) * up, 3, 5)
+    angle = torch.rand(N, 64, generator=torch.Generator(device).manual_seed(0), device=device)
+    rope = functools.partial(apply_rope, cos=angle.cos(), sin=angle.sin())
+    rope_twin = functools.partial(apply_rope_reference, cos=angle.cos(), sin=angle.sin())
+    yield bytes_case("apply_rope", (N, D), lambda N, D: [(1, N, D // 128, 128), (1, N, D // 512, 128)],
+                     rope, rope_twin, rope_twin, 2.5, 2.5)  # a quarter as many kv heads
+    G, M = (64, 2048) if cuda else (8, 256)
 
-    def peers(twin, **more):
-        return {**({"compile": compiled(twin)} if cuda else {}), **more}
+    def experts(x, w, function=grouped_mm, **options):  # uneven: the first of G experts get least
+        ends = torch.linspace(0, 1, G + 1, device=device)[1:] ** 2 * len(x)
+        return function(x, w, ends.to(torch.int32), **options)
 
-    yield _Case("rms_norm", (64, D), (N, D), lambda N, D: [(N, D), (D,)], rms_norm, rms_norm_reference,
-                peers(rms_norm_reference, torch=lambda x, w: F.rms_norm(x, w.shape, w, 1e-5)),
-                ("byte", 2 * N * D * b, 3 * N * D * b))
-    yield _Case("swiglu", (64, D), (N, D), lambda N, D: [(N, D)] * 2, swiglu, swiglu_reference,
-                peers(swiglu_reference, torch=lambda g, u: F.silu(g) * u),
-                ("byte", 3 * N * D * b, 5 * N * D * b))
-    angle = torch.rand(N, 64, device=device)
-    cos, sin = angle.cos(), angle.sin()
-
-    def rope(q, k, function=apply_rope, **options):
-        return function(q, k, cos, sin, **options)
-
-    rope_twin = functools.partial(rope, function=apply_rope_reference)
-    yield _Case("apply_rope", (1, 64, 2, 1), (1, N, D // 128, D // 512),
-                lambda B, T, H, K: [(B, T, H, 128), (B, T, K, 128)], rope, rope_twin,
-                peers(rope_twin, torch=rope_twin), ("byte", *[2 * N * D * b * 5 // 4] * 2))
-    yield _loss_case(*((16384, 4096, 131072) if cuda else (4096, 512, 50257)), device)
-    S, H, K, E = (16384, 32, 8, 128) if cuda else (4096, 8, 2, 64)
-    yield _Case("flash_decode", (2, 64, H, K, E), (16, S, H, K, E),
+    loop = functools.partial(experts, function=grouped_mm_reference)
+    yield _Case("grouped_mm", (200, 128), (N, M), lambda N, M: [(N, M), (G, M, M)], experts, loop,
+                {"loop": loop}, "FLOP", (2 * N * M * M, 4 * N * M * M, 6 * N * M * M))
+    yield _Case("symmetric_mm", (130, 64), (2 * M, 2 * M), lambda M, K: [(M, K)], symmetric_mm,
+                symmetric_mm_reference, {"x @ x.mT": symmetric_mm_reference}, "FLOP",
+                (8 * M**3, 0, 0))  # the M^2 K that are needed
+    B, S, H, K, E = (16, 16384, 32, 8, 128) if cuda else (4, 4096, 8, 2, 64)
+    yield _Case("flash_decode", (2, 200, H, K, E), (B, S, H, K, E),
                 lambda B, S, H, K, E: [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
                 flash_decode_reference, {"sdpa": lambda q, k, v: F.scaled_dot_product_attention(
                     *(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(1, 2)},
-                ("byte", 2 * 16 * S * K * E * b, 0), ("fwd",))
-    G, M = (64, 4096) if cuda else (8, 512)
+                "B", (2 * B * S * K * E * itemsize, 0, 0))
+    N, D, V = (16384, 4096, 131072) if cuda else (4096, 512, 50257)
+    targets = torch.randint(V, (N,), generator=torch.Generator(device).manual_seed(0), device=device)
 
-    def experts(x, w, function=grouped_mm, **options):
-        ends = (torch.linspace(0, 1, G, device=device) ** 2 * len(x)).to(torch.int32)  # uneven
-        return function(x, w, ends, **options)
+    def loss(x, w, function=linear_cross_entropy, **options):  # w / sqrt(D): logits of about 1
+        return function(x, w, targets[: len(x)] % len(w), **options)
 
-    yield _Case("grouped_mm", (64, M // 4, M // 4), (N, M // 4, M // 4),
-                lambda N, D, FF: [(N, D), (G, D, FF)], experts,
-                functools.partial(experts, function=grouped_mm_reference),
-                {"loop": functools.partial(experts, function=grouped_mm_reference)},
-                ("FLOP", N * M * M // 8, N * M * M // 4))
-    yield _Case("symmetric_mm", (130, 64), (M, M), lambda M, K: [(M, K)], symmetric_mm,
-                symmetric_mm_reference, {"x @ x.mT": symmetric_mm_reference}, ("FLOP", M**3, 0), ("fwd",))
+    yield _Case("linear_cross_entropy", (200, 128, 1000), (N, D, V), lambda N, D, V: [(N, D), (V, D)],
+                loss, functools.partial(loss, function=linear_cross_entropy_reference),
+                {"F.cross_entropy": functools.partial(loss, function=lambda x, w, t: F.cross_entropy(
+                    (x @ w.t()).float(), t))}, "FLOP", (0, 0, 6 * N * D * V))
 
 
 def _inputs(case, size, device, dtype, seed):
-    """Random tensors of case.make(*size)'s shapes: never zeros, which a GPU multiplies faster."""
+    """Random tensors of the case's shapes: never zeros, which a GPU multiplies faster."""
     gen = torch.Generator(device).manual_seed(seed)
-    return [torch.randn(s, generator=gen, device=device).to(dtype).requires_grad_()
-            for s in case.make(*size)]
+    inputs = [torch.randn(s, generator=gen, device=device) for s in case.shapes(*size)]
+    if case.name == "linear_cross_entropy":
+        inputs[1] *= inputs[1].shape[1] ** -0.5  # logits of about 1
+    return [x.to(dtype).requires_grad_() for x in inputs]
+
+
+def _outputs(function, inputs, **options):
+    outs = function(*inputs, **options)
+    return outs if isinstance(outs, tuple) else (outs,)
 
 
 def _check(case, device, dtype):
-    """The case's small size, forward and backward, against its twin in fp64: the largest error."""
-    low = _inputs(case, case.check, device, dtype, 0)
+    """The largest relative error of the small size, forward and backward, against fp64."""
+    low = _inputs(case, case.small, device, dtype, 0)
     high = [x.detach().double().requires_grad_() for x in low]
-    outs, refs = case.ours(*low), case.twin(*high)
-    pairs = list(zip(outs, refs)) if isinstance(outs, tuple) else [(outs, refs)]
-    if "fwd+bwd" in case.modes:
-        grads = [torch.randn_like(r) for _, r in pairs]
-        ours = torch.autograd.grad([o for o, _ in pairs], low, [g.to(dtype) for g in grads])
-        pairs += zip(ours, torch.autograd.grad([r for _, r in pairs], high, grads))
+    ours, refs = _outputs(case.ours, low), _outputs(case.twin, high)
+    pairs = list(zip(ours, refs))
+    if case.work[2]:
+        weights = [torch.randn_like(r) for r in refs]
+        grads = torch.autograd.grad(ours, low, [w.to(o.dtype) for o, w in zip(ours, weights)])
+        pairs += zip(grads, torch.autograd.grad(refs, high, weights))
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
 def _seconds(call, sets, cuda):
-    """Median seconds of call(*inputs), over input sets in turn."""
-    for inputs in sets[:2]:
+    """Median seconds of call(*inputs), over the input sets in turn."""
+    for inputs in sets[: 3 if cuda else 1]:
         call(*inputs)
     if not cuda:
         times = []
-        for i in range(5):
+        for i in range(3):
             start = time.perf_counter()
             call(*sets[i % len(sets)])
             times.append(time.perf_counter() - start)
         return statistics.median(times)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
-    torch.cuda._sleep(40_000_000)  # 20 ms in which all the launches queue up behind each other
+    torch.cuda._sleep(40_000_000)  # 20 ms in which all launches queue up: no gaps between them
     marks[0].record()
     for i, mark in enumerate(marks[1:]):
         call(*sets[i % len(sets)])
@@ -1858,109 +1789,81 @@ def _seconds(call, sets, cuda):
 
 
 def _time(function, mode, sets, cuda):
-    """Seconds of one pass of function; the backward alone runs on graphs built beforehand."""
-    def outputs(*inputs):
-        outs = function(*inputs)
-        return outs if isinstance(outs, tuple) else (outs,)
-
-    def backward(outs, inputs, grads):
-        torch.autograd.grad(outs, inputs, grads, retain_graph=True)
-
+    """Seconds of one pass of function; the output serves as its own gradient, not being 0."""
     def both(*inputs):
-        outs = outputs(*inputs)
-        torch.autograd.grad(outs, inputs, [o.detach() for o in outs])  # any gradient that is not 0
+        outs = _outputs(function, inputs)
+        torch.autograd.grad(outs, inputs, [o.detach() for o in outs])
 
-    if mode == "bwd":
-        made = [(outputs(*x), x) for x in sets]
-        return _seconds(backward, [(o, x, [torch.randn_like(y) for y in o]) for o, x in made], cuda)
-    if mode == "fwd":
-        sets = [[x.detach() for x in inputs] for inputs in sets]
-    return _seconds(both if mode == "fwd+bwd" else outputs, sets, cuda)
-
-
-def _limits(device, dtype):
-    """The device's measured matmul FLOP/s and copy bytes/s, read plus write."""
-    cuda = device == "cuda"
-    n, numbers = (8192, 1 << 29) if cuda else (1024, 1 << 25)
-    a = [torch.randn(n, n, device=device, dtype=dtype) for _ in range(2)]
-    x = torch.randn(numbers, device=device, dtype=dtype)
-    y = torch.empty_like(x)
-    return {"FLOP": 2 * n**3 / _seconds(torch.mm, [a], cuda),
-            "byte": 2 * x.nbytes / _seconds(y.copy_, [(x,)], cuda)}
+    if mode == "forward":
+        return _seconds(function, [[x.detach() for x in inputs] for inputs in sets], cuda)
+    if mode == "both":
+        return _seconds(both, sets, cuda)
+    made = [(_outputs(function, inputs), inputs) for inputs in sets]
+    made = [(outs, inputs, [o.detach() for o in outs]) for outs, inputs in made]
+    return _seconds(functools.partial(torch.autograd.grad, retain_graph=True), made, cuda)
 
 
 def _peak_bytes(call, cuda):
-    """The most memory that call() held beyond what there was; on Linux also on a CPU, else 0."""
+    """The most memory that call() holds beyond what there is; on a CPU (Linux) from the kernel."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    if not os.path.exists("/proc/self/clear_refs"):
-        return 0
-
-    def resident(key):
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) for line in f if line.startswith(key)) * 1024
-
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # start the high-water mark again
-    before = resident("VmRSS")
     call()
-    return resident("VmHWM") - before
+    with open("/proc/self/status") as f:
+        high, now = (int(line.split()[1]) for line in f if line.startswith(("VmHWM", "VmRSS")))
+    return (high - now) * 1024
+
+
+def _bench_case(case, device, dtype, limits):
+    """Check a case, then print a row for each pass and peer."""
+    cuda, error = device == "cuda", _check(case, device, dtype)
+    if not error < (0.03 if cuda else 1e-5):
+        raise ValueError(f"{case.name}: error {error:.1e} against the fp64 twin, not timed")
+    size = sum(math.prod(s) for s in case.shapes(*case.size)) * dtype.itemsize
+    sets = [_inputs(case, case.size, device, dtype, i)  # together larger than a 50 MB L2
+            for i in range(max(2, min(8, 200_000_000 // size)))]
+    for mode, work in zip(("forward", "backward", "both"), case.work):
+        ours = _time(case.ours, mode, sets, cuda) if work else math.nan
+        for name, peer in case.peers.items() if work else ():
+            try:
+                theirs = _time(peer, mode, sets, cuda)
+            except RuntimeError as problem:  # a backend refuses the shape, or memory runs out
+                print(f"{case.name}: no {name}: {str(problem).splitlines()[0]}", file=sys.stderr)
+                continue
+            print(f"| {case.name} {mode} | {'x'.join(map(str, case.size))} | {ours * 1e3:.3g} | {name} "
+                  f"| {theirs * 1e3:.3g} | {ours / theirs:.2f} | {work / ours / 1e12:.3g} T{case.unit}/s "
+                  f"| {work / ours / limits[case.unit]:.0%} | {error:.0e} |", flush=True)
+    if case.unit == "FLOP" and not case.work[0]:
+        peaks = [_peak_bytes(lambda f=f: torch.autograd.grad(f(*sets[0]), sets[0]), cuda) / 2**20
+                 for f in (case.ours, *case.peers.values())]
+        print(f"| {case.name} peak memory, MiB | | {peaks[0]:.0f} | {name} | {peaks[1]:.0f} "
+              f"| {peaks[0] / peaks[1]:.2f} | | | |", flush=True)
 
 
 def bench(only="", device=None):
-    """Print the table: each kernel and mode, ours and each peer, and the share of what is possible."""
+    """Print the table: each kernel and pass, ours and each peer, and the share of what is possible."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    limits = _limits(device, dtype)
+    n, numbers = (8192, 1 << 29) if cuda else (1024, 1 << 25)
+    a, x = (torch.randn(s, device=device, dtype=dtype) for s in ((n, n), (numbers,)))
+    y = torch.empty_like(x)
+    limits = {"FLOP": 2 * n**3 / _seconds(torch.mm, [(a, a)], cuda),
+              "B": 2 * x.nbytes / _seconds(y.copy_, [(x,)], cuda)}
+    del a, x, y
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, {dtype}, torch {torch.__version__}, triton {triton.__version__}: "
-          f"{limits['FLOP'] / 1e12:.3g} TFLOP/s, copy {limits['byte'] / 1e12:.3g} TB/s")
-    print("| kernel | shape | pass | error | ours ms | peer | ms | ratio | ours T/s | limit | peak MiB |")
-    print("|" + "---|" * 11)
-    for case in _cases(device, dtype):
-        if only not in case.name:
-            continue
-        error = _check(case, device, dtype)
-        if error > (0.03 if cuda else 1e-5):
-            raise ValueError(f"{case.name}: error {error:.1e} against the fp64 twin")
-        one = sum(math.prod(s) for s in case.make(*case.size)) * dtype.itemsize
-        copies = max(2, min(8, -(-(100 << 20) // one))) if cuda else 2  # together beyond the L2
-        sets = [_inputs(case, case.size, device, dtype, i) for i in range(copies)]
-        for mode in case.modes:
-            _bench_rows(case, mode, sets, error, limits, cuda)
-        del sets
-    print("AdamW: " + _bench_adamw(device, dtype, limits))
-
-
-def _bench_rows(case, mode, sets, error, limits, cuda):
-    """Time one mode of a case: a row for each peer."""
-    unit, forward, backward = case.work
-    work = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode]
-    seconds = _time(case.ours, mode, sets, cuda)
-    for peer, function in case.peers.items():
-        try:
-            other = _time(function, mode, sets, cuda)
-        except RuntimeError as problem:  # a backend that refuses the shape, or has no memory
-            print(f"<!-- {case.name} {peer}: {str(problem).splitlines()[0]} -->")
-            continue
-        peak = ""
-        if mode == "fwd+bwd":
-            peaks = [_peak_bytes(lambda f=f: _time(f, mode, sets, cuda), cuda)
-                     for f in (case.ours, function)]
-            peak = f"{peaks[0] / 2**20:.0f} / {peaks[1] / 2**20:.0f}"
-        print(f"| {case.name} | {'x'.join(map(str, case.size))} | {mode} | {error:.0e} "
-              f"| {seconds * 1e3:.3g} | {peer} | {other * 1e3:.3g} | {seconds / other:.2f} "
-              f"| {work / seconds / 1e12:.3g} {unit}/s | {work / seconds / limits[unit]:.0%} "
-              f"| {peak} |", flush=True)
-
-
-def _bench_adamw(device, dtype, limits):
-    """A step of FusedAdamW and of torch's fused AdamW over 64 tensors."""
-    cuda = device == "cuda"
+    print(f"{name}, {dtype}, torch {torch.__version__}, triton {triton.__version__}; measured limits "
+          f"{limits['FLOP'] / 1e12:.3g} TFLOP/s, copy {limits['B'] / 1e12:.3g} TB/s\n\n"
+          "| kernel | shape | ours ms | peer | ms | ratio | rate | of limit | error |\n" + "|---" * 9 + "|")
+    for case in _cases(cuda, device, dtype.itemsize):
+        if only in case.name:
+            _bench_case(case, device, dtype, limits)
+    if only not in "fused_adamw":
+        return
     shapes = [(4096, 4096) if cuda else (256, 256)] * 64
     seconds = []
     for make in (FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)):
@@ -1968,93 +1871,80 @@ def _bench_adamw(device, dtype, limits):
         for p in params:
             p.grad = torch.randn_like(p)
         seconds.append(_seconds(make(params, lr=1e-4).step, [()], cuda))
-    rate = 28 * sum(math.prod(s) for s in shapes) / seconds[0]
-    return (f"64 tensors of {shapes[0]}, fp32: ours {seconds[0] * 1e3:.3g} ms, torch fused "
-            f"{seconds[1] * 1e3:.3g} ms, ratio {seconds[0] / seconds[1]:.2f}, {rate / 1e12:.3g} TB/s, "
-            f"{rate / limits['byte']:.0%} of copy")
+    rate = 28 * 64 * math.prod(shapes[0]) / seconds[0]
+    print(f"| fused_adamw fp32 | 64 of {shapes[0]} | {seconds[0] * 1e3:.3g} | torch fused "
+          f"| {seconds[1] * 1e3:.3g} | {seconds[0] / seconds[1]:.2f} | {rate / 1e12:.3g} TB/s "
+          f"| {rate / limits['B']:.0%} | |")
 
 
 def tune():
-    """Time candidate tiles on this GPU and print the rows of TILES that would be faster."""
-    candidates = [(bm, bn, w, s) for bm in (64, 128) for bn in (32, 64, 128) for w in (4, 8)
+    """Time candidate attention tiles on this GPU; print the entries of TILES that would be fastest."""
+    candidates = [(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8)
                   for s in (1, 2, 3)]
     for E in (64, 128, 256):
-        q, k, v = (torch.randn(2, 4096, 16, E, device="cuda").bfloat16().requires_grad_() for _ in "qkv")
-        for kernel in ("forward", "backward_kv", "backward_q"):
-            best, before = (math.inf, None), TILES[kernel, E]
-            for TILES[kernel, E] in [before, *candidates]:
-                mode = "fwd" if kernel == "forward" else "bwd"
+        sets = [[torch.randn(4, 4096, 16, E, device="cuda").bfloat16().requires_grad_() for _ in "qkv"]]
+        for kernel, tiles in TILES.items():
+            before, timed = tiles[E], {}
+            for tiles[E] in (before, *candidates):
+                mode = "forward" if kernel == "forward" else "backward"
                 try:
-                    best = min(best, (_time(flash_attention, mode, [(q, k, v)], True), TILES[kernel, E]))
-                except triton.runtime.errors.OutOfResources:
-                    continue
-            TILES[kernel, E] = best[1]
-            print(f'    ("{kernel}", {E}): {best[1]},  # {best[0] * 1e3:.3g} ms, was {before}', flush=True)
-
-
-# ---- compile: is every kernel accepted by the compiler, without a GPU? ---------------------------
-
-
-class _NoDevice:
-    """What Triton asks of a driver before it launches: here, to compile for another machine."""
-
-    def __init__(self, capability):
-        self.capability = capability
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
+                    timed[tiles[E]] = _time(flash_attention, mode, sets, True)
+                except (triton.runtime.errors.OutOfResources, RuntimeError):
+                    continue  # too much shared memory or too many registers
+            tiles[E] = min(timed, key=timed.get)
+            print(f'"{kernel}" {E}: {tiles[E]}  # {timed[tiles[E]] * 1e3:.3g} ms {mode}, '
+                  f"{before}: {timed[before] * 1e3:.3g} ms", flush=True)
 
 
 def compile_all(capability=90):
-    """Compile what bench runs, forward and backward, for an NVIDIA compute capability (90: H100,
-    H200), and print each kernel's shared memory and spills. The interpreter accepts programs that
-    the compiler refuses; this finds them where there is no GPU."""
-    triton.runtime.driver.set_active(_NoDevice(capability))
-    run, seen = triton.JITFunction.run, set()
+    """Compile what bench runs, forward and backward, for an NVIDIA compute capability (90: H100 and
+    H200) on a machine that has none. The interpreter accepts programs that the compiler refuses."""
+    from triton.backends.compiler import GPUTarget
+
+    class Elsewhere:  # what Triton asks of a driver until it launches
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.metadata.shared > 227 * 1024:
+            raise ValueError(f"{self.fn.__name__}: {kernel.metadata.shared} bytes of shared memory")
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            print(f"{self.fn.__name__:24} {kernel.metadata.shared / 1024:6.1f} KiB shared memory")
-        if kernel.metadata.shared > 227 * 1024:
-            raise ValueError(f"{self.fn.__name__}: more shared memory than a multiprocessor has")
+            print(f"{self.fn.__name__}: {kernel.metadata.shared / 1024:.0f} KiB shared", flush=True)
 
-    triton.JITFunction.run = compile_only
+    triton.runtime.driver.set_active(Elsewhere())
+    run, seen, triton.JITFunction.run = triton.JITFunction.run, set(), compile_only
     for dtype in (torch.bfloat16, torch.float32):
-        for case in _cases("cpu", dtype):
-            inputs = _inputs(case, case.check, "cpu", dtype, 0)
-            outs = case.ours(*inputs, impl="triton")
-            outs = outs if isinstance(outs, tuple) else (outs,)
-            torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+        for case in _cases(False, "cpu", dtype.itemsize):
+            for impl in ("triton", "chunked")[: 1 + (case.name == "linear_cross_entropy")]:
+                inputs = _inputs(case, case.small, "cpu", dtype, 0)
+                outs = _outputs(case.ours, inputs, impl=impl)
+                if case.work[2]:
+                    torch.autograd.backward(outs, outs)
     print(f"{len(seen)} kernels compiled for sm_{capability}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("bench", help="time every kernel against its peers, on the GPU if any")
+    sub = commands.add_parser("bench", help="time every kernel against its peers")
     sub.add_argument("--only", default="", help="only kernels whose name contains this (default: all)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: the GPU if any)")
-    sub.add_argument("--tune", action="store_true", help="time candidate attention tiles instead")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU if there is one)")
+    sub.add_argument("--tune", action="store_true", help="time other attention tiles on the GPU instead")
     sub = commands.add_parser("compile", help="compile every kernel for a GPU that is not here")
     sub.add_argument("--capability", type=int, default=90, help="compute capability (default: 90)")
     args = parser.parse_args(argv)
     try:
+        if args.command == "compile" and INTERPRETED:  # decided when Triton was imported: start again
+            os.environ["TRITON_INTERPRET"] = "0"
+            os.execv(sys.executable, [sys.executable, __file__, *(argv or sys.argv[1:])])
         if args.command == "compile":
             compile_all(args.capability)
-        elif args.tune:
-            tune()
+        elif (args.tune or args.device == "cuda") and not torch.cuda.is_available():
+            raise ValueError("--tune and --device cuda need a GPU, and torch sees none")
         else:
-            bench(args.only, args.device)
+            tune() if args.tune else bench(args.only, args.device)
     except (ValueError, OSError) as problem:
         print(f"kernels.py: {problem}", file=sys.stderr)
         return 2
