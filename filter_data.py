@@ -5,17 +5,17 @@
     python filter_data.py minhash --input 'my/*.jsonl.gz' --out data/    # one stage alone
     python filter_data.py train --input wiki=good.txt cc=crawl.jsonl.gz --model models/quality.bin
 
-Every stage turns shards (one per input file) into shards under <out>/<stage>/. A shard is written
-beside its final name and then renamed, and its .json comes last, so "done" means "the .json is
-there": that one rule gives resuming after a kill, work split over processes and over machines that
-share the directory, and a barrier between stages, without a server. A *word* is whatever
-str.split() yields, everywhere in this file (with spaCy's words, where punctuation counts, Gopher's
-80 % rule drops 114 of 499 pages instead of 3).
+Every stage turns shards, one for each input file, into shards under <out>/<stage>/. A shard is
+written beside its final name and renamed, and its .json comes last, so "done" means "the .json is
+there". That one rule gives resuming after a kill, work split over processes and over machines that
+share the directory, and a barrier between stages, without a server. A *word* is what str.split()
+yields, everywhere in this file: with spaCy's words, where punctuation counts, Gopher's 80 % rule
+drops 114 of 499 pages instead of 3.
 
-Papers: Gopher rules (Rae et al. 2021, arXiv:2112.11446, A.1.1), C4 (Raffel et al. 2020, JMLR 21),
-FineWeb (Penedo et al. 2024, arXiv:2406.17557), CCNet (Wenzek et al. 2019), MinHash (Broder 1997),
-LSH (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", ch. 3), dedup of training data (Lee
-et al. 2021), decontamination (GPT-3, Brown et al. 2020, appendix C), fastText (Joulin et al. 2016).
+Papers: Gopher (Rae et al. 2021, arXiv:2112.11446, A.1.1), C4 (Raffel et al. 2020, JMLR 21), FineWeb
+(Penedo et al. 2024, arXiv:2406.17557), MinHash (Broder 1997), LSH (Leskovec, Rajaraman, Ullman,
+"Mining of Massive Datasets", ch. 3), deduplication of training data (Lee et al. 2021,
+arXiv:2107.06499), decontamination (Brown et al. 2020, appendix C), fastText (Joulin et al. 2016).
 """
 
 import argparse
@@ -41,16 +41,13 @@ import unicodedata
 import urllib.request
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from html import unescape
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-MAX_BYTES = 16 << 20  # a larger page or line is never a document worth keeping: skipped, counted
-BATCH_CHARS = 1 << 18  # characters handled by one numpy call; its arrays (about 6 MB) stay in cache
-LID_URL = "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.ftz"
-LID_SHA256 = "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83"
+MAX_BYTES = 16 << 20  # a larger page or line is no document worth keeping: skipped and counted
+BATCH_CHARS = 1 << 18  # characters handled by one numpy call; its arrays, about 6 MB, stay in cache
 
 
 # ---- reading WARC and WET files ------------------------------------------------------------------
@@ -62,7 +59,7 @@ class Page(NamedTuple):
     """One downloaded page: a 200 response of a WARC file or a conversion record of a WET file."""
 
     url: str
-    content_type: str  # "text/html", "application/xhtml+xml" or "text/plain"
+    content_type: str  # text/html, application/xhtml+xml or text/plain
     charset: str | None  # as the server declared it, which is often wrong
     body: bytes
 
@@ -81,13 +78,13 @@ class ByteStream:
         self.buffer = bytearray()
         self.begin(0)
 
-    def begin(self, offset: int) -> None:
+    def begin(self, offset):
         """Read on from this offset of the file."""
         self.file.seek(offset)
         self.member, self.raw, self.damaged = offset, b"", False
         self.inflater = zlib.decompressobj(31)
 
-    def fill(self) -> bool:
+    def fill(self):
         """Append up to 1 MiB to the buffer; False at the end of the file or at damage."""
         if not self.is_gzip:
             self.buffer += (chunk := self.file.read(1 << 16))
@@ -98,12 +95,13 @@ class ByteStream:
                 self.member = self.file.tell() - len(self.raw)
                 self.inflater = zlib.decompressobj(31)
             self.raw = self.raw or self.file.read(1 << 16)
+            if not self.raw:  # the file ends; inside a member, if any of it was read
+                self.damaged = self.file.tell() > self.member
+                return False
             try:
                 chunk = self.inflater.decompress(self.raw, 1 << 20)
             except zlib.error:
-                chunk, self.damaged = b"", True
-            if not self.raw:  # the file ends; inside a member, if any of it was read
-                self.damaged = self.file.tell() > self.member
+                self.damaged = True
                 return False
             self.raw = self.inflater.unconsumed_tail
             self.buffer += chunk
@@ -111,7 +109,7 @@ class ByteStream:
                 return True
         return False
 
-    def restart(self) -> bool:
+    def restart(self):
         """After damage: go to the next gzip member; False when there is none."""
         offset, tail = self.member + 1, b""
         self.file.seek(offset)
@@ -123,7 +121,7 @@ class ByteStream:
             offset, tail = offset + len(block), block[-3:]
         return False
 
-    def find_record(self, counts: Counter) -> bool:
+    def find_record(self, counts):
         """Drop bytes up to the next `WARC/1.x` line; False at the end of the file."""
         while not (found := RECORD_START.search(self.buffer)):
             del self.buffer[:-64]
@@ -134,7 +132,7 @@ class ByteStream:
         del self.buffer[: found.start(1)]
         return True
 
-    def take(self, size: int) -> bytes:
+    def take(self, size):
         """The next `size` bytes, fewer at the end of the file or at damage."""
         while len(self.buffer) < size and self.fill():
             pass
@@ -142,7 +140,7 @@ class ByteStream:
         del self.buffer[:size]
         return block
 
-    def take_headers(self) -> dict[str, str]:
+    def take_headers(self):
         """Header lines up to the blank one; {} when they do not end within 64 KiB."""
         while not (end := re.search(rb"\r?\n\r?\n", self.buffer)):
             if len(self.buffer) > 1 << 16 or not self.fill():
@@ -150,21 +148,21 @@ class ByteStream:
                 return {}
         return parse_headers(self.take(end.end()))
 
-    def at_boundary(self) -> bool:
+    def at_boundary(self):
         """Whether a record ends here: only newlines, then the next record or the end."""
         while len(self.buffer) < 16 and self.fill():
             pass
         return self.buffer[:16].lstrip(b"\r\n")[:5] in (b"", b"WARC/")
 
 
-def parse_headers(block: bytes) -> dict[str, str]:
+def parse_headers(block):
     """`Name: value` lines of WARC or HTTP as {lower-case name: value}; the first line is ":"."""
     first, *lines = block.decode("utf-8", "replace").splitlines() or [""]
     pairs = (line.split(":", 1) for line in lines if ":" in line)
     return {":": first} | {name.strip().lower(): value.strip() for name, value in pairs}
 
 
-def dechunk(body: bytes) -> bytes:
+def dechunk(body):
     """Undo HTTP's chunked transfer coding; a body that is not chunked comes back as it is.
 
     wget stores bodies as they came over the wire; Common Crawl stores them decoded and may keep the
@@ -183,21 +181,13 @@ def dechunk(body: bytes) -> bytes:
     return b"".join(parts) or body
 
 
-def inflate(body: bytes, max_bytes: int) -> bytes:
-    """Undo gzip or deflate if the body really is compressed; at most `max_bytes` come out."""
-    try:
-        return zlib.decompressobj(47).decompress(body, max_bytes)
-    except zlib.error:
-        return body
-
-
-def page_of(headers: dict, block: bytes, max_bytes: int, counts: Counter) -> Page | None:
+def page_of(headers, block, max_bytes, counts):
     """The page in a record, or None (counted by reason) when it holds no readable one."""
     url = headers.get("warc-target-uri", "").strip("<>")  # wget writes <http://...>
     if headers.get("warc-type") == "conversion":
         return Page(url, "text/plain", "utf-8", block)
     end = re.search(rb"\r?\n\r?\n", block)
-    http = parse_headers(block[: end.start()] if end else b"")
+    http = parse_headers(block[: end.start()] if end else block)
     declared = http.get("content-type", "").lower()
     kind = (headers.get("warc-identified-payload-type") or declared).split(";")[0].strip()
     if headers.get("warc-type") != "response":
@@ -211,19 +201,20 @@ def page_of(headers: dict, block: bytes, max_bytes: int, counts: Counter) -> Pag
         if "chunked" in http.get("transfer-encoding", "").lower():
             body = dechunk(body)
         if http.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
-            body = inflate(body, max_bytes)
+            with contextlib.suppress(zlib.error):  # Common Crawl has undone it, wget has not
+                body = zlib.decompressobj(47).decompress(body, max_bytes)
         charset = re.search(r"charset=[\"']?([\w.:-]+)", declared)
         return Page(url, kind, charset and charset[1], body)
     return None
 
 
-def read_warc(path, max_bytes: int = MAX_BYTES, counts: Counter | None = None) -> Iterator[Page]:
+def read_warc(path, max_bytes=MAX_BYTES, counts=None):
     """Yield the pages of a WARC (0.18, 1.0, 1.1) or WET file, compressed or not.
 
-    A record that cannot be used is skipped and counted in `counts`: "truncated" (the file ends
-    inside it), "misaligned" (its Content-Length is wrong), "too_large" (over `max_bytes`; never
-    held in memory), "bad_header", "damaged_gzip", "not_warc". Reading resumes at the next thing
-    that looks like a record, so that a bad record never costs its neighbours.
+    A record that cannot be used is skipped and counted in `counts`, a Counter: "truncated" (the
+    file ends inside it), "misaligned" (its Content-Length is wrong), "too_large" (over `max_bytes`;
+    never held in memory), "bad_header", "damaged_gzip", "not_warc". Reading resumes at the next
+    thing that looks like a record, so that a bad record never costs its neighbours.
     """
     counts = Counter() if counts is None else counts
     stream, records = ByteStream(path), 0
@@ -250,32 +241,26 @@ def read_warc(path, max_bytes: int = MAX_BYTES, counts: Counter | None = None) -
 # Charsets that browsers decode as another, larger one (WHATWG Encoding Standard): "Latin-1" pages
 # are really Windows-1252, "GB2312" pages use GBK's extra characters, and so on.
 WHATWG = {
-    alias: codec
-    for codec, aliases in {
-        "cp1252": "latin1 latin-1 iso-8859-1 iso8859-1 iso_8859-1 l1 ascii us-ascii x-cp1252 "
-        "x-user-defined utf-7",
-        "cp1254": "iso-8859-9 latin5 l5", "cp874": "iso-8859-11 tis-620 dos-874 windows-874",
-        "gb18030": "gb2312 gb_2312-80 gbk x-gbk chinese iso-ir-58", "big5hkscs": "big5 x-x-big5",
-        "cp932": "shift_jis shift-jis sjis x-sjis ms_kanji windows-31j", "euc_jp": "x-euc-jp",
-        "cp949": "euc-kr ks_c_5601-1987 ksc5601 ksc_5601 korean", "cp1251": "x-cp1251",
-        "iso-8859-8": "iso-8859-8-i logical", "mac_cyrillic": "x-mac-cyrillic", "koi8-r": "koi8",
-        "utf-8": "unicode-1-1-utf-8 x-unicode20utf8",
-    }.items()
-    for alias in aliases.split()
+    "cp1252": "latin1 latin-1 iso-8859-1 iso8859-1 l1 ascii us-ascii x-cp1252 x-user-defined utf-7",
+    "cp1254": "iso-8859-9 latin5 l5", "cp874": "iso-8859-11 tis-620 dos-874 windows-874",
+    "gb18030": "gb2312 gb_2312-80 gbk x-gbk chinese iso-ir-58", "big5hkscs": "big5 x-x-big5",
+    "cp932": "shift_jis shift-jis sjis x-sjis ms_kanji windows-31j", "euc_jp": "x-euc-jp",
+    "cp949": "euc-kr ks_c_5601-1987 ksc5601 ksc_5601 korean", "cp1251": "x-cp1251",
+    "iso-8859-8": "iso-8859-8-i logical", "mac_cyrillic": "x-mac-cyrillic", "koi8-r": "koi8",
 }
+WHATWG = {alias: codec for codec, aliases in WHATWG.items() for alias in aliases.split()}
 
 
-def find_codec(label: str | None) -> str | None:
+def find_codec(label):
     """Python's codec for a declared charset, or None if there is no such text encoding."""
-    label = (label or "").strip().lower()
     try:
-        b"a".decode(codec := WHATWG.get(label, label), "replace")
+        b"a".decode(codec := WHATWG.get(label.strip().lower(), label), "replace")
         return codecs.lookup(codec).name
     except (LookupError, ValueError):
         return None
 
 
-def decode_html(body: bytes, charset: str | None = None) -> str:
+def decode_html(body, charset=None):
     """Bytes of a page to text: byte order mark, valid UTF-8, header's charset, <meta>'s, cp1252.
 
     Valid UTF-8 beats the declarations because text in another encoding is almost never valid UTF-8
@@ -286,24 +271,24 @@ def decode_html(body: bytes, charset: str | None = None) -> str:
     for mark, codec in marks.items():
         if body.startswith(mark):
             return body[len(mark) :].decode(codec, "replace")
-    meta = re.search(rb"<(?:meta|\?xml)[^>]{1,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)",
-                     body[:4096], re.I)
-    declared = [find_codec(charset), find_codec(meta[1].decode("latin-1")) if meta else None]
+    meta = rb"<(?:meta|\?xml)[^>]{1,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)"
+    meta = re.search(meta, body[:4096], re.IGNORECASE)
+    declared = [find_codec(charset or ""), find_codec(meta[1].decode("latin-1") if meta else "")]
     declared = [codec for codec in declared if codec]
-    ascii_like = [c for c in declared if c in ("iso2022_jp", "hz") or b"\0" in body[:64]]
-    for codec in (*ascii_like, "utf-8", *declared):
+    like_ascii = [c for c in declared if c in ("iso2022_jp", "hz") or b"\0" in body[:64]]
+    for codec in (*like_ascii, "utf-8", *declared):
         with contextlib.suppress(ValueError):
             return codecs.getincrementaldecoder(codec)("strict").decode(body)
     return body.decode(declared[0] if declared else "cp1252", "replace")
 
 
 TAG = re.compile(r"<!--|<(/?)([a-zA-Z][\w:-]*)[^<>]*>|<[!?/][^<>]*>")
-BLOCKS = frozenset("address article aside blockquote body br dd div dl dt fieldset figure footer form "
-                   "h1 h2 h3 h4 h5 h6 head header hr html li main nav ol option p pre section "
-                   "table td th title tr ul".split())
+BLOCKS = re.compile("address|article|aside|blockquote|body|br|dd|div|dl|dt|fieldset|figure|footer|"
+                    "form|h[1-6r]|head|header|html|li|main|nav|ol|option|p|pre|section|table|td|"
+                    "th|title|tr|ul")
 
 
-def plain_text(html: str) -> str:
+def plain_text(html):
     """HTML to text with the standard library alone: tags dropped, blocks become lines.
 
     One pass that never looks back, and a closing tag that is missing is searched for once, so
@@ -316,8 +301,7 @@ def plain_text(html: str) -> str:
     lower = lower if len(lower) == len(html) else html  # some capitals are two letters when small
     while tag := TAG.search(html, at):
         parts.append(html[at : tag.start()])
-        at, name = tag.end(), (tag[2] or "").lower()
-        comment = html.startswith("<!--", tag.start())
+        at, name, comment = tag.end(), (tag[2] or "").lower(), tag[0] == "<!--"
         if comment or (name in ("script", "style", "noscript", "template") and not tag[1]):
             end = "-->" if comment else f"</{name}"
             found = -1 if end in missing else lower.find(end, tag.start() + 2 if comment else at)
@@ -325,15 +309,13 @@ def plain_text(html: str) -> str:
                 missing.add(end)
             else:
                 at = found + 3 * comment
-        elif name in BLOCKS:
+        elif BLOCKS.fullmatch(name):
             parts.append("\n")
     lines = unescape("".join([*parts, html[at:]])).split("\n")
     return "\n".join(line for line in (" ".join(line.split()) for line in lines) if line)
 
 
-def extract_text(
-    html_bytes: bytes, charset: str | None = None, main_content: bool = False
-) -> str | None:
+def extract_text(html_bytes, charset=None, main_content=False):
     """The visible text of a page, or None when it is binary or holds no text.
 
     `charset` is what the HTTP header declared. `main_content` leaves out menus and footers
@@ -352,12 +334,13 @@ def extract_text(
 
 # ---- language and classifiers (fastText) ---------------------------------------------------------
 
-# The label that means "drop", in the published models (Dolma's, DCLM's) and in ours.
-BAD_LABEL = {"nsfw": "nsfw", "toxic": "toxic", "quality": "cc"}
+LID_URL = "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.ftz"
+LID_SHA256 = "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83"
+BAD_LABEL = {"nsfw": "nsfw", "toxic": "toxic", "quality": "cc"}  # as in Dolma's and DCLM's models
 
 
 @functools.lru_cache(maxsize=8)
-def load_fasttext(path: str):
+def load_fasttext(path):
     """Load a fastText model, once per process. ValueError: no file there, or not a model."""
     import fasttext
 
@@ -371,8 +354,8 @@ def load_fasttext(path: str):
         raise ValueError(f"{path} is not a fastText model ({error})") from None
 
 
-def predict(text: str, model: str, k: int = 1) -> list[tuple[str, float]]:
-    """The `k` likeliest labels (-1: all) with their probabilities; [] for a text without words.
+def predict(text, model, k=1):
+    """[(label, probability)] of the `k` likeliest labels (-1: all); [] for a text without words.
 
     Goes below fastText's Python wrapper, whose np.array(copy=False) numpy 2 refuses. A newline
     would silently end the text, and probabilities come back up to 1e-5 above 1.
@@ -382,8 +365,8 @@ def predict(text: str, model: str, k: int = 1) -> list[tuple[str, float]]:
     return [(label.removeprefix("__label__"), min(1.0, max(0.0, float(p)))) for p, label in found]
 
 
-def download_language_model(path: str, url: str = LID_URL, sha256: str = LID_SHA256) -> str:
-    """Fetch fastText's language model to `path` unless it is there; ValueError if it was altered."""
+def download_language_model(path, url=LID_URL, sha256=LID_SHA256):
+    """Fetch fastText's language model to `path` unless it is there. ValueError: it was altered."""
     if os.path.exists(path):
         return path
     try:
@@ -400,8 +383,8 @@ def download_language_model(path: str, url: str = LID_URL, sha256: str = LID_SHA
     return path
 
 
-def identify_language(text: str, model: str | None = None) -> tuple[str, float]:
-    """Language of a text (ISO 639 code) and its probability in [0, 1]; ("und", 0.0) for no text.
+def identify_language(text, model=None):
+    """(ISO 639 code, probability in [0, 1]) of a text's language; ("und", 0.0) for no text.
 
     `model` is lid.176.bin or .ftz; the .ftz (0.9 MB) is downloaded if not given. Reads 2,000
     characters: that agrees with the whole text on 99.7 % of pages and is five times faster.
@@ -410,27 +393,27 @@ def identify_language(text: str, model: str | None = None) -> tuple[str, float]:
     return (predict(text[:2000], model) or [("und", 0.0)])[0]
 
 
-def classify_nsfw(text: str, model: str = "models/nsfw.bin") -> tuple[str, float]:
+def classify_nsfw(text, model="models/nsfw.bin"):
     """("nsfw" or "non-nsfw", probability) by a fastText model such as Dolma's."""
     return (predict(text, model) or [("non-nsfw", 0.0)])[0]
 
 
-def classify_toxic_speech(text: str, model: str = "models/toxic.bin") -> tuple[str, float]:
+def classify_toxic_speech(text, model="models/toxic.bin"):
     """("toxic" or "non-toxic", probability) by a fastText model such as Dolma's."""
     return (predict(text, model) or [("non-toxic", 0.0)])[0]
 
 
-def classify_quality(text: str, model: str = "models/quality.bin") -> tuple[str, float]:
+def classify_quality(text, model="models/quality.bin"):
     """("wiki" or "cc", probability): like a page Wikipedia links to, or like any of the crawl."""
     return (predict(text, model) or [("cc", 0.0)])[0]
 
 
-def bad_probability(text: str, task: str, model: str) -> float:
+def bad_probability(text, task, model):
     """Probability that `text` is what the classifier of `task` ("nsfw", ...) is there to remove."""
     found = dict(predict(text, model, k=-1))
     if found and BAD_LABEL[task] not in found:
-        raise ValueError(f"--{task} {model}: knows the labels {', '.join(sorted(found))}, but needs "
-                         f"one called {BAD_LABEL[task]}")
+        raise ValueError(f"--{task} {model}: knows the labels {', '.join(sorted(found))}, but "
+                         f"needs one called {BAD_LABEL[task]}")
     return found.get(BAD_LABEL[task], 0.0)
 
 
@@ -439,16 +422,16 @@ def bad_probability(text: str, task: str, model: str) -> float:
 # Each pattern is anchored by a look-behind to where a run of its characters starts, so a long run
 # that fails is walked once: 90 kB of "a@b-b-b-" takes a millisecond, not minutes.
 EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}(?![\w-])")
-PHONE = re.compile(
-    r"(?<![\w.])(?:\+?1[ .-]?)?(?:\(\d{3}\)|\d{3})[ .-]{0,2}\d{3}[ .-]?\d{4}(?![\w])"  # North America
-    r"|(?<![\w.])\+[1-9]\d{0,2}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?![\w])"  # E.164, with its plus sign
+PHONE = re.compile(  # North American, then international with its plus sign (E.164)
+    r"(?<![\w.])(?:\+?1[ .-]?)?(?:\(\d{3}\)|\d{3})[ .-]{0,2}\d{3}[ .-]?\d{4}(?!\w)"
+    r"|(?<![\w.])\+[1-9]\d{0,2}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?!\w)"
 )
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IP = re.compile(rf"(?<![\w.]){OCTET}(?:\.{OCTET}){{3}}(?!\w|\.\w)")
 
 
-def mask_emails(text: str) -> tuple[str, int]:
-    """Replace e-mail addresses by |||EMAIL_ADDRESS|||; returns (text, number replaced).
+def mask_emails(text):
+    """(text with |||EMAIL_ADDRESS||| for each e-mail address, how many were replaced).
 
     >>> mask_emails("write to ada@example.org!")
     ('write to |||EMAIL_ADDRESS|||!', 1)
@@ -456,13 +439,13 @@ def mask_emails(text: str) -> tuple[str, int]:
     return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if "@" in text else (text, 0)
 
 
-def mask_phone_numbers(text: str) -> tuple[str, int]:
-    """Replace phone numbers (North American, or international with +) by |||PHONE_NUMBER|||."""
+def mask_phone_numbers(text):
+    """(text with |||PHONE_NUMBER||| for each phone number, how many were replaced)."""
     return PHONE.subn("|||PHONE_NUMBER|||", text)
 
 
-def mask_ips(text: str) -> tuple[str, int]:
-    """Replace IPv4 addresses by |||IP_ADDRESS|||; returns (text, number replaced)."""
+def mask_ips(text):
+    """(text with |||IP_ADDRESS||| for each IPv4 address, how many were replaced)."""
     return IP.subn("|||IP_ADDRESS|||", text)
 
 
@@ -471,14 +454,12 @@ def mask_ips(text: str) -> tuple[str, int]:
 # Python spends 50 ns and more on every word it touches. So a batch of documents becomes one array
 # of code points, and everything below (words, hashes, n-grams) is arithmetic on whole arrays.
 
-BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
-INVERSE = pow(BASE, -1, 1 << 64)
+BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 
 
 class Words(NamedTuple):
     """The words of a batch: D documents, W words in all."""
 
-    starts: np.ndarray  # (W,) where each word starts in the joined text
     lengths: np.ndarray  # (W,) characters
     hashes: np.ndarray  # (W,) uint64
     alphabetic: np.ndarray  # (W,) bool: contains a letter
@@ -487,8 +468,8 @@ class Words(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def character_classes() -> np.ndarray:
-    """(0x110000,) uint8: 0 punctuation, symbol, accent, control; 1 other; 2 letter; 3 white space."""
+def character_classes():
+    """(0x110000,) uint8: 0 punctuation, symbol, accent, control; 1 other; 2 letter; 3 space."""
     kinds = {"L": 2, "N": 1, "Z": 3, "M": 1, "P": 0, "S": 0, "C": 0}
     table = np.zeros(0x110000, np.uint8)
     for c in range(0x34000):  # no letters are assigned above
@@ -498,22 +479,22 @@ def character_classes() -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def powers(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """BASE**i and BASE**-i modulo 2**64 for i < size, each (size,) uint64."""
-    both = np.full((2, size), [[BASE], [INVERSE]], np.uint64)
+def powers(size):
+    """BASE**i and BASE**-i modulo 2**64 for i < size: (2, size) uint64."""
+    both = np.full((2, size), [[BASE], [pow(BASE, -1, 1 << 64)]], np.uint64)
     both[:, 0] = 1
-    return tuple(np.cumprod(both, axis=1, dtype=np.uint64))
+    return np.cumprod(both, axis=1, dtype=np.uint64)
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def mix(x):
     """SplitMix64's finaliser: spreads every input bit over all 64 output bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def split_words(texts: list[str], normalised: bool = False) -> Words:
-    """Cut a batch of texts into words at white space and hash each word.
+def split_words(texts, normalised=False):
+    """Cut a batch of texts into words at white space and hash each word: -> Words.
 
     A word's hash is the polynomial sum(c_i * BASE**i) modulo 2**64 over its characters. With prefix
     sums S over the whole batch it is (S[end] - S[start]) / BASE**start, one expression for all
@@ -523,7 +504,7 @@ def split_words(texts: list[str], normalised: bool = False) -> Words:
     joined = "\n" + "\n".join(texts) + "\n"
     codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = character_classes()[codes]  # (N,)
-    bounds = np.cumsum([1] + [len(t) + 1 for t in texts])  # where each document starts
+    bounds = np.cumsum([1] + [len(text) + 1 for text in texts])  # where each document starts
     if normalised:
         keep = kinds > 0
         bounds = np.concatenate(([0], np.cumsum(keep)))[bounds]
@@ -531,36 +512,34 @@ def split_words(texts: list[str], normalised: bool = False) -> Words:
     inside = kinds != 3
     edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
     starts, ends = edges[::2], edges[1::2]
-    up, down = powers(1 << (len(codes) - 1).bit_length())
+    up, down = powers(1 << len(codes).bit_length())
     sums = np.cumsum(codes * up[: len(codes)], dtype=np.uint64)
     letters = np.cumsum(kinds == 2)
     hashes = mix((sums[ends - 1] - sums[starts - 1]) * down[starts])
     first = np.searchsorted(starts, bounds)
     doc = np.repeat(np.arange(len(texts)), np.diff(first))
-    return Words(starts, ends - starts, hashes, letters[ends - 1] > letters[starts - 1], first, doc)
+    return Words(ends - starts, hashes, letters[ends - 1] > letters[starts - 1], first, doc)
 
 
-def combine(hashes: np.ndarray, n: int) -> np.ndarray:
-    """Hash of every n consecutive word hashes: (W,) -> (W - n + 1,) uint64, order matters."""
-    size = len(hashes) - n + 1
-    total = hashes[:size].copy()
+def combine(hashes, n):
+    """Hash of every n consecutive word hashes: (W,) -> (W - n + 1,) uint64; order matters."""
+    total = hashes[: len(hashes) - n + 1].copy()
     for j in range(1, n):
-        total *= np.uint64(BASE)
-        total += hashes[j : j + size]
+        total = total * np.uint64(BASE) + hashes[j : j + len(total)]
     return mix(total)
 
 
-def per_document(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+def per_document(values, first):
     """Sum of the words' values in each document: (W,) -> (D,)."""
     sums = np.concatenate(([0], np.cumsum(values)))
     return sums[first[1:]] - sums[first[:-1]]
 
 
-def batches(items: Iterable, size_of=len, limit: int = BATCH_CHARS) -> Iterator[list]:
-    """Group items into lists of about `limit` characters."""
+def batches(items, size_of=len):
+    """Group items into lists of about BATCH_CHARS characters."""
     batch, size = [], 0
     for item in items:
-        if batch and size + size_of(item) > limit:
+        if batch and size + size_of(item) > BATCH_CHARS:
             yield batch
             batch, size = [], 0
         batch.append(item)
@@ -575,16 +554,21 @@ STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")  # Gopher,
 COURSE_RULES = ("words", "word_length", "ellipsis_lines", "alphabetic")
 RULE_SETS = ("gopher", "repetition", "c4", "fineweb")
 TERMINAL = tuple(".!?…\"'”’」』。！？｡؟۔।")
-POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+POLICY = re.compile("javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookies")
 
 
-def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def ratio(part, whole):
     """part / whole, 0 where there is nothing to divide by."""
     return np.divide(part, whole, out=np.zeros(len(whole)), where=np.asarray(whole) > 0)
 
 
-def gopher_quality(texts: list[str], words: Words, stop_words=STOP_WORDS) -> dict[str, np.ndarray]:
-    """{rule: (D,) bool, True where it fails}; rules and thresholds of Gopher, A.1.1.
+def text_lines(text):
+    """The lines of a text that are not blank, stripped."""
+    return [line for line in map(str.strip, text.split("\n")) if line]
+
+
+def gopher_quality(texts, words, stop_words=STOP_WORDS):
+    """{rule: (D,) bool, True where it fails}: rules and thresholds of Gopher, A.1.1.
 
     words: 50 to 100,000. word_length: mean of 3 to 10 characters. symbols: at most 0.1 "#" or
     ellipses a word. bullet_lines: at most 90 % of lines. ellipsis_lines: at most 30 % end in one.
@@ -592,7 +576,7 @@ def gopher_quality(texts: list[str], words: Words, stop_words=STOP_WORDS) -> dic
     """
     count = np.diff(words.first)
     length = ratio(per_document(words.lengths, words.first), count)
-    lines = [[line.strip() for line in text.split("\n") if line.strip()] for text in texts]
+    lines = [text_lines(text) for text in texts]
     num_lines = np.array([len(part) for part in lines])
     bullets = np.array([sum(line[0] in "•‣●◦▪-*" for line in part) for part in lines])
     ellipses = np.array([sum(line.endswith(("...", "…")) for line in part) for part in lines])
@@ -612,7 +596,7 @@ def gopher_quality(texts: list[str], words: Words, stop_words=STOP_WORDS) -> dic
     }
 
 
-def later_copies(parts: list[str]) -> list[str]:
+def later_copies(parts):
     """The parts that repeat an earlier one."""
     seen, copies = set(), []
     for part in parts if len(set(parts)) < len(parts) else ():
@@ -621,97 +605,95 @@ def later_copies(parts: list[str]) -> list[str]:
     return copies
 
 
-def sorted_ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
+def sorted_ngrams(words, n):
     """N-grams inside documents, equal ones side by side, in text order within a group.
 
-    Returns (M,) index of the first word and (M,) bool "same as the one before". The index sits in
-    the low bits of the hash, so one sort does for both; 40 or more bits of hash remain.
+    -> (M,) index of the first word, (M,) bool "same as the one before". The index sits in the low
+    bits of the hash, so that one sort does for both; 40 or more bits of hash remain.
     """
     if len(words.hashes) < n:
         return np.zeros(0, np.int64), np.zeros(0, bool)
     at = np.flatnonzero(words.doc[n - 1 :] == words.doc[: len(words.doc) - n + 1])
-    bits = max(20, len(words.hashes).bit_length())
+    bits = np.uint64(max(20, len(words.hashes).bit_length()))
     keys = mix(combine(words.hashes, n)[at] + words.doc[at].astype(np.uint64))
-    keys = np.sort(keys >> np.uint64(bits) << np.uint64(bits) | at.astype(np.uint64))
-    same = np.zeros(len(keys), bool)
-    same[1:] = (keys[1:] ^ keys[:-1]) >> np.uint64(bits) == 0
-    return (keys & np.uint64((1 << bits) - 1)).astype(np.int64), same
+    keys = np.sort(keys >> bits << bits | at.astype(np.uint64))
+    same = np.append(False, (keys[1:] ^ keys[:-1]) >> bits == 0)[: len(keys)]
+    return (keys & ~(~np.uint64(0) << bits)).astype(np.int64), same
 
 
-def top_ngram_characters(words: Words, n: int) -> np.ndarray:
+def top_ngram_characters(words, n):
     """(D,) characters in all copies of each document's most frequent n-gram; 0 if none repeats."""
     at, same = sorted_ngrams(words, n)
     heads = np.flatnonzero(~same)
     count = np.diff(np.append(heads, len(at)))
-    heads, count = heads[count > 1], count[count > 1]
+    heads, count = at[heads[count > 1]], count[count > 1]
     total = np.concatenate(([0], np.cumsum(words.lengths)))
-    size = total[at[heads] + n] - total[at[heads]] + n - 1  # with the spaces between
+    size = total[heads + n] - total[heads] + n - 1  # with the spaces between
     best = np.zeros(len(words.first) - 1, np.int64)
-    np.maximum.at(best, words.doc[at[heads]], count << 32 | size)  # most frequent, then longest
+    np.maximum.at(best, words.doc[heads], count << 32 | size)  # most frequent, then longest
     return (best >> 32) * (best & 0xFFFFFFFF)
 
 
-def repeated_ngram_characters(words: Words, n: int) -> np.ndarray | None:
-    """(D,) characters of words inside an n-gram seen earlier in the document; None if there are none.
+def repeated_ngram_characters(words, n):
+    """(D,) characters of words inside an n-gram seen earlier in the document.
 
     Overlapping n-grams count once, as the paper asks: +1 where one starts, -1 behind its end, and a
     word is covered where the running sum is positive.
     """
     at, same = sorted_ngrams(words, n)
     later, size = at[same], len(words.hashes) + 1
-    if len(later) == 0:
-        return None
     cover = np.cumsum(np.bincount(later, minlength=size) - np.bincount(later + n, minlength=size))
     return per_document(words.lengths * (cover[:-1] > 0), words.first)
 
 
-def gopher_repetition(texts: list[str], words: Words) -> dict[str, np.ndarray]:
-    """{rule: (D,) bool}: the repetition rules of Gopher, Table A1.
+def gopher_repetition(texts, words):
+    """{rule: (D,) bool, True where it fails}: the repetition rules of Gopher, Table A1.
 
     Of lines and of paragraphs at most 30 % may be copies of an earlier one, holding at most 20 % of
     characters; the top 2-, 3-, 4-gram at most 20, 18, 16 % of characters; repeated 5- to 10-grams
     at most 15, 14, 13, 12, 11, 10 %.
     """
-    size = np.array([max(1, len(text)) for text in texts])
-    failed = {}
-    for name, split in (("line", re.compile("\n+").split), ("paragraph", re.compile("\n{2,}").split)):
-        parts = [split(text.strip()) for text in texts]
+    size, failed = np.array([max(1, len(text)) for text in texts]), {}
+    for name, pattern in (("line", "\n+"), ("paragraph", "\n{2,}")):
+        parts = [re.split(pattern, text.strip()) for text in texts]
         copies = [later_copies(part) for part in parts]
-        failed[f"copied_{name}s"] = np.array([len(c) > 0.3 * len(p) for c, p in zip(copies, parts)])
-        failed[f"copied_{name}_characters"] = np.array([sum(map(len, c)) for c in copies]) > 0.2 * size
+        share = np.array([len(copied) / len(part) for copied, part in zip(copies, parts)])
+        failed[f"copied_{name}s"] = share > 0.3
+        characters = np.array([sum(map(len, copied)) for copied in copies])
+        failed[f"copied_{name}_characters"] = characters > 0.2 * size
     for n, most in ((2, 0.20), (3, 0.18), (4, 0.16)):
         failed[f"top_{n}_gram"] = top_ngram_characters(words, n) > most * size
     for n, most in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):
         characters = repeated_ngram_characters(words, n)
-        if characters is None:  # then no longer one repeats either
-            break
         failed[f"repeated_{n}_grams"] = characters > most * size
+        if not characters.any():  # then no longer one repeats either
+            break
     return failed
 
 
-def c4_clean(text: str, min_words: int = 5, terminal_punctuation: bool = False) -> str:
-    """C4's line rules (Raffel et al. 2020, 2.2): drop lines about javascript or cookies, short ones.
+def c4_clean(text, min_words=5, terminal_punctuation=False):
+    """A text without the lines C4 drops (section 2.2): javascript, cookies, under 5 words.
 
-    C4 also dropped every line without terminal punctuation; FineWeb found that this throws away
-    30 % of the tokens for a small gain (section 3.5), so it is off unless asked for. A blank line
-    stays: it marks a paragraph.
+    C4 also dropped every line without terminal punctuation; FineWeb (section 3.5) found that this
+    throws away 30 % of the tokens, so it is off unless asked for. Blank lines mark paragraphs and
+    stay.
     """
-    suspicious = "javascript" in (low := text.lower()) or any(phrase in low for phrase in POLICY)
+    hit = POLICY.search(text.lower())
 
-    def good(line: str) -> bool:
-        low = line.lower() if suspicious else ""
+    def good(line):
         return len(line.split(None, min_words)) >= min_words and not (
-            "javascript" in low
-            or any(phrase in low for phrase in POLICY)
-            or (terminal_punctuation and not line.rstrip().endswith(TERMINAL))
-        )
+            (hit and POLICY.search(line.lower()))
+            or (terminal_punctuation and not line.rstrip().endswith(TERMINAL)))
 
-    return "\n".join(line for line in text.split("\n") if not line.strip() or good(line)).strip()
+    return "\n".join(x for x in text.split("\n") if not x.strip() or good(x)).strip()
 
 
-def c4_quality(texts: list[str]) -> dict[str, np.ndarray]:
-    """{rule: (D,) bool}: C4's page rules: "lorem ipsum", a curly bracket, fewer than 3 sentences."""
-    sentence = re.compile(r"[.!?。！？]+[\"'”’)\]]*(?=\s|$)|[。！？]")
+def c4_quality(texts):
+    """{rule: (D,) bool, True where it fails}: C4's rules for pages (section 2.2).
+
+    lorem_ipsum: contains it. curly_bracket: contains one. sentences: fewer than 3.
+    """
+    sentence = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]")
     return {
         "lorem_ipsum": np.array(["lorem ipsum" in text.lower() for text in texts]),
         "curly_bracket": np.array(["{" in text for text in texts]),
@@ -719,31 +701,27 @@ def c4_quality(texts: list[str]) -> dict[str, np.ndarray]:
     }
 
 
-def fineweb_quality(texts: list[str]) -> dict[str, np.ndarray]:
-    """{rule: (D,) bool}: FineWeb's own rules (section 3.6).
+def fineweb_quality(texts):
+    """{rule: (D,) bool, True where it fails}: FineWeb's own rules (section 3.6).
 
-    Fails with at most 12 % of lines ending in punctuation, at least 10 % of characters in copied
-    lines, or at least 67 % of lines shorter than 30 characters.
+    line_punctuation: at most 12 % of lines end in it. short_lines: at least 67 % have under 30
+    characters. duplicate_line_characters: at least 10 % of characters are in copied lines.
     """
-    lines = [[line.strip() for line in text.split("\n") if line.strip()] or [""] for text in texts]
-    return {
-        "line_punctuation": np.array([sum(x.endswith(TERMINAL) for x in p) <= 0.12 * len(p) for p in lines]),
-        "duplicate_line_characters": np.array(
-            [sum(map(len, later_copies(p))) >= max(1, 0.1 * sum(map(len, p))) for p in lines]
-        ),
-        "short_lines": np.array([sum(len(x) < 30 for x in p) >= 0.67 * len(p) for p in lines]),
-    }
+    lines = [text_lines(text) or [""] for text in texts]
+    ends = np.array([np.mean([line.endswith(TERMINAL) for line in part]) for part in lines])
+    short = np.array([np.mean([len(line) < 30 for line in part]) for part in lines])
+    copied = np.array([sum(map(len, later_copies(part))) for part in lines])
+    total = np.array([sum(map(len, part)) for part in lines])
+    return {"line_punctuation": ends <= 0.12, "short_lines": short >= 0.67,
+            "duplicate_line_characters": copied >= np.maximum(1, 0.1 * total)}
 
 
-def failed_rules(texts: list[str], rules=RULE_SETS, stop_words=STOP_WORDS) -> list[str | None]:
-    """The first rule each text fails, such as "gopher: words", or None. Order as in FineWeb."""
+def failed_rules(texts, rules=RULE_SETS, stop_words=STOP_WORDS):
+    """The first rule each text fails, such as "gopher: words", or None; in FineWeb's order."""
     words = split_words(texts) if {"gopher", "repetition"} & set(rules) else None
-    checks = {
-        "repetition": lambda: gopher_repetition(texts, words),
-        "gopher": lambda: gopher_quality(texts, words, stop_words),
-        "c4": lambda: c4_quality(texts),
-        "fineweb": lambda: fineweb_quality(texts),
-    }
+    checks = {"repetition": lambda: gopher_repetition(texts, words),
+              "gopher": lambda: gopher_quality(texts, words, stop_words),
+              "c4": lambda: c4_quality(texts), "fineweb": lambda: fineweb_quality(texts)}
     found = [None] * len(texts)
     for name in (name for name in checks if name in rules):
         for rule, failed in checks[name]().items():
@@ -752,8 +730,12 @@ def failed_rules(texts: list[str], rules=RULE_SETS, stop_words=STOP_WORDS) -> li
     return found
 
 
-def gopher_quality_filter(text: str) -> bool:
-    """Whether a text passes the four Gopher rules of the course (see gopher_quality)."""
+def gopher_quality_filter(text):
+    """Whether a text passes four of the Gopher rules, those of CS336 (see gopher_quality).
+
+    50 to 100,000 words of 3 to 10 characters on average, at most 30 % of lines ending in an
+    ellipsis, at least 80 % of words with a letter.
+    """
     failed = gopher_quality([text], split_words([text]))
     return not any(failed[rule][0] for rule in COURSE_RULES)
 
@@ -761,127 +743,125 @@ def gopher_quality_filter(text: str) -> bool:
 # ---- exact line deduplication --------------------------------------------------------------------
 
 
-def hash_lines(lines: Iterable[bytes]) -> np.ndarray:
+def hash_lines(lines):
     """(L,) uint64 of each line without its line end. A billion lines: 3 % risk of one collision."""
     digests = [hashlib.blake2b(line.rstrip(b"\r\n"), digest_size=8).digest() for line in lines]
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
-def sorted_line_hashes(hashes: np.ndarray, source: int) -> np.ndarray:
-    """(2, L) uint64: hashes ascending, and where each came from (source << 40 | line number)."""
+def sort_lines(hashes, source, target):
+    """Save (2, L) uint64: hashes ascending, and each line's place, source << 40 | line number."""
     order = np.argsort(hashes, kind="stable")
-    return np.stack([hashes[order], order.astype(np.uint64) | np.uint64(source << 40)])
+    save(target, np.stack([hashes[order], order.astype(np.uint64) | np.uint64(source << 40)]))
 
 
-def repeated_lines(paths: list[str], part: int, num_parts: int) -> np.ndarray:
-    """(2, R) uint64: hashes that occur more than once, and the place of the first.
+def repeated_lines(tables, target, part=0, num_parts=1):
+    """Save (2, R) uint64: hashes that occur more than once, ascending, and the place of the first.
 
-    `paths` are .npy files of sorted_line_hashes, memory-mapped. Only hashes in the part-th of
-    `num_parts` equal ranges are looked at, which bounds the memory: a line's copies share a range.
+    `tables` are files of sort_lines. Only the hashes in one of `num_parts` equal ranges are read,
+    which bounds the memory: all copies of a line are in the same range.
     """
     low, high = (part << 64) // num_parts, ((part + 1) << 64) // num_parts - 1
-    pieces = []
-    for path in paths:
-        table = np.load(path, mmap_mode="r")
-        start, stop = np.searchsorted(table[0], np.uint64(low)), np.searchsorted(table[0], np.uint64(high), "right")
-        pieces.append(table[:, start:stop])
+    pieces = [np.zeros((2, 0), np.uint64)]
+    for table in (np.load(path, mmap_mode="r") for path in tables):
+        start = np.searchsorted(table[0], np.uint64(low))
+        pieces.append(table[:, start : np.searchsorted(table[0], np.uint64(high), "right")])
     table = np.concatenate(pieces, axis=1)
-    table = table[:, np.lexsort((table[1], table[0]))]
-    same = table[0, 1:] == table[0, :-1]
-    first = same.copy()
-    first[1:] &= ~same[:-1]
-    return table[:, np.flatnonzero(first)]
+    table = table[:, np.lexsort(table[::-1])]  # by hash, then by place
+    first = table[0, 1:] == table[0, :-1]  # equal to the next one ...
+    first[1:] &= ~first[:-1]  # ... and not to the one before
+    save(target, table[:, np.flatnonzero(first)])
 
 
-def lines_to_drop(hashes: np.ndarray, place: int, repeated: list[np.ndarray], keep: str) -> np.ndarray:
+def lines_to_drop(hashes, place, repeated, keep):
     """(L,) bool: lines that have a copy; with keep="first", only those that are not the first.
 
-    `place` is that of the first of these lines, source << 40 | line number.
+    `place` is the first line's; `repeated` lists arrays of repeated_lines.
     """
     drop = np.zeros(len(hashes), bool)
-    for table in repeated:
-        if table.shape[1] and len(hashes):
-            at = np.minimum(np.searchsorted(table[0], hashes), table.shape[1] - 1)
-            hit = table[0, at] == hashes
-            if keep == "first":
-                hit &= table[1, at] != np.arange(len(hashes), dtype=np.uint64) + np.uint64(place)
-            drop |= hit
+    for table in repeated if len(hashes) else ():
+        at = np.minimum(np.searchsorted(table[0], hashes), max(0, table.shape[1] - 1))
+        hit = table[0, at] == hashes if table.shape[1] else drop
+        if keep == "first" and table.shape[1]:
+            hit &= table[1, at] != np.arange(len(hashes), dtype=np.uint64) + np.uint64(place)
+        drop |= hit
     return drop
 
 
-def output_names(input_files: list, output_directory) -> list[str]:
-    """Where each input goes in the output directory; ValueError if two have the same name."""
+def output_names(input_files, output_directory):
+    """Where each input goes in the output directory. ValueError: two have the same name."""
     names = [os.path.basename(os.fspath(path)) for path in input_files]
     for name, count in Counter(names).items():
         if count > 1:
-            raise ValueError(f"{count} input files are called {name}: rename them, their outputs would collide")
+            raise ValueError(f"{count} input files are called {name}, and so would their outputs: "
+                             "rename them")
     os.makedirs(output_directory, exist_ok=True)
     return [os.path.join(output_directory, name) for name in names]
 
 
-def exact_line_deduplication(input_files: list, output_directory, keep: str = "none", num_parts: int = 1) -> None:
+def exact_line_deduplication(input_files, output_directory, keep="none", num_parts=1):
     """Rewrite each file under its own name without the lines that occur more than once anywhere.
 
-    keep="none" removes every copy (the course's choice: such lines are menus and footers),
-    keep="first" leaves the first. `num_parts` hash ranges are compared one after the other, each
-    taking 16 bytes for every line in it. A line is compared without its line end.
+    keep="none" removes every copy (as in CS336: such lines are menus and footers), keep="first"
+    leaves the first. Lines are compared without their line ends, in `num_parts` ranges of hashes
+    one after the other, each taking 16 bytes for a line.
     """
     targets = output_names(input_files, output_directory)
     with tempfile.TemporaryDirectory(prefix=".lines-", dir=output_directory) as folder:
-        tables = [os.path.join(folder, f"{i}.npy") for i in range(len(input_files))]
+        tables = [os.path.join(folder, f"{i}.npy") for i in range(len(targets))]
         for i, path in enumerate(input_files):
             with open(path, "rb") as file:
-                np.save(tables[i], sorted_line_hashes(hash_lines(file), i))
-        repeated = [repeated_lines(tables, part, num_parts) for part in range(num_parts if tables else 0)]
+                sort_lines(hash_lines(file), i, tables[i])
+        parts = [os.path.join(folder, f"part-{part}.npy") for part in range(num_parts)]
+        for part, path in enumerate(parts):
+            repeated_lines(tables, path, part, num_parts)
+        repeated = [np.load(path) for path in parts]
         for i, path in enumerate(input_files):
-            with open(path, "rb") as file:
-                drop = lines_to_drop(hash_lines(file), i << 40, repeated, keep)
             with open(path, "rb") as file, replacing(targets[i]) as out:
+                drop = lines_to_drop(hash_lines(file), i << 40, repeated, keep)
+                file.seek(0)
                 out.writelines(line for line, gone in zip(file, drop) if not gone)
 
 
 # ---- near-duplicates: MinHash and LSH ------------------------------------------------------------
 
-
 EMPTY = np.uint32(0xFFFFFFFF)  # fills the signature of a text without words
 
 
-def normalise(text: str) -> str:
-    """Lower case, NFD, no accents, punctuation or symbols, single spaces: the course's normal form.
+def normalise(text):
+    """Lower case, NFD, no accents, punctuation or symbols, single spaces: CS336's normal form.
 
     The plain twin of split_words(..., normalised=True).
 
     >>> normalise("Crème  Brûlée, 50% off!")
     'creme brulee 50 off'
     """
-    text = unicodedata.normalize("NFD", text.lower())
-    kinds = character_classes()
+    text, kinds = unicodedata.normalize("NFD", text.lower()), character_classes()
     return " ".join("".join(c for c in text if kinds[ord(c)]).split())
 
 
-def shingles(texts: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
+def shingles(texts, n):
     """Hashes of all n-grams of normalised words: (S,) uint64, and (D + 1,) where documents start.
 
     A document of fewer than n words is one shingle, the hash of all its words, so that it equals
     only itself; one without any word has no shingle.
     """
-    lowered = [text.lower() for text in texts]
-    words = split_words([t if t.isascii() else unicodedata.normalize("NFD", t) for t in lowered], normalised=True)
-    size, num_docs = len(words.hashes), len(texts)
+    texts = [text.lower() for text in texts]
+    texts = [text if text.isascii() else unicodedata.normalize("NFD", text) for text in texts]
+    words = split_words(texts, normalised=True)
+    size = len(words.hashes)
     # n - 1 zeros behind each document keep its n-grams from reaching into the next one
     place = np.arange(size) + words.doc * (n - 1)
-    padded = np.zeros(size + (num_docs + 1) * (n - 1) + n, np.uint64)
+    padded = np.zeros(size + (len(texts) + 1) * (n - 1) + n, np.uint64)
     padded[place] = words.hashes
     hashes = combine(padded, n)[place]
     begin, end = words.first[:-1], words.first[1:]
-    full = np.arange(size) + n <= end[words.doc]
-    full[begin[(end > begin) & (end - begin < n)]] = True
-    return hashes[full], np.concatenate(([0], np.cumsum(full)))[words.first]
+    whole = np.arange(size) + n <= end[words.doc]
+    whole[begin[(end > begin) & (end - begin < n)]] = True
+    return hashes[whole], np.concatenate(([0], np.cumsum(whole)))[words.first]
 
 
-def sign(
-    hashes: np.ndarray, first: np.ndarray, num_hashes: int, seed: int = 0
-) -> np.ndarray:
+def sign(hashes, first, num_hashes, seed=0):
     """MinHash signatures of documents given by their shingles: (D, num_hashes) uint32.
 
     Entry k is the minimum of a_k * x + b_k modulo 2**32 over the document's shingles x, so two
@@ -902,22 +882,13 @@ def sign(
     return signatures.T
 
 
-def minhash_signatures(
-    texts: Iterable[str], num_hashes: int = 112, ngrams: int = 5, seed: int = 0
-) -> np.ndarray:
+def minhash_signatures(texts, num_hashes=112, ngrams=5, seed=0):
     """MinHash signatures of raw texts: (D, num_hashes) uint32; all EMPTY for one without words."""
     parts = [sign(*shingles(batch, ngrams), num_hashes, seed) for batch in batches(texts)]
     return np.concatenate([np.zeros((0, num_hashes), np.uint32), *parts])
 
 
-def check_bands(num_hashes: int, num_bands: int) -> None:
-    """ValueError unless the signature divides into bands."""
-    if num_hashes % num_bands:
-        raise ValueError(f"--num-bands {num_bands} does not divide --num-hashes {num_hashes}: choose "
-                         "for example 14 and 112, or 20 and 9000")
-
-
-def band_pairs(rows: np.ndarray, near: int = 8) -> np.ndarray:
+def band_pairs(rows, near=8):
     """Pairs i < j of documents that agree in one band: (D, R) uint32 -> (P,) int64, i << 32 | j.
 
     Sorting the hashes of the rows puts equal ones side by side. In a bucket of B documents each is
@@ -940,31 +911,35 @@ def band_pairs(rows: np.ndarray, near: int = 8) -> np.ndarray:
     return np.concatenate(pairs)
 
 
-def distinct(values: np.ndarray) -> np.ndarray:
+def distinct(values):
     """Sorted, each once; np.unique takes 50 times as long for 64-bit integers."""
     values = np.sort(values)
-    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
+    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
-def candidate_pairs(signatures: np.ndarray, num_bands: int) -> np.ndarray:
+def candidate_pairs(signatures, num_bands):
     """LSH: pairs equal in all rows of at least one band, sorted: (D, K) -> (P, 2) int64.
 
-    A pair of similarity J is found with probability 1 - (1 - J**r)**num_bands, r = K // num_bands.
+    A pair of similarity J is found with probability 1 - (1 - J**r)**num_bands, r = K / num_bands.
+    ValueError: num_bands does not divide K.
     """
-    rows = signatures.shape[1] // num_bands
+    rows, rest = divmod(signatures.shape[1], num_bands)
+    if rest:
+        raise ValueError(f"--num-bands {num_bands} does not divide --num-hashes "
+                         f"{signatures.shape[1]}: choose for example 14 and 112, or 20 and 9000")
     pairs = [band_pairs(signatures[:, b * rows : (b + 1) * rows]) for b in range(num_bands)]
     codes = distinct(np.concatenate(pairs))
     return np.stack([codes >> 32, codes & 0xFFFFFFFF], 1)
 
 
-def jaccard(left: np.ndarray, right: np.ndarray) -> float:
+def jaccard(left, right):
     """|A and B| / |A or B| of two sets given as arrays without repeats."""
     both = np.sort(np.concatenate([left, right]))
     common = np.count_nonzero(both[1:] == both[:-1])
     return common / max(1, len(both) - common)
 
 
-def all_but_one(edges: np.ndarray, seed: int = 0) -> np.ndarray:
+def all_but_one(edges, seed=0):
     """All documents but one of each cluster that the edges (P, 2) connect, ascending.
 
     Labels spread along the edges until each document holds its cluster's smallest. The survivor is
@@ -983,9 +958,7 @@ def all_but_one(edges: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.sort(members[order[1:]][lost])
 
 
-def near_duplicates(
-    signatures: np.ndarray, shingle_set, num_bands: int, threshold: float, seed: int = 0
-) -> np.ndarray:
+def near_duplicates(signatures, shingle_set, num_bands, threshold, seed=0):
     """Numbers of the documents to drop: (D, K) signatures -> ascending int64.
 
     Signatures only propose pairs. A pair counts if the Jaccard similarity of its two sets,
@@ -997,23 +970,21 @@ def near_duplicates(
 
 
 def minhash_deduplication(
-    input_files: list, num_hashes: int, num_bands: int, ngrams: int, jaccard_threshold: float,
-    output_directory, seed: int = 0,
-) -> None:
+    input_files, num_hashes, num_bands, ngrams, jaccard_threshold, output_directory, seed=0
+):
     """Copy the files, one document each, that are not near-duplicates of a kept one, unchanged.
 
     Documents are compared as sets of n-grams of normalised words (see normalise); of each cluster
     of similar ones a single member stays. ValueError: num_bands does not divide num_hashes.
     """
-    check_bands(num_hashes, num_bands)
     targets = output_names(input_files, output_directory)
 
-    def read(path) -> str:
+    def read(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
 
     @functools.lru_cache(maxsize=1024)
-    def shingle_set(i: int) -> np.ndarray:
+    def shingle_set(i):
         return distinct(shingles([read(input_files[i])], ngrams)[0])
 
     signatures = minhash_signatures(map(read, input_files), num_hashes, ngrams, seed)
@@ -1027,7 +998,7 @@ def minhash_deduplication(
 
 
 @functools.lru_cache(maxsize=1)
-def evaluation_ngrams(paths: tuple[str, ...], n: int = 13) -> tuple[np.ndarray, int]:
+def evaluation_ngrams(paths, n=13):
     """Sorted hashes of all word n-grams of evaluation sets, and how many texts were too short.
 
     Each string value of a .jsonl or .csv row is a text, and so is any other file. Texts of fewer
@@ -1044,21 +1015,22 @@ def evaluation_ngrams(paths: tuple[str, ...], n: int = 13) -> tuple[np.ndarray, 
     return distinct(np.concatenate(found)), short
 
 
-def contaminated(texts: list[str], evaluation: np.ndarray, n: int = 13) -> np.ndarray:
+def contaminated(texts, evaluation, n=13):
     """(D,) bool: documents that share an n-gram with the evaluation sets (GPT-3, appendix C)."""
     hashes, first = shingles(texts, n)
-    if not len(evaluation):
-        return np.zeros(len(texts), bool)
-    at = np.minimum(np.searchsorted(evaluation, hashes), len(evaluation) - 1)
-    return per_document(evaluation[at] == hashes, first) > 0
+    at = np.searchsorted(evaluation, hashes) % max(1, len(evaluation))
+    hit = evaluation[at] == hashes if len(evaluation) else np.zeros(len(hashes), bool)
+    return per_document(hit, first) > 0
 
 
 # ---- documents in and out ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def replacing(path) -> Iterator[BinaryIO]:
+def replacing(path):
     """A file to write that takes the place of `path` only once all of it is there."""
+    for stale in glob.glob(glob.escape(os.fspath(path)) + ".*.tmp"):  # of a run that was killed
+        os.remove(stale)
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -1071,8 +1043,8 @@ def replacing(path) -> Iterator[BinaryIO]:
             os.remove(temporary)
 
 
-def save(path: str, value) -> None:
-    """Save an array as .npy or anything else as JSON, all or nothing."""
+def save(path, value):
+    """Save an array as .npy, anything else as JSON, all or nothing."""
     with replacing(path) as file:
         if isinstance(value, np.ndarray):
             np.save(file, value)
@@ -1080,32 +1052,24 @@ def save(path: str, value) -> None:
             file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
-def load_json(path: str):
+def load_json(path):
     """What `save` wrote."""
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
 
-def bounded_lines(file: BinaryIO, counts: Counter, limit: int = MAX_BYTES) -> Iterator[str]:
-    """Lines of a file as text; one longer than `limit` bytes is skipped, counted as too_large."""
-    while line := file.readline(limit):
-        if len(line) < limit or line.endswith(b"\n"):
+def bounded_lines(file, counts):
+    """Lines of a file as text; one of MAX_BYTES or more is skipped and counted as too_large."""
+    while line := file.readline(MAX_BYTES):
+        if len(line) < MAX_BYTES or line.endswith(b"\n"):
             yield line.decode("utf-8", "replace")
             continue
         counts["too_large"] += 1
-        while (rest := file.readline(limit)) and not rest.endswith(b"\n"):
+        while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
             pass
 
 
-def json_or_none(line: str) -> dict | None:
-    """The object on a line, None if there is none."""
-    try:
-        return row if isinstance(row := json.loads(line), dict) else None
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_rows(path: str, counts: Counter | None = None) -> Iterator[dict]:
+def read_rows(path, counts=None):
     """Rows of a .jsonl, .csv or .tsv file; of any other, {"text"} up to each <|endoftext|>.
 
     Each may end in .gz. What cannot be read is counted: "bad_rows", "too_large", "truncated".
@@ -1116,9 +1080,14 @@ def read_rows(path: str, counts: Counter | None = None) -> Iterator[dict]:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             lines = bounded_lines(file, counts)
             if kind == ".jsonl":
-                for row in (json_or_none(line) for line in lines if line.strip()):
-                    counts["bad_rows"] += row is None
-                    yield from [row] if row else []
+                for line in filter(str.strip, lines):
+                    row = None
+                    with contextlib.suppress(ValueError, RecursionError):
+                        row = json.loads(line)
+                    if isinstance(row, dict):
+                        yield row
+                    else:
+                        counts["bad_rows"] += 1
             elif kind in (".csv", ".tsv"):
                 csv.field_size_limit(MAX_BYTES)
                 lines = (line.replace("\0", "") for line in lines)
@@ -1130,19 +1099,23 @@ def read_rows(path: str, counts: Counter | None = None) -> Iterator[dict]:
         counts["truncated"] += 1
 
 
-def read_documents(path: str, o=None, counts: Counter | None = None) -> Iterator[dict]:
+def read_pages(path, main_content, counts):
+    """Rows {"url", "text"} of a crawl file."""
+    for page in read_warc(path, counts=counts):
+        if page.content_type == "text/plain":
+            text = decode_html(page.body, page.charset)
+        else:
+            text = extract_text(page.body, page.charset, main_content)
+        yield {"url": page.url, "text": text}
+
+
+def read_documents(path, text_key="text", main_content=False, counts=None):
     """Documents {"id", "url", "text", "words"} of a crawl file (.warc, .wet) or of rows of text."""
-    counts = Counter() if counts is None else counts
-    name, key = os.path.basename(path), getattr(o, "text_key", "text")
-    if re.search(r"\.(warc|wet)\b", name):
-        rows = ({"url": page.url, "text": decode_html(page.body, page.charset)
-                 if page.content_type == "text/plain"
-                 else extract_text(page.body, page.charset, o.main_content)}
-                for page in read_warc(path, counts=counts))
-    else:
-        rows = read_rows(path, counts)
+    counts, name = Counter() if counts is None else counts, os.path.basename(path)
+    crawl = re.search(r"\.(warc|wet)\b", name)
+    rows = read_pages(path, main_content, counts) if crawl else read_rows(path, counts)
     for number, row in enumerate(rows):
-        text = row.get(key, row.get("text"))
+        text = row.get(text_key, row.get("text"))
         if isinstance(text, str) and text.strip() and "\0" not in text:
             yield {"id": str(row.get("id") or f"{name}/{number}"), "url": row.get("url", ""),
                    "text": text, "words": len(text.split())}
@@ -1150,10 +1123,16 @@ def read_documents(path: str, o=None, counts: Counter | None = None) -> Iterator
             counts["no_text"] += 1
 
 
-# ---- the books: what each filter saw, dropped and cost -------------------------------------------
+# ---- filters, and the books of what each saw, dropped and cost -----------------------------------
 
 
-def sieve(stats: dict, name: str, docs: list[dict], check) -> list[dict]:
+def new_row():
+    """Empty books of one filter."""
+    return {"documents": 0, "words": 0, "kept": 0, "kept_words": 0, "reasons": Counter(),
+            "samples": [[], []]}
+
+
+def sieve(stats, name, docs, check):
     """Apply one filter to a batch and enter it in the books; returns the documents that stay.
 
     `check(docs)` gives None or the reason to drop for each document, and may edit the text. The
@@ -1161,52 +1140,48 @@ def sieve(stats: dict, name: str, docs: list[dict], check) -> list[dict]:
     number of workers agrees on them.
     """
     began = time.perf_counter()
-    row = stats["filters"].setdefault(name, {"documents": 0, "words": 0, "kept": 0, "kept_words": 0,
-                                             "reasons": {}, "samples": [[], []]})
+    row = stats["filters"].setdefault(name, new_row())
     row["documents"] += len(docs)
     row["words"] += sum(doc["words"] for doc in docs)
     reasons = check(docs)
     kept = [doc for doc, reason in zip(docs, reasons) if reason is None]
     row["kept"] += len(kept)
     row["kept_words"] += sum(doc["words"] for doc in kept)
-    row["reasons"] = dict(Counter(row["reasons"]) + Counter(filter(None, reasons)))
+    row["reasons"].update(filter(None, reasons))
     for doc, reason in zip(docs, reasons):
         sample = [zlib.crc32(doc["id"].encode("utf-8", "replace")), doc["id"], reason or ""]
         samples = row["samples"][reason is not None]
         if len(samples) < 5 or sample < samples[-1]:
             samples[:] = sorted([*samples, [*sample, doc["text"][:200]]])[:5]
-    seconds = stats["seconds"]
-    seconds[name] = seconds.get(name, 0) + time.perf_counter() - began
+    stats["seconds"][name] += time.perf_counter() - began
     return kept
 
 
-def sift(source: str, target: str, o, checks, reader=None) -> dict:
-    """Documents of one shard through some filters, {name: check}, to a .jsonl.gz; returns the books.
+def sift(target, docs, filters, stats):
+    """Pass documents through filters [(name, check)] to a .jsonl.gz; returns the books.
 
     The same documents give the same bytes: the gzip header holds neither time nor name.
     """
-    stats = {"filters": {}, "counts": Counter(), "languages": Counter(), "seconds": {}}
-    docs = read_documents(source, o, stats["counts"])
     with replacing(target) as raw, gzip.GzipFile("", "wb", 3, raw, mtime=0) as file:
         for batch in batches(docs, lambda doc: len(doc["text"])):
-            for name, check in checks(stats):
+            for name, check in filters:
                 batch = sieve(stats, name, batch, check)
             for doc in batch:
                 file.write((json.dumps(doc) + "\n").encode())
     return stats
 
 
-# ---- what is done to one shard -------------------------------------------------------------------
+def new_stats():
+    """Empty books of one shard."""
+    return {"filters": {}, "counts": Counter(), "languages": Counter(), "seconds": Counter()}
 
 
-def extract_shard(source: str, target: str, o) -> dict:
-    """Pages of one crawl file to documents."""
-    began = time.perf_counter()
-    stats = sift(source, target, o, lambda stats: [("extract", lambda docs: [None] * len(docs))])
-    return stats | {"seconds": {"extract": time.perf_counter() - began}}
+def edit(doc, text):
+    """Give a document another text."""
+    doc.update(text=text, words=len(text.split()))
 
 
-def check_language(docs: list[dict], o, stats: dict) -> list[str | None]:
+def check_language(docs, o, stats):
     """Drop all but the wanted languages, and what may be none of them."""
     found = [identify_language(doc["text"], o.language_model) for doc in docs]
     for doc, (label, _) in zip(docs, found):
@@ -1216,31 +1191,28 @@ def check_language(docs: list[dict], o, stats: dict) -> list[str | None]:
             for label, p in found]
 
 
-def check_rules(docs: list[dict], o, names: list[str]) -> list[str | None]:
-    """Apply rule sets; C4 first takes out lines."""
-    if "c4" in names:
-        for doc in docs:
-            doc["text"] = c4_clean(doc["text"])
-            doc["words"] = len(doc["text"].split())
+def check_rules(docs, o, names):
+    """Apply rule sets; C4 takes out lines first."""
+    for doc in docs if "c4" in names else ():
+        edit(doc, c4_clean(doc["text"]))
     stop_words = STOP_WORDS if "en" in o.languages else ()
     return failed_rules([doc["text"] for doc in docs], names, stop_words)
 
 
-def check_classifier(docs: list[dict], o, task: str) -> list[str | None]:
-    """Drop what a classifier calls bad, reading only the start of long documents."""
+def check_classifier(docs, o, task):
+    """Drop what a classifier calls bad, from the start of each document."""
     texts = (doc["text"][: o.classify_characters] for doc in docs)
     bad = [bad_probability(text, task, getattr(o, task)) for text in texts]
     return [f"{task} {p:.1f}" if p >= o.drop_above else None for p in bad]
 
 
-def check_evaluation(docs: list[dict], o) -> list[str | None]:
+def check_evaluation(docs, o):
     """Drop documents that contain a piece of an evaluation set."""
-    evaluation, _ = evaluation_ngrams(tuple(o.decontaminate))
-    hit = contaminated([doc["text"] for doc in docs], evaluation)
+    hit = contaminated([doc["text"] for doc in docs], evaluation_ngrams(tuple(o.decontaminate))[0])
     return ["13 words of an evaluation set" if bad else None for bad in hit]
 
 
-def mask_all(docs: list[dict], stats: dict) -> list[None]:
+def mask_all(docs, stats):
     """Mask personal data; drops nothing."""
     masks = {"emails": mask_emails, "phone numbers": mask_phone_numbers, "IPs": mask_ips}
     for doc in docs:
@@ -1250,45 +1222,51 @@ def mask_all(docs: list[dict], stats: dict) -> list[None]:
     return [None] * len(docs)
 
 
-def filter_shard(source: str, target: str, o) -> dict:
+def filters_of(o, stats):
+    """The filters that are switched on, [(name, check)], cheap ones first."""
+    checks = [("language", lambda docs: check_language(docs, o, stats))] if o.languages else []
+    for names in (["repetition", "gopher"], ["c4"], ["fineweb"]):
+        if names := [name for name in names if name in o.rules]:
+            checks.append((names[-1], functools.partial(check_rules, o=o, names=names)))
+    for task in BAD_LABEL:
+        if getattr(o, task):
+            checks.append((task, functools.partial(check_classifier, o=o, task=task)))
+    if o.decontaminate:
+        checks.append(("decontaminate", lambda docs: check_evaluation(docs, o)))
+    return [*checks, ("pii", lambda docs: mask_all(docs, stats))] if o.pii else checks
+
+
+# ---- what is done to one shard -------------------------------------------------------------------
+
+
+def extract_shard(source, target, o):
+    """Pages of one crawl file to documents."""
+    began, stats = time.perf_counter(), new_stats()
+    docs = read_documents(source, o.text_key, o.main_content, stats["counts"])
+    sift(target, docs, [("extract", lambda docs: [None] * len(docs))], stats)
+    stats["seconds"]["extract"] = time.perf_counter() - began
+    return stats
+
+
+def filter_shard(source, target, o):
     """One shard through language, rules, classifiers, decontamination and masking."""
-
-    def checks(stats: dict):
-        if o.languages:
-            yield "language", lambda docs: check_language(docs, o, stats)
-        for names in (["repetition", "gopher"], ["c4"], ["fineweb"]):
-            if names := [name for name in names if name in o.rules]:
-                yield names[-1], functools.partial(check_rules, o=o, names=names)
-        for task in BAD_LABEL:
-            if getattr(o, task):
-                yield task, functools.partial(check_classifier, o=o, task=task)
-        if o.decontaminate:
-            yield "decontaminate", lambda docs: check_evaluation(docs, o)
-        if o.pii:
-            yield "pii", lambda docs: mask_all(docs, stats)
-
-    return sift(source, target, o, checks)
+    stats = new_stats()
+    docs = read_documents(source, counts=stats["counts"])
+    return sift(target, docs, filters_of(o, stats), stats)
 
 
-def hash_lines_shard(source: str, target: str, index: int) -> dict:
-    """Lines 1: the sorted hashes of one shard's lines."""
-    hashes = [hash_lines(split_lines(doc)) for doc in read_documents(source)]
-    save(target, sorted_line_hashes(np.concatenate([np.zeros(0, np.uint64), *hashes]), index))
-    return {}
-
-
-def repeated_lines_part(tables: list[str], target: str, part: int, num_parts: int) -> dict:
-    """Lines 2: the lines that repeat, in one range of hashes."""
-    save(target, repeated_lines(tables, part, num_parts))
-    return {}
-
-
-def split_lines(doc: dict) -> list[bytes]:
+def split_lines(doc):
     """The lines of a document as they are hashed."""
     return doc["text"].encode("utf-8", "replace").split(b"\n")
 
 
-def drop_lines_shard(source: str, target: str, index: int, parts: list[str], o) -> dict:
+def sort_lines_shard(source, target, index):
+    """Lines 1: one shard's lines, by hash."""
+    hashes = [hash_lines(split_lines(doc)) for doc in read_documents(source)]
+    sort_lines(np.concatenate([np.zeros(0, np.uint64), *hashes]), index, target)
+
+
+def drop_lines_shard(source, target, index, parts, o):
     """Lines 3: one shard without its repeated lines. Blank lines stay: they mark paragraphs."""
     repeated, place = [np.load(part, mmap_mode="r") for part in parts], index << 40
 
@@ -1299,45 +1277,42 @@ def drop_lines_shard(source: str, target: str, index: int, parts: list[str], o) 
             gone = lines_to_drop(hash_lines(lines), place, repeated, o.keep)
             place += len(lines)
             kept = (line for line, bad in zip(lines, gone) if not bad or not line.strip())
-            doc["text"] = b"\n".join(kept).decode().strip()
-            doc["words"] = len(doc["text"].split())
+            edit(doc, b"\n".join(kept).decode().strip())
         return ["too few words left" if doc["words"] < o.min_words else None for doc in docs]
 
-    return sift(source, target, o, lambda stats: [("lines", drop)])
+    return sift(target, read_documents(source), [("lines", drop)], new_stats())
 
 
-def signature_shard(source: str, target: str, o) -> dict:
+def sign_shard(source, target, o):
     """MinHash 1: signatures (D, K) and shingle sets of one shard; 32 bits of a shingle suffice."""
-    signatures, sets, count = [np.zeros((0, o.num_hashes), np.uint32)], [np.zeros(0, np.uint32)], [0]
+    signatures, sets = [np.zeros((0, o.num_hashes), np.uint32)], []
     for texts in batches(doc["text"] for doc in read_documents(source)):
         hashes, first = shingles(texts, o.ngrams)
         signatures.append(sign(hashes, first, o.num_hashes, o.seed))
-        parts = np.split((hashes >> np.uint64(32)).astype(np.uint32), first[1:-1])
-        sets += [distinct(part) for part in parts]
-        count += [len(part) for part in sets[-len(parts):]]
-    save(f"{target}.sets.npy", np.concatenate(sets))
-    save(f"{target}.first.npy", np.cumsum(count))
+        values = (hashes >> np.uint64(32)).astype(np.uint32)
+        sets += map(distinct, np.split(values, first[1:-1]))
+    save(f"{target}.sets.npy", np.concatenate([np.zeros(0, np.uint32), *sets]))
+    save(f"{target}.first.npy", np.cumsum([0] + [len(part) for part in sets]))
     save(target, np.concatenate(signatures))
-    return {}
 
 
-def near_duplicates_part(tables: list[str], target: str, o) -> dict:
+def near_duplicates_part(tables, target, o):
     """MinHash 2: numbers of the documents to drop, counted through all shards."""
     signatures = [np.load(table, mmap_mode="r") for table in tables]
     begins = np.cumsum([0] + [len(part) for part in signatures])
     sets = [np.load(f"{table}.sets.npy", mmap_mode="r") for table in tables]
     firsts = [np.load(f"{table}.first.npy") for table in tables]
 
-    def shingle_set(doc: int) -> np.ndarray:
+    def shingle_set(doc):
         shard = np.searchsorted(begins, doc, "right") - 1
-        at = doc - begins[shard]
-        return sets[shard][firsts[shard][at] : firsts[shard][at + 1]]
+        start, end = firsts[shard][doc - begins[shard] :][:2]
+        return sets[shard][start:end]
 
-    save(target, near_duplicates(np.concatenate(signatures), shingle_set, o.num_bands, o.jaccard, o.seed))
-    return {}
+    signatures = np.concatenate(signatures)
+    save(target, near_duplicates(signatures, shingle_set, o.num_bands, o.jaccard, o.seed))
 
 
-def drop_duplicates_shard(source: str, target: str, begin: int, dropped: str, o) -> dict:
+def drop_duplicates_shard(source, target, begin, dropped):
     """MinHash 3: one shard without its near-duplicates."""
     gone, number = np.load(dropped, mmap_mode="r"), begin
 
@@ -1347,14 +1322,14 @@ def drop_duplicates_shard(source: str, target: str, begin: int, dropped: str, o)
         hit = np.isin(np.arange(number - len(docs), number), gone)
         return ["near-duplicate of another" if bad else None for bad in hit]
 
-    return sift(source, target, o, lambda stats: [("minhash", drop)])
+    return sift(target, read_documents(source), [("minhash", drop)], new_stats())
 
 
-def train_tokenizer_part(sources: list[str], target: str, o) -> dict:
+def train_tokenizer_part(sources, target, o):
     """A tokenizer trained on the first gigabyte of the text."""
     from tokenizer import EOT, Tokenizer, train_bpe
 
-    def texts(left: int = 1 << 30):
+    def texts(left=1 << 30):
         for doc in (doc for source in sources for doc in read_documents(source)):
             yield doc["text"]
             if (left := left - len(doc["text"])) < 0:
@@ -1362,10 +1337,9 @@ def train_tokenizer_part(sources: list[str], target: str, o) -> dict:
 
     vocab, merges = train_bpe(texts(), o.vocab_size, [EOT], num_processes=1)
     Tokenizer(vocab, merges, [EOT]).save(target)
-    return {}
 
 
-def tokenize_shard(source: str, target: str, tokenizer: str, o) -> dict:
+def tokenize_shard(source, target, tokenizer, o):
     """Ids of one shard's documents, <|endoftext|> after each, to <target>/train and /val.
 
     A document is validation if the hash of its text falls below --val-fraction: on every machine
@@ -1390,17 +1364,15 @@ def tokenize_shard(source: str, target: str, tokenizer: str, o) -> dict:
 # ---- many shards, processes and machines ---------------------------------------------------------
 
 
-def do_unit(marker: str, function, args: tuple, seconds: str) -> dict:
+def do_unit(marker, function, args, seconds):
     """Do one unit of work. Its marker, which holds its books, comes last and means "done"."""
-    for stale in glob.glob(glob.escape(marker.removesuffix(".json")) + ".*.tmp"):
-        os.remove(stale)
-    stats = function(*args)
+    stats = function(*args) or {}
     save(seconds, stats.pop("seconds", {}))  # apart: all else is the same in every run
     save(marker, stats)
     return stats
 
 
-def start_worker(parent: int) -> None:
+def start_worker(parent):
     """Leave Ctrl-C to the parent, and end with it even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1413,8 +1385,8 @@ def start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def in_pool(units: list[tuple], processes: int) -> Iterator[dict]:
-    """Results of do_unit(*unit) from worker processes, as they come."""
+def in_pool(units, processes):
+    """Yield the results of do_unit(*unit) from worker processes, as they come."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     before = set(multiprocessing.active_children())
     # not multiprocessing.Pool, which waits for ever for a worker that was killed
@@ -1423,15 +1395,15 @@ def in_pool(units: list[tuple], processes: int) -> Iterator[dict]:
         for future in concurrent.futures.as_completed([pool.submit(do_unit, *u) for u in units]):
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool:
-        raise ValueError("a worker process was killed (out of memory?); finished shards are kept: run "
-                         "the same command again, with fewer --processes if memory is short") from None
+        raise ValueError("a worker process was killed (out of memory?); finished shards are kept: "
+                         "run the same command again, with fewer --processes") from None
     finally:
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
         pool.shutdown(cancel_futures=True)
 
 
-def run_units(o, name: str, units: list[tuple]) -> None:
+def run_units(o, name, units):
     """Do those units (marker, function, args) that are not done: this machine's share of them.
 
     Rank r of w takes every w-th, then waits until the markers of all others exist: the shared
@@ -1442,17 +1414,15 @@ def run_units(o, name: str, units: list[tuple]) -> None:
     slug = [os.path.relpath(unit[0], o.out).replace(os.sep, "-") for unit in units]
     units = [(*unit, os.path.join(folder, part)) for unit, part in zip(units, slug)]
     todo = [unit for unit in units[o.rank :: o.world_size] if not os.path.exists(unit[0])]
-    processes = min(o.processes, len(todo))
+    processes, documents = min(o.processes, len(todo)), 0
     began = shown = time.monotonic()
-    documents = 0
     results = in_pool(todo, processes) if processes > 1 else (do_unit(*unit) for unit in todo)
     for done, stats in enumerate(results, 1):
         documents += max([row["documents"] for row in stats.get("filters", {}).values()], default=0)
-        now = time.monotonic()
-        if now - shown > 2 or done == len(todo):
+        if (now := time.monotonic()) - shown > 2 or done == len(todo):
             shown, each = now, (now - began) / done
-            print(f"{name}: {done}/{len(todo)} shards, {documents / (now - began):,.0f} documents/s, "
-                  f"{each * (len(todo) - done):.0f} s left", file=sys.stderr)
+            print(f"{name}: {done}/{len(todo)} shards, {documents / (now - began):,.0f} "
+                  f"documents/s, {each * (len(todo) - done):.0f} s left", file=sys.stderr)
     while missing := [unit[0] for unit in units if not os.path.exists(unit[0])]:
         time.sleep(0.2)
         if time.monotonic() - shown > 60:
@@ -1461,7 +1431,7 @@ def run_units(o, name: str, units: list[tuple]) -> None:
                   f"{missing[0]}", file=sys.stderr)
 
 
-def map_shards(o, label: str, folder: str, names: list, kind: str, function, *columns) -> list[str]:
+def map_shards(o, label, folder, names, kind, function, *columns):
     """Run function(source, target, ...) for every shard; returns targets, <folder>/<name><kind>.
 
     Each column holds one argument: a list with a value for every shard, or one value for all.
@@ -1473,7 +1443,7 @@ def map_shards(o, label: str, folder: str, names: list, kind: str, function, *co
     return targets
 
 
-def begin_stage(o, stage: str, inputs: list[str], *keys: str) -> tuple[str, str, list[str]]:
+def begin_stage(o, stage, inputs, *keys):
     """(<out>/<stage>, its work directory, names of the shards).
 
     ValueError if the stage was begun with other settings: half of each would be neither.
@@ -1487,9 +1457,10 @@ def begin_stage(o, stage: str, inputs: list[str], *keys: str) -> tuple[str, str,
     for key, value in settings.items():
         if old.get(key) != value:
             change = "other files" if key == "input" else f"{old.get(key)}, not {value}"
-            raise ValueError(f"--{key.replace('_', '-')}: {folder} was begun with {change}: use the "
-                             f"same, another --out, or delete {folder} and the stages behind it")
-    save(path, settings)
+            raise ValueError(f"--{key.replace('_', '-')}: {folder} was begun with {change}: use "
+                             f"the same, another --out, or delete {folder} and the stages behind")
+    if o.rank == 0:
+        save(path, settings)
     pattern = r"\.(gz|jsonl|warc|wet|txt|csv|tsv)\b"
     names = [re.sub(pattern, "", os.path.basename(path)) for path in inputs]
     if len(set(names)) < len(names):
@@ -1500,13 +1471,13 @@ def begin_stage(o, stage: str, inputs: list[str], *keys: str) -> tuple[str, str,
 # ---- stages --------------------------------------------------------------------------------------
 
 
-def stage_extract(o, inputs: list[str]) -> list[str]:
+def stage_extract(o, inputs):
     """Crawl files to documents."""
     folder, _, names = begin_stage(o, "extract", inputs, "text_key", "main_content")
     return map_shards(o, "extract", folder, names, ".jsonl.gz", extract_shard, inputs, o)
 
 
-def stage_filter(o, inputs: list[str]) -> list[str]:
+def stage_filter(o, inputs):
     """Language, quality rules, classifiers, decontamination, personal data."""
     keys = ("languages", "language_model", "language_threshold", "rules", "drop_above", "pii",
             "classify_characters", "decontaminate", *BAD_LABEL)
@@ -1522,34 +1493,33 @@ def stage_filter(o, inputs: list[str]) -> list[str]:
     return map_shards(o, "filter", folder, names, ".jsonl.gz", filter_shard, inputs, o)
 
 
-def stage_lines(o, inputs: list[str]) -> list[str]:
+def stage_lines(o, inputs):
     """Lines that occur more than once in the whole crawl."""
     folder, work, names = begin_stage(o, "lines", inputs, "keep", "min_words")
     index = list(range(len(names)))
-    tables = map_shards(o, "lines 1/3", work, names, ".npy", hash_lines_shard, inputs, index)
+    tables = map_shards(o, "lines 1/3", work, names, ".npy", sort_lines_shard, inputs, index)
     num_parts = 1 + sum(map(os.path.getsize, tables)) // (1 << 30)  # a gigabyte at a time
     parts = [f"part-{part:03d}" for part in range(num_parts)]
-    parts = map_shards(o, "lines 2/3", work, parts, ".npy", repeated_lines_part,
+    parts = map_shards(o, "lines 2/3", work, parts, ".npy", repeated_lines,
                        [tables] * num_parts, list(range(num_parts)), num_parts)
     return map_shards(o, "lines 3/3", folder, names, ".jsonl.gz", drop_lines_shard, inputs, index,
                       [parts] * len(names), o)
 
 
-def stage_minhash(o, inputs: list[str]) -> list[str]:
+def stage_minhash(o, inputs):
     """Near-duplicate documents of the whole crawl."""
-    check_bands(o.num_hashes, o.num_bands)
+    candidate_pairs(np.zeros((0, o.num_hashes), np.uint32), o.num_bands)  # refuses odd bands
     keys = ("num_hashes", "num_bands", "ngrams", "jaccard", "seed")
     folder, work, names = begin_stage(o, "minhash", inputs, *keys)
-    tables = map_shards(o, "minhash 1/3", work, names, ".npy", signature_shard, inputs, o)
-    [dropped] = map_shards(o, "minhash 2/3", work, ["dropped"], ".npy", near_duplicates_part,
-                           [tables], o)
-    sizes = [len(np.load(table, mmap_mode="r")) for table in tables]
-    begins = np.cumsum([0, *sizes]).tolist()[:-1]
+    tables = map_shards(o, "minhash 1/3", work, names, ".npy", sign_shard, inputs, o)
+    dropped = map_shards(o, "minhash 2/3", work, ["dropped"], ".npy", near_duplicates_part,
+                         [tables], o)
+    begins = np.cumsum([0] + [len(np.load(table, mmap_mode="r")) for table in tables]).tolist()
     return map_shards(o, "minhash 3/3", folder, names, ".jsonl.gz", drop_duplicates_shard, inputs,
-                      begins, dropped, o)
+                      begins[:-1], dropped * len(names))
 
 
-def stage_tokenize(o, inputs: list[str]) -> list[str]:
+def stage_tokenize(o, inputs):
     """Token files for train.py, by a tokenizer that is given or trained on this text."""
     keys = ("tokenizer", "vocab_size", "val_fraction")
     folder, work, names = begin_stage(o, "tokenize", inputs, *keys)
@@ -1564,8 +1534,8 @@ STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines
           "minhash": stage_minhash, "tokenize": stage_tokenize}
 
 
-def find_inputs(specs: list[str]) -> list[str]:
-    """Files, directories and patterns to a sorted list. ValueError if one matches nothing."""
+def find_inputs(specs):
+    """Files, directories and patterns to a sorted list. ValueError: one matches nothing."""
     found = set()
     for spec in specs:
         files = glob.glob(os.path.join(spec, "*") if os.path.isdir(spec) else spec)
@@ -1579,9 +1549,9 @@ def find_inputs(specs: list[str]) -> list[str]:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def collect_books(out: str) -> dict:
+def collect_books(out):
     """The books of all shards added up: {"filters", "counts", "languages", "seconds"}."""
-    total = {"filters": {}, "counts": Counter(), "languages": Counter(), "seconds": Counter()}
+    total = new_stats()
     for stage in STAGES:
         for path in sorted(glob.glob(os.path.join(glob.escape(out), stage, "*.json"))):
             stats = load_json(path)
@@ -1590,32 +1560,34 @@ def collect_books(out: str) -> dict:
             for key in ("counts", "languages", "seconds"):
                 total[key].update(stats.get(key, {}))
             for name, row in stats.get("filters", {}).items():
-                into = total["filters"].setdefault(name, Counter(reasons=Counter(), samples=[[], []]))
-                into.update({key: row[key] for key in ("documents", "words", "kept", "kept_words")})
+                into = total["filters"].setdefault(name, new_row())
+                for key in ("documents", "words", "kept", "kept_words"):
+                    into[key] += row[key]
                 into["reasons"].update(row["reasons"])
                 for mine, new in zip(into["samples"], row["samples"]):
                     mine[:] = sorted(mine + new)[:5]
     return total
 
 
-def funnel(total: dict) -> Iterator[str]:
-    """The funnel, line by line: each filter, its commonest reasons, what was counted on the way."""
+def funnel(total):
+    """The funnel, line by line: filters, their commonest reasons, what was counted on the way."""
     removed = sum(row["documents"] - row["kept"] for row in total["filters"].values()) or 1
-    yield (f"{'filter':<14}{'documents':>12}{'kept':>12}{'words':>14}{'kept':>14}{'of removals':>13}"
-           f"{'seconds':>10}")
+    heads = ("documents", "kept", "words", "kept", "of removals", "seconds")
+    yield f"{'filter':<14}" + "".join(f"{head:>13}" for head in heads)
     for name, row in total["filters"].items():
-        yield (f"{name:<14}{row['documents']:>12,}{row['kept']:>12,}{row['words']:>14,}"
-               f"{row['kept_words']:>14,}{(row['documents'] - row['kept']) / removed:>13.1%}"
-               f"{total['seconds'][name]:>10.2f}")
+        numbers = (row[key] for key in ("documents", "kept", "words", "kept_words"))
+        yield (f"{name:<14}" + "".join(f"{number:>13,}" for number in numbers)
+               + f"{(row['documents'] - row['kept']) / removed:>13.1%}"
+               + f"{total['seconds'][name]:>13.2f}")
         for reason, count in row["reasons"].most_common(12):
-            yield f"{'':<14}{count:>12,} {reason}"
+            yield f"{'':<14}{count:>13,} {reason}"
     for key in ("counts", "languages"):
-        found = ", ".join(f"{name} {count:,}" for name, count in total[key].most_common(30) if count)
-        yield f"{key}: {found}"
+        found = (f"{name} {count:,}" for name, count in total[key].most_common(30) if count)
+        yield f"{key}: {', '.join(found)}"
     yield "a word is what white space separates"
 
 
-def draw_funnel(total: dict, path: str) -> None:
+def draw_funnel(total, path):
     """Documents before and after each filter, and their languages."""
     import matplotlib
 
@@ -1637,7 +1609,7 @@ def draw_funnel(total: dict, path: str) -> None:
     plt.close(figure)
 
 
-def report(o) -> None:
+def report(o):
     """Print the funnel; write it with samples to report.txt and draw it in report.png."""
     total = collect_books(o.out)
     if not total["filters"]:
@@ -1647,7 +1619,7 @@ def report(o) -> None:
     for name, row in total["filters"].items():
         for title, samples in zip(("kept", "dropped"), row["samples"]):
             lines += ["", f"{name}, {title}:"]
-            lines += [f"  {doc} {reason}: {' '.join(text.split())}" for _, doc, reason, text in samples]
+            lines += [f"  {doc} {why}: {' '.join(text.split())}" for _, doc, why, text in samples]
     with replacing(os.path.join(o.out, "report.txt")) as file:
         file.write("\n".join([*lines, ""]).encode("utf-8", "replace"))
     draw_funnel(total, os.path.join(o.out, "report.png"))
@@ -1656,68 +1628,74 @@ def report(o) -> None:
 # ---- training and applying classifiers -----------------------------------------------------------
 
 
-def labelled_texts(o) -> Iterator[tuple[str, str]]:
-    """(label, text) of LABEL=FILE inputs (of plain text, each line), or rows with a label column."""
+def labelled_texts(o):
+    """Yield (label, text) of LABEL=FILE inputs (plain text: each line) or rows with a label."""
     names = dict(pair.split("=", 1) for pair in o.labels)
     for spec in o.input:
         label, _, path = spec.rpartition("=")
         if not os.path.isfile(path):
-            raise ValueError(f"--input {spec}: no such file; give LABEL=FILE, or FILE with a column "
-                             f"{o.label_key} (--label-key)")
+            raise ValueError(f"--input {spec}: no such file; give LABEL=FILE, or FILE with a "
+                             f"column {o.label_key} (--label-key)")
         for row in read_rows(path):
             if o.text_key not in row or not (label or row.get(o.label_key)):
-                raise ValueError(f"--input {path}: a row without {o.text_key!r} or a label; name the "
-                                 "columns with --text-key and --label-key")
+                raise ValueError(f"--input {path}: a row without {o.text_key!r} or a label; name "
+                                 "the columns with --text-key and --label-key")
             text, given = str(row[o.text_key]), label or str(row[o.label_key])
             parts = [text] if len(row) > 1 else text.split("\n")
             yield from ((names.get(given, given), part) for part in parts if part.strip())
 
 
-def random_crop(text: str, random: np.random.Generator) -> str:
-    """8 to 256 consecutive words of a text, every length's power of two as likely."""
+def random_crop(text, random):
+    """8 to 256 consecutive words of a text, each power of two as likely."""
     words, size = text.split(), int(2 ** random.uniform(3, 8))
     start = int(random.integers(0, max(1, len(words) - size + 1)))
     return " ".join(words[start : start + size])
 
 
-def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float:
+def area_under_curve(scores, positive):
     """Chance that a positive outscores a negative, ties half: the area under the ROC curve."""
-    below = np.searchsorted(np.sort(scores[~positive]), scores[positive], "left")
-    up_to = np.searchsorted(np.sort(scores[~positive]), scores[positive], "right")
-    return float((below + up_to).mean() / (2 * (~positive).sum()))
+    others = np.sort(scores[~positive])
+    below, up_to = (np.searchsorted(others, scores[positive], side) for side in ("left", "right"))
+    return float((below + up_to).mean() / (2 * len(others)))
 
 
-def train(o) -> None:
+def fit_fasttext(lines, o):
+    """Train on lines `__label__x text` and put the model where --model says, all or nothing."""
+    import fasttext
+
+    target = os.path.abspath(o.model)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as folder:
+        path = os.path.join(folder, "train.txt")
+        with open(path, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(lines)
+        model = fasttext.train_supervised(path, epoch=o.epochs, lr=0.2, wordNgrams=2, dim=64,
+                                          bucket=200_000, thread=1, seed=o.seed, verbose=0)
+        model.save_model(path)
+        os.replace(path, target)
+    load_fasttext.cache_clear()
+
+
+def train(o):
     """Train a fastText classifier; print its accuracy and AUC on a tenth held out.
 
     Classes often differ in length (tweets against articles), and fastText would learn just that. So
     it sees random crops of the same lengths, as many of each class.
     """
-    import fasttext
-
     random, kept, tests = np.random.default_rng(o.seed), {}, []
     for label, text in labelled_texts(o):
         if zlib.crc32(text.encode("utf-8", "replace")) % 10:
             kept.setdefault(label, []).append(text)
         else:
             tests.append((label, random_crop(text, random)))
-    if len(kept) < 2 or len({label for label, _ in tests}) < len(kept):
-        raise ValueError(f"--input: needs a few dozen texts of each of two or more labels, found "
-                         f"{ {label: len(texts) for label, texts in kept.items()} }")
+    if len(kept) < 2 or {label for label, _ in tests} != set(kept):
+        raise ValueError("--input: needs a few dozen texts of each of two or more labels, found "
+                         + (", ".join(f"{k} {len(v)}" for k, v in kept.items()) or "none"))
     most = max(map(len, kept.values()))
     lines = [f"__label__{label} {random_crop(texts[i % len(texts)], random)}\n"
              for label, texts in kept.items() for i in range(most)]
     random.shuffle(lines)
-    os.makedirs(os.path.dirname(os.path.abspath(o.model)), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(o.model))) as folder:
-        path = os.path.join(folder, "train.txt")
-        with open(path, "w", encoding="utf-8", errors="replace") as file:
-            file.writelines(lines)
-        model = fasttext.train_supervised(path, epoch=o.epochs, lr=0.2, wordNgrams=2, dim=64,
-                                          bucket=200_000, thread=1, seed=o.seed, verbose=0)
-        model.save_model(os.path.join(folder, "model.bin"))
-        os.replace(os.path.join(folder, "model.bin"), o.model)
-    load_fasttext.cache_clear()
+    fit_fasttext(lines, o)
     found = [dict(predict(text, o.model, -1)) for _, text in tests]
     right = np.mean([max(p, key=p.get) == label for p, (label, _) in zip(found, tests)])
     print(f"{o.model}: {len(lines):,} crops; held out {len(tests):,}, accuracy {right:.3f}", end="")
@@ -1728,10 +1706,10 @@ def train(o) -> None:
     print()
 
 
-def score(o) -> None:
+def score(o):
     """Print label, probability and start of every document, one JSON object a line."""
     for path in find_inputs(o.input):
-        for doc in read_documents(path, o):
+        for doc in read_documents(path, o.text_key):
             label, p = (predict(doc["text"], o.model) or [("und", 0.0)])[0]
             print(json.dumps({"id": doc["id"], "label": label, "probability": round(p, 4),
                               "text": doc["text"][:80]}))
@@ -1740,27 +1718,25 @@ def score(o) -> None:
 # ---- measuring against the peers -----------------------------------------------------------------
 
 
-def seconds_of(function) -> float:
-    """Median of three runs."""
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - began)
-    return sorted(times)[1]
+def show(what, ours, mb=None, **peers):
+    """Print a row of the table: medians of three runs, each peer's time over ours."""
+    def seconds(function):
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - began)
+        return sorted(times)[1]
 
-
-def show(what: str, ours: float, peers: dict, mb: float | None = None) -> None:
-    """One row of the table: our time, each peer's and the ratio."""
+    ours = seconds(ours)
     rate = f" ({mb / ours:.1f} MB/s)" if mb else ""
-    others = "; ".join(f"{name} {t:.3f} s, {t / ours:.1f}x" for name, t in peers.items())
-    print(f"{what:<34} ours {ours:.3f} s{rate}; {others}", flush=True)
+    peers = {name: seconds(function) for name, function in peers.items()}
+    peers = "".join(f"; {name} {peer:.3f} s, {peer / ours:.1f}x" for name, peer in peers.items())
+    print(f"{what:<36} ours {ours:.3f} s{rate}{peers}", flush=True)
 
 
-def bench(o) -> None:
-    """Time MinHash, LSH, rules and the whole pipeline beside datasketch and datatrove, on one core."""
-    import logging
-
+def bench(o):
+    """Time signatures, LSH, rules and the pipeline beside datasketch and datatrove."""
     import datasketch
     from datatrove.data import Document
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
@@ -1768,27 +1744,21 @@ def bench(o) -> None:
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Whitespace(WordTokenizer):
-        word_tokenize = staticmethod(str.split)
-        sent_tokenize = span_tokenize = None
+        word_tokenize = sent_tokenize = span_tokenize = staticmethod(str.split)
 
-    logging.disable()
-    texts = [doc["text"] for path in find_inputs(o.input) for doc in read_documents(path, o)]
-    texts = [text[at : at + 4000] for text in texts for at in range(0, len(text), 4000)]
-    mb = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
-    print(f"{len(texts):,} documents, {mb:.1f} MB")
-    drop = str.maketrans("", "", r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~""")
-
-    def grams(text):
-        words = text.lower().translate(drop).split()
+    def grams(text):  # as cheap a normal form as Python has
+        words = text.lower().translate(dict.fromkeys(map(ord, "!\"#$%&'()*+,-./:;?@[]_"))).split()
         return [" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))]
 
-    with tempfile.TemporaryDirectory() as folder:
-        trove = MinhashDedupSignature(folder, MinhashConfig(n_grams=5), Whitespace())
-        show("signatures of raw text, 14 x 8", seconds_of(lambda: minhash_signatures(texts)), {
-            "datasketch bulk": seconds_of(lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112)),
-            "datatrove": seconds_of(lambda: [trove.get_signature(s) for s in map(trove.get_shingles, texts)
-                                             if len(s)])}, mb)
-    signatures = np.tile(minhash_signatures(texts), (1 + 20_000 // len(texts), 1))[:20_000]
+    docs = (doc for path in find_inputs(o.input) for doc in read_documents(path, o.text_key))
+    texts = [doc["text"][at : at + 4000] for doc in docs for at in range(0, len(doc["text"]), 4000)]
+    mb = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
+    print(f"{len(texts):,} documents, {mb:.1f} MB")
+    trove = MinhashDedupSignature(tempfile.gettempdir(), MinhashConfig(n_grams=5), Whitespace())
+    show("signatures of raw text, 14 x 8", lambda: minhash_signatures(texts), mb,
+         datasketch=lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112),
+         datatrove=lambda: [trove.get_signature(trove.get_shingles(text)) for text in texts])
+    signatures = np.resize(minhash_signatures(texts), (20_000, 112))
     signatures[::2] ^= np.arange(10_000, dtype=np.uint32)[:, None]  # half of them have no copy
     minhashes = [datasketch.MinHash(112, hashvalues=row.astype(np.uint64)) for row in signatures]
 
@@ -1798,120 +1768,115 @@ def bench(o) -> None:
             lsh.insert(i, minhash)
         return [lsh.query(minhash) for minhash in minhashes]
 
-    show("LSH of 20,000 documents", seconds_of(lambda: candidate_pairs(signatures, 14)),
-         {"datasketch": seconds_of(their_lsh)})
-    filters = [GopherQualityFilter(language=Whitespace()), GopherRepetitionFilter(language=Whitespace())]
+    show("LSH of 20,000 documents", lambda: candidate_pairs(signatures, 14), datasketch=their_lsh)
+    theirs = [kind(language=Whitespace()) for kind in (GopherQualityFilter, GopherRepetitionFilter)]
     docs = [Document(text, str(i)) for i, text in enumerate(texts)]
+    rules = ("gopher", "repetition")
     show("Gopher quality and repetition",
-         seconds_of(lambda: [failed_rules(batch, ("gopher", "repetition")) for batch in batches(texts)]),
-         {"datatrove": seconds_of(lambda: [[f.filter(doc) for f in filters] for doc in docs])}, mb)
-    ours = [rule is None for batch in batches(texts) for rule in failed_rules(batch, ("gopher", "repetition"))]
-    theirs = [all(f.filter(doc) is True for f in filters) for doc in docs]
-    print(f"same verdict on {np.mean(np.array(ours) == theirs):.1%} of documents")
-    bench_pipeline(o, texts, mb)
-
-
-def bench_pipeline(o, texts: list[str], mb: float) -> None:
-    """Time a WET file through every filter and three classifiers to signatures; then two processes."""
+         lambda: [failed_rules(batch, rules) for batch in batches(texts)], mb,
+         datatrove=lambda: [[filter_.filter(doc) for filter_ in theirs] for doc in docs])
+    same = [(rule is None) == all(filter_.filter(doc) is True for filter_ in theirs)
+            for rule, doc in zip((r for b in batches(texts) for r in failed_rules(b, rules)), docs)]
+    print(f"same verdict on {np.mean(same):.1%} of documents")
     with tempfile.TemporaryDirectory() as folder:
-        for i, text in enumerate(texts):
-            body = text.encode("utf-8", "replace")
-            head = f"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            for shard in ("all", i % 8):
-                with gzip.open(os.path.join(folder, f"{shard}.wet.gz"), "ab", 6) as file:
-                    file.write(head + body + b"\r\n\r\n")
-        models = []
-        for task, label in BAD_LABEL.items():
-            with open(os.path.join(folder, task), "w", encoding="utf-8", errors="replace") as file:
-                file.writelines(json.dumps({"text": text, "label": (label, "fine")[i % 2]}) + "\n" for i, text in enumerate(texts[:2000]))
-            os.rename(os.path.join(folder, task), os.path.join(folder, f"{task}.jsonl"))
-            models += [f"--{task}", os.path.join(folder, f"{task}.bin")]
-            main(["train", "--input", os.path.join(folder, f"{task}.jsonl"), "--model", models[-1], "--epochs", "1"])
-        lid = ["--language-model", o.language_model] if o.language_model else []
+        bench_pipeline(o, texts, mb, folder)
 
-        def pipeline(pattern, processes):
-            out = os.path.join(folder, "out")
-            shutil.rmtree(out, ignore_errors=True)
-            for stage, more in (("extract", ["--input", os.path.join(folder, pattern)]),
-                                ("filter", [*models, *lid, "--drop-above", "1"]), ("minhash", ["--input", f"{out}/filter/*.gz"])):
-                with contextlib.redirect_stderr(None):
-                    assert main([stage, "--out", out, "--processes", str(processes), *more]) == 0
 
-        one = seconds_of(lambda: pipeline("all.wet.gz", 1))
-        show("WET to signatures, one process", one, {}, mb)
-        if (os.cpu_count() or 1) > 1 and len(os.sched_getaffinity(0)) > 1:
-            show("the same in 8 shards, 2 processes", seconds_of(lambda: pipeline("[0-7].wet.gz", 2)),
-                 {"1 process": seconds_of(lambda: pipeline("[0-7].wet.gz", 1))}, mb)
+def bench_pipeline(o, texts, mb, folder):
+    """Time WET files through all filters and three classifiers to signatures, 1 and 2 processes."""
+    flags = ["--language-model", o.language_model] if o.language_model else []
+    bodies = [text.encode("utf-8", "replace") for text in texts]
+    record = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
+    for shard in range(8):
+        with open(f"{folder}/{shard}.wet.gz", "wb") as file:
+            file.writelines(gzip.compress(record % (len(b), b)) for b in bodies[shard::8])
+    for task, label in BAD_LABEL.items():  # what they learn does not matter here
+        with open(f"{folder}/{task}.jsonl", "w") as file:
+            file.writelines(json.dumps({"text": text, "label": ("fine", label)[i % 2]}) + "\n"
+                            for i, text in enumerate(texts))
+        flags += [f"--{task}", f"{folder}/{task}.bin"]
+        main(["train", "--input", f"{folder}/{task}.jsonl", "--model", flags[-1], "--epochs", "1"])
+
+    def pipeline(processes):
+        shutil.rmtree(f"{folder}/out", ignore_errors=True)
+        more = ["--out", f"{folder}/out", "--processes", str(processes)]
+        with contextlib.redirect_stderr(None):
+            main(["extract", "--input", f"{folder}/*.wet.gz", *more])
+            main(["filter", *flags, *more])
+            main(["minhash", "--input", f"{folder}/out/filter/*.gz", *more])
+
+    show("WET to deduplicated, 2 processes", lambda: pipeline(2), mb, one=lambda: pipeline(1))
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def at_least(low: int):
+def at_least(low):
     """An argparse type: a whole number of at least `low`."""
 
-    def whole_number(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < low:
+    def whole_number(text):
+        if not re.fullmatch("[0-9]+", text) or int(text) < low:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
         return int(text)
 
     return whole_number
 
 
-def share(text: str) -> float:
+def share(text):
     """An argparse type: a number from 0 to 1."""
-    if not re.fullmatch(r"[01]|[01]?\.\d*", text) or float(text) > 1:
+    if not re.fullmatch(r"[01]|[01]?\.[0-9]*", text) or float(text) > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return float(text)
 
 
 COMMANDS = {
-    "run": "all stages and the report",
+    "run": "All stages and the report.",
     **{name: function.__doc__ for name, function in STAGES.items()},
     "report": "Print and draw the funnel: documents, words, seconds and samples of each filter.",
     "train": "Train a fastText classifier.",
     "score": "Apply a fastText classifier.",
-    "bench": "Time it all beside datasketch and datatrove, which must be installed.",
+    "bench": "Time the parts beside datasketch and datatrove, which must be installed.",
 }
 
 
-def add_flags(add, command: str) -> None:
+def add_flags(add, command):
     """The flags of a command; `run` has those of all stages."""
-    stages = {"run", command} & {"run"} or {command}
-    every = "run" in stages
-    if command not in ("train", "score"):
+    alone = command in ("train", "score", "bench")
+    if not alone:
         add("--out", default="data", help="directory of everything that is written")
     if command != "report":
-        add("--input", nargs="+", required=command in ("train", "score", "bench"),
+        add("--input", nargs="+", required=alone,
             help="LABEL=FILE, or files with a label column" if command == "train" else
             "files, directories, patterns (default: what the stage before left in --out)")
-    if every or command in STAGES:
+    if command in ("run", *STAGES):
         add("--processes", type=at_least(1), help="worker processes (default: one for each core)")
-    if every or command in ("extract", "train", "score", "bench"):
+    if command in ("run", "extract") or alone:
         add("--text-key", default="text", help="column of the text in .jsonl, .csv, .tsv")
+    if command in ("run", "extract"):
         add("--main-content", action="store_true", help="leave out menus and footers")
-    if every or command in ("filter", "bench"):
+    if command in ("run", "filter", "bench"):
         add("--language-model", help="lid.176.bin or .ftz (default: downloads the .ftz)")
-    if every or command == "filter":
+    if command in ("run", "filter"):
         add("--languages", nargs="*", default=["en"], help="ISO 639 codes to keep; none: all")
         add("--language-threshold", type=share, default=0.65, help="least probability of it")
         add("--rules", nargs="*", default=list(RULE_SETS), choices=RULE_SETS, help="rule sets")
         for task, label in BAD_LABEL.items():
-            add(f"--{task}", metavar="MODEL", help=f"fastText model; drops label {label}")
-        add("--drop-above", type=share, default=0.5, help="probability at which these drop")
-        add("--classify-characters", type=at_least(1), default=4000, help="what these read of a "
-            "document, characters")
-        add("--decontaminate", nargs="*", default=[], metavar="FILE", help="evaluation sets")
+            add(f"--{task}", metavar="MODEL", help=f"fastText model; drops its label {label}")
+        add("--drop-above", type=share, default=0.5, help="probability from which these drop")
+        add("--classify-characters", type=at_least(1), default=4000,
+            help="characters of a document that these read")
+        add("--decontaminate", nargs="*", default=[], metavar="FILE",
+            help="evaluation sets; documents sharing 13 words in a row are dropped")
         add("--no-pii", dest="pii", action="store_false", help="do not mask personal data")
-    if every or command == "lines":
+    if command in ("run", "lines"):
         add("--keep", choices=("none", "first"), default="none", help="copies of a line to keep")
         add("--min-words", type=at_least(0), default=50, help="shortest document left, words")
-    if every or command == "minhash":
+    if command in ("run", "minhash"):
         add("--num-hashes", type=at_least(1), default=112, help="hashes of a signature")
         add("--num-bands", type=at_least(1), default=14, help="LSH bands, a divisor of these")
         add("--ngrams", type=at_least(1), default=5, help="words of a shingle")
         add("--jaccard", type=share, default=0.8, help="similarity from which on two are one")
-    if every or command == "tokenize":
+    if command in ("run", "tokenize"):
         add("--tokenizer", help="tokenizer.json or its directory (default: train one here)")
         add("--vocab-size", type=at_least(257), default=32_000, help="tokens of the one trained")
         add("--val-fraction", type=share, default=0.005, help="share held out for validation")
@@ -1921,30 +1886,19 @@ def add_flags(add, command: str) -> None:
         add("--label-key", default="label", help="column of the label")
         add("--labels", nargs="*", default=[], metavar="OLD=NEW", help="labels to rename")
         add("--epochs", type=at_least(1), default=5, help="passes over the data")
-    if every or command in ("minhash", "train"):
+    if command in ("run", "minhash", "train"):
         add("--seed", type=at_least(0), default=0, help="of all that is random")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line, a sub-command for every job."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in COMMANDS.items():
-        sub = commands.add_parser(command, help=text, description=text, formatter_class=form)
-        add_flags(sub.add_argument, command)
-    return parser
-
-
-def run(o) -> None:
+def run(o):
     """Run one stage or all, each on what the one before it left."""
     o.rank, o.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     o.processes = o.processes or max(1, (os.cpu_count() or 1) // local)
     names = list(STAGES)
-    before = names[names.index(o.command) - 1] if o.command in names[1:] else None
-    if not o.input and not before:
+    if not o.input and o.command in ("run", "extract"):
         raise ValueError("--input: name the crawl files, for example --input 'crawl/*.warc.gz'")
+    before = names[names.index(o.command) - 1] if o.command in names else ""
     files = find_inputs(o.input or [os.path.join(o.out, before, "*.jsonl.gz")])
     for stage in names if o.command == "run" else [o.command]:
         files = STAGES[stage](o, files)
@@ -1952,9 +1906,15 @@ def run(o) -> None:
         report(o)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     """The command line; returns the exit code."""
-    o = make_parser().parse_args(argv)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text in COMMANDS.items():
+        sub = commands.add_parser(command, help=text, description=text, formatter_class=form)
+        add_flags(sub.add_argument, command)
+    o = parser.parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # every finished shard is safe
     try:
