@@ -1424,6 +1424,15 @@ class FusedAdamW(torch.optim.Optimizer):
                 self._update(params, group, grad_scale)
         return loss
 
+    def load_state_dict(self, state_dict):
+        """As torch's, which would cast the fp32 moments to a bf16 parameter's dtype."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params):
+            saved = state_dict["state"].get(i, {})
+            self.state[p] = {name: x.to(p.device, copy=True) for name, x in saved.items()}
+
     def _update(self, params, group, grad_scale):
         """Step params, which share a dtype."""
         low = params[0].dtype != torch.float32

@@ -1,6 +1,9 @@
 """The very kernels that run on a GPU, in Triton's interpreter, against fp64 twins and torch's own."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,9 +22,16 @@ def relative(a, b, floor=0.1):
     return ((a - b).abs().max() / b.abs().max().clamp_min(floor)).item() if b.numel() else 0.0
 
 
+def guarded(x):
+    """x between NaNs, so that a read outside its bounds shows in the result."""
+    around = torch.full((x.numel() + 4096,), math.nan, dtype=x.dtype, device=TRITON)
+    inside = around[2048 : 2048 + x.numel()].view(x.shape)
+    return inside.copy_(x.detach()).requires_grad_()
+
+
 def agree(ours, twin, inputs, tolerance=1e-5):
     """ours(*inputs) in their dtype against twin(*inputs) in fp64: outputs and all gradients."""
-    low = [x.detach().clone().to(TRITON).requires_grad_() for x in inputs]
+    low = [guarded(x) for x in inputs]
     high = [x.detach().double().requires_grad_() for x in inputs]
     outs, refs = ours(*low), twin(*high)
     outs, refs = (x if isinstance(x, tuple) else (x,) for x in (outs, refs))
@@ -85,6 +95,47 @@ def test_flash_attention_twin_is_torchs():
         ).transpose(1, 2),
         (q, k, v),
     )
+
+
+def test_lse_carries_gradients_as_ring_attention_needs():
+    """Two halves of the keys, merged by their LSEs, are attention over all of them."""
+    inputs = randn(1, 33, 2, 16), randn(1, 48, 2, 16, seed=1), randn(1, 48, 2, 16, seed=2)
+
+    def ring(q, k, v):
+        halves = [kernels.flash_attention(q, k[:, s], v[:, s], causal=False, return_lse=True,
+                                          impl="triton") for s in (slice(0, 20), slice(20, 48))]
+        w = torch.softmax(torch.stack([lse for _, lse in halves]), 0).transpose(2, 3)[..., None]
+        return sum(o * x for (o, _), x in zip(halves, w))
+
+    agree(ring, lambda *x: kernels.flash_attention_reference(*x, causal=False), inputs)
+
+
+def test_rows_that_see_nothing_are_zero_with_finite_gradients():
+    q, k, v = guarded(randn(1, 40, 1, 16)), guarded(randn(1, 7, 1, 16)), guarded(randn(1, 7, 1, 16))
+    o, lse = kernels.flash_attention(q, k, v, return_lse=True, impl="triton")
+    assert (o[:, :33] == 0).all() and (lse[..., :33] == -math.inf).all()
+    grads = torch.autograd.grad([o, lse], [q, k, v], [torch.ones_like(o), torch.ones_like(lse)])
+    assert all(torch.isfinite(g).all() for g in grads) and (grads[0][:, :33] == 0).all()
+
+
+def test_attention_gradients_repeat_to_the_bit_and_take_strided_inputs():
+    qkv = randn(2, 3, 50, 2, 16).to(TRITON)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv.unbind(1))
+    runs = [torch.autograd.grad(kernels.flash_attention(q, k, v, impl="triton").square().sum(),
+                                [q, k, v]) for _ in range(2)]
+    assert all((a == b).all() for a, b in zip(*runs))
+    packed = [torch.autograd.grad(kernels.flash_attention(q.contiguous(), k.contiguous(),
+                                                          v.contiguous(), impl="triton")
+                                  .square().sum(), [q, k, v])]
+    assert all((a == b).all() for a, b in zip(runs[0], packed[0]))
+
+
+def test_bf16_attention_and_norm_are_within_their_rounding():
+    inputs = [randn(1, 70, 2, 32, seed=s, dtype=torch.bfloat16) for s in range(3)]
+    agree(lambda *x: kernels.flash_attention(*x, impl="triton"), kernels.flash_attention_reference,
+          inputs, 2e-2)
+    agree(lambda x, w: kernels.rms_norm(x, w, impl="triton"), kernels.rms_norm_reference,
+          (randn(9, 64, dtype=torch.bfloat16), randn(64, dtype=torch.bfloat16)), 2e-2)
 
 
 @pytest.mark.parametrize("flash", [kernels.FlashAttentionTorch, kernels.FlashAttentionTriton])
@@ -266,6 +317,61 @@ def test_linear_cross_entropy(impl, options):
     agree(ours, twin, (randn(N, D), randn(V, D, seed=1)))
 
 
+@pytest.mark.parametrize("impl", ["torch", "chunked", "triton"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_ignored_gives_zero_loss_and_gradients(impl, reduction):
+    x, w = guarded(randn(30, 16)), guarded(randn(50, 16))
+    t = torch.full((30,), -100, device=TRITON)
+    loss = kernels.linear_cross_entropy(x, w, t, impl=impl, reduction=reduction, z_loss=0.1)
+    loss.sum().backward()
+    assert (loss == 0).all() and (x.grad == 0).all() and (w.grad == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "chunked", "triton"])
+def test_log_probabilities(impl):
+    x, w, t = randn(4, 9, 16), randn(50, 16, seed=1), torch.arange(36).view(4, 9)
+    t[0, 0] = -100
+    logp = torch.log_softmax(x.double() @ w.double().t(), -1)
+    want = logp.gather(-1, t.clamp_min(0)[..., None])[..., 0]
+    want[0, 0] = 0
+    x, w, t = x.to(TRITON), w.to(TRITON), t.to(TRITON)
+    loss, got = kernels.linear_cross_entropy(x, w, t, impl=impl, return_logprobs=True)
+    assert relative(got, want) < 1e-5 and relative(loss, -want.sum() / 35) < 1e-5
+    none = kernels.linear_cross_entropy(x, w, t, impl=impl, reduction="none")
+    assert relative(-none, want) < 1e-5
+
+
+def test_loss_with_a_frozen_weight_and_under_autocast():
+    x, w, t = guarded(randn(40, 16)), randn(60, 16, seed=1).to(TRITON), torch.arange(40).to(TRITON)
+    kernels.linear_cross_entropy(x, w, t, impl="chunked").backward()
+    want = torch.autograd.grad(F.cross_entropy(x @ w.t(), t), x)[0]
+    assert relative(x.grad, want) < 1e-5
+    w.requires_grad_()
+    with torch.autocast(TRITON, dtype=torch.bfloat16):
+        loss = kernels.linear_cross_entropy(x, w, t)
+    loss.backward()
+    assert loss.dtype == torch.float32 and w.grad.dtype == torch.float32
+    assert relative(loss, F.cross_entropy(x @ w.t(), t)) < 0.02
+
+
+def test_loss_memory_is_under_a_quarter_of_the_naive_path():
+    script = """
+import resource, sys, torch, torch.nn.functional as F, kernels
+x, w = torch.randn(2048, 64, requires_grad=True), torch.randn(50257, 64, requires_grad=True)
+t = torch.arange(2048)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "ours":
+    kernels.linear_cross_entropy(x, w, t).backward()
+else:
+    F.cross_entropy(x @ w.t(), t).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    ours, naive = (int(subprocess.run([sys.executable, "-c", script, which], capture_output=True,
+                                      text=True, check=True, cwd=os.path.dirname(kernels.__file__))
+                       .stdout) for which in ("ours", "naive"))
+    assert ours < naive / 4, (ours, naive)
+
+
 # ---- AdamW, experts, Muon ----
 
 
@@ -330,3 +436,123 @@ def test_adamw_stochastic_rounding_is_right_on_average():
     # 255.5 lies between bf16's 255 and 256: half of 4096 coins each, standard deviation 0.0078
     assert set(p.detach().float().unique().tolist()) == {255.0, 256.0}
     assert abs(p.detach().float().mean().item() - 255.5) < 5 * 0.0078
+
+
+def test_adamw_state_survives_a_checkpoint():
+    def train(opt, p, steps):
+        for i in steps:
+            p.grad = randn(*p.shape, seed=i).to(p)
+            opt.step()
+
+    p = torch.nn.Parameter(randn(40, dtype=torch.bfloat16))
+    opt = kernels.FusedAdamW([p], impl="torch")
+    train(opt, p, range(3))
+    q = torch.nn.Parameter(p.detach().clone())
+    again = kernels.FusedAdamW([q], impl="torch")
+    again.load_state_dict(opt.state_dict())
+    assert again.state[q]["exp_avg"].dtype == torch.float32
+    train(opt, p, range(3, 6))
+    train(again, q, range(3, 6))
+    assert (p == q).all() and (opt.state[p]["master"] == again.state[q]["master"]).all()
+
+
+# ---- all of them ----
+
+
+def every_function(impl):
+    """(name, call, inputs) for each public function."""
+    q, k, v = randn(1, 33, 2, 24), randn(1, 40, 1, 24, seed=1), randn(1, 40, 1, 24, seed=2)
+    angle = torch.rand(33, 12, device=TRITON)
+    t, ends = torch.arange(33, device=TRITON), torch.tensor([0, 20, 33], device=TRITON)
+    cu = torch.tensor([0, 10, 10, 33], device=TRITON)
+    yield "flash", lambda *x: kernels.flash_attention(*x, window=9, impl=impl), (q, k, v)
+    yield "varlen", lambda *x: kernels.flash_attention_varlen(*x, cu, 23, impl=impl), (q[0],) * 3
+    yield "decode", lambda *x: kernels.flash_decode(*x, impl=impl), (q[:, :3], k, v)
+    yield "norm", lambda x: kernels.rms_norm(x, None, 1e-5, x, impl=impl), (q,)
+    yield "swiglu", lambda x: kernels.swiglu(x, x, impl=impl), (q,)
+    yield "rope", lambda x: kernels.apply_rope(x, x, angle, angle, impl=impl), (q,)
+    yield "loss", lambda x, w: kernels.linear_cross_entropy(x, w, t, impl=impl), (q[0, :, 0], k[0, :, 0])
+    yield "experts", lambda x, w: kernels.grouped_mm(x, w, ends, impl=impl), (q[0, :, 0], randn(3, 24, 5))
+    yield "symmetric", lambda x: kernels.symmetric_mm(x, impl=impl), (q[0, :, 0],)
+
+
+def test_gradients_of_the_twins():
+    for name, call, inputs in every_function("torch"):
+        inputs = [x[:, :6].double().requires_grad_() if x.dim() == 4 else x.double().requires_grad_()
+                  for x in inputs]
+        if name in ("flash", "norm", "swiglu", "symmetric", "experts", "loss"):
+            assert torch.autograd.gradcheck(call, inputs, fast_mode=True), name
+
+
+def test_nothing_is_written_outside_or_left_unwritten(monkeypatch):
+    """Outputs are allocated full of NaN between NaNs: none may be left inside, nor touched outside."""
+    made = []
+
+    def empty(*shape, like=None, dtype=None, device=None, **_):
+        shape = like.shape if like is not None else shape[0] if len(shape) == 1 else shape
+        dtype = dtype or (like.dtype if like is not None else torch.float32)
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        made.append(torch.full((math.prod(shape) + 4096,), math.nan, dtype=dtype))
+        return made[-1][2048 : 2048 + math.prod(shape)].view(shape)
+
+    cases = [(name, call, [guarded(x) for x in inputs])
+             for name, call, inputs in every_function("triton")]
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty(like=x, **options))
+    if TRITON == "cuda":
+        pytest.skip("the guard regions are laid in host memory")
+    for name, call, inputs in cases:
+        outs = call(*inputs)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        grads = []
+        if name != "decode":
+            grads = torch.autograd.grad(outs, inputs, [o.detach() for o in outs])
+        assert all(torch.isfinite(x).all() for x in (*outs, *grads)), name
+    assert len(made) > 15
+    assert all(torch.isnan(x[:2048]).all() and torch.isnan(x[-2048:]).all() for x in made)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: kernels.flash_attention(x, x[:, :, :0], x[:, :, :0]), "heads a multiple"),
+        (lambda x: kernels.flash_attention(x, x, x, window=0), "window=0"),
+        (lambda x: kernels.flash_attention(x, x, x, scale=-1.0), "scale=-1.0"),
+        (lambda x: kernels.flash_attention(x, x, x, impl="cuda"), "impl='cuda'"),
+        (lambda x: kernels.flash_attention(x, x.half(), x.half()), "share a dtype"),
+        (lambda x: kernels.rms_norm(x, x), "does not fit"),
+        (lambda x: kernels.rms_norm(x.double(), None, impl="triton"), "float64"),
+        (lambda x: kernels.swiglu(x, x[0]), "same shape"),
+        (lambda x: kernels.apply_rope(x, x, x, x), "need cos and sin"),
+        (lambda x: kernels.linear_cross_entropy(x, x[0, :, 0], torch.full((2, 5, 3), 5)), "0 .. 4"),
+        (lambda x: kernels.grouped_mm(x, x, x), "need (N, D)"),
+        (lambda x: kernels.symmetric_mm(x[0, 0, 0]), "(..., M, K)"),
+    ],
+)
+def test_mistakes_end_in_one_line(call, message):
+    with pytest.raises(ValueError) as problem:
+        call(randn(2, 5, 3, 16))
+    assert message in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_bench_prints_a_checked_row(capsys):
+    assert kernels.main(["bench", "--only", "swiglu", "--device", "cpu"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| swiglu")]
+    assert len(rows) == 3 and all(row.count("|") == 10 for row in rows)
+    if not torch.cuda.is_available():
+        assert kernels.main(["bench", "--tune"]) == 2
+        assert "need a GPU" in capsys.readouterr().err
+
+
+def test_every_kernel_compiles_for_hopper():
+    """The interpreter accepts programs that the compiler refuses; no GPU is needed to compile."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, kernels.__file__, "compile"], env=environment,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "kernels compiled for sm_90" in run.stdout
+    with open(kernels.__file__) as source:
+        names = [line.split("(")[0][4:] for line in source if line.startswith("def _")]
+    for name in names:
+        if type(getattr(kernels, name)).__name__.startswith("Interpreted") and "_flash" in name:
+            assert name + ":" in run.stdout
