@@ -15,6 +15,8 @@ import json
 import math
 import os
 import sys
+import tempfile
+import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -142,7 +144,8 @@ class Embedding(nn.Module):
 def compute_dtype(x):
     """The dtype matrix products of x have here: autocast's if it is on."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 class ScaleByRMS(torch.autograd.Function):
@@ -266,7 +269,7 @@ def scaled_dot_product_attention(q, k, v, mask=None, softcap=0.0):
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return softmax(scores.float()).to(v.dtype) @ v
+    return softmax(scores.to(wide(scores))).to(v.dtype) @ v
 
 
 def cross_entropy(logits, targets, reduction="mean", ignore_index=-100, z_loss=0.0):
@@ -274,7 +277,7 @@ def cross_entropy(logits, targets, reduction="mean", ignore_index=-100, z_loss=0
 
     z_loss adds z_loss * logsumexp^2, which keeps the logits from drifting (PaLM, section 5).
     """
-    logits, ignored = logits.float(), targets == ignore_index
+    logits, ignored = logits.to(wide(logits)), targets == ignore_index
     lse = torch.logsumexp(logits, -1)
     picked = logits.gather(-1, targets.masked_fill(ignored, 0)[..., None]).squeeze(-1)
     loss = (lse - picked + z_loss * lse.square()).masked_fill(ignored, 0.0)
@@ -506,7 +509,8 @@ class MoE(nn.Module):
 
     def forward(self, x):
         c, flat = self.config, x.flatten(0, -2)  # (N, D)
-        p = softmax(self.router(flat).float())  # (N, num_experts)
+        scores = self.router(flat)
+        p = softmax(scores.to(wide(scores)))  # (N, num_experts)
         chosen = (p + self.bias if c.balance == "bias" else p).topk(c.experts_per_token).indices
         weight = p.gather(-1, chosen)  # (N, k)
         if c.normalize_router:
@@ -657,22 +661,28 @@ class Transformer(nn.Module):
         return total if embeddings else total - sum(t.weight.numel() for t in tables)
 
     def flops_per_token(self, T=None):
-        """Training FLOPs a token at length T: 6 a matmul weight, and causal attention's products.
+        """Training FLOPs a token (forward and backward) at length T, by what is multiplied."""
+        return float(sum(self.flops_by_part(T or self.config.context_length).values()))
+
+    def flops_by_part(self, T):
+        """6 for each weight of a matmul a token passes; causal attention's own products.
 
         A token attends to (T + 1) / 2 keys on average; q k^T and the weighted sum of v cost
-        2 H E each a key, three times that with the backward pass.
+        2 E each a head and key, three times that with the backward pass.
         """
-        c = self.config
-        T = T or c.context_length
+        c, parts = self.config, {}
         used = c.experts_per_token / c.num_experts if c.num_experts else 1
-        matmul = sum(m.weight.numel() * (used if ".experts." in name else 1)
-                     for name, m in self.named_modules() if isinstance(m, Linear))
+        for name, m in self.named_modules():
+            if isinstance(m, Linear):
+                flops = 6 * m.weight.numel() * (used if ".experts." in name else 1)
+                parts[part_of(name)] = parts.get(part_of(name), 0) + flops
         if c.tie_embeddings:
-            matmul += self.embed.weight.numel()
+            parts["head"] = 6 * self.embed.weight.numel()
         w = min(c.sliding_window or T, T)
         keys = (w * (w + 1) / 2 + (T - w) * w) / T
         width = 2 * c.d_head + (c.d_rope if c.kv_rank else 0)  # of a key and a value
-        return 6.0 * matmul + 6.0 * c.num_layers * c.num_heads * width * keys
+        parts["attention products"] = 6 * c.num_layers * c.num_heads * width * keys
+        return parts
 
     def new_cache(self, batch, length):
         """An empty KVCache for `batch` rows of `length` tokens."""
@@ -748,6 +758,15 @@ class Transformer(nn.Module):
     def from_pretrained(cls, directory, dtype=None, device=None):
         """Open a directory in the Hugging Face layout; see load_pretrained."""
         return load_pretrained(cls, directory, dtype, device)
+
+
+def part_of(name):
+    """The line of the account a parameter or module belongs to."""
+    for part, marks in {"norms": ("norm",), "attention": (".attn",), "feed-forward": (".ffn",),
+                        "head": ("lm_head",), "tables": ("embed", "pos", "value_tables")}.items():
+        if any(mark in name for mark in marks):
+            return part
+    return "scalars"
 
 
 # ---- generation --------------------------------------------------------------------------------
@@ -1060,8 +1079,11 @@ def config_from_hf(h):
     rope = dict(h.get("rope_parameters") or h.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or h.get("rope_theta") or 10000.0
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    experts = {"num_experts": h.get("num_experts") or h["num_local_experts"], "experts_per_token": h["num_experts_per_tok"],
-               "normalize_router": h["norm_topk_prob"]} if kind == "qwen3_moe" else {}
+    experts = {}
+    if kind == "qwen3_moe":  # transformers 5 renamed the first
+        experts = {"num_experts": h.get("num_experts", h.get("num_local_experts")),
+                   "experts_per_token": h["num_experts_per_tok"],
+                   "normalize_router": h["norm_topk_prob"]}
     return ModelConfig(
         vocab_size=h["vocab_size"], context_length=h["max_position_embeddings"],
         d_model=h["hidden_size"], num_layers=h["num_hidden_layers"],
@@ -1149,6 +1171,19 @@ def transposed(name, kind):
     return kind == "gpt2" and name.endswith("weight") and ".c_" in name
 
 
+def read_config(directory):
+    """ModelConfig and model_type of a directory."""
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} has no config.json: give the directory of a model")
+    try:
+        h = json.loads((directory / "config.json").read_text())
+        return config_from_hf(h), h["model_type"]
+    except KeyError as error:
+        raise ValueError(f"{directory}/config.json has no {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json: {error}") from None
+
+
 def read_tensors(directory):
     """{name: tensor}, memory-mapped, of the safetensors files of a directory; no pickles."""
     from safetensors import SafetensorError
@@ -1173,17 +1208,10 @@ def read_tensors(directory):
 def load_pretrained(cls, directory, dtype=None, device=None):
     """Open a Hugging Face directory; ValueError names the first thing wrong with it."""
     directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} has no config.json: give the directory of a model")
-    try:
-        h = json.loads((directory / "config.json").read_text())
-        with torch.device("meta"):
-            model = cls(config_from_hf(h))
-    except KeyError as error:
-        raise ValueError(f"{directory}/config.json has no {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{directory}/config.json: {error}") from None
-    kind, tensors, state, used = h["model_type"], read_tensors(directory), {}, set()
+    config, kind = read_config(directory)
+    with torch.device("meta"):
+        model = cls(config)
+    tensors, state, used = read_tensors(directory), {}, set()
     for name, p in model.state_dict().items():
         theirs = hf_name(name, kind)
         if theirs not in tensors:  # OpenAI's own GPT-2 files go without the prefix
@@ -1208,48 +1236,226 @@ def load_pretrained(cls, directory, dtype=None, device=None):
     return model.requires_grad_(True)
 
 
+# ---- accounting --------------------------------------------------------------------------------
+
+GPT2_SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20),
+              "gpt2-xl": (1600, 48, 25)}
+
+
+def count_only(source, context_length=None):
+    """A model on the meta device, sizes without numbers, of a directory or a GPT-2's name."""
+    if source in GPT2_SIZES:
+        d_model, layers, heads = GPT2_SIZES[source]
+        config = ModelConfig(
+            vocab_size=50257, d_model=d_model, num_layers=layers, num_heads=heads, ffn="gelu",
+            norm_type="layer", position="learned", bias=True, tie_embeddings=True, qk_norm=False)
+    else:
+        config, _ = read_config(Path(source))
+    config.context_length = context_length or config.context_length
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def activation_bytes(model, B, T):
+    """What autograd keeps for the backward pass: each storage once, weights not counted."""
+    kept = {}
+    known = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def pack(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    ids = torch.zeros(B, T, dtype=torch.long, device=model.embed.weight.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model.loss(ids, ids)
+    del loss
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
+
+
+def run_account(args):
+    model = count_only(args.model, args.context_length)
+    c, B, GB = model.config, args.batch_size, 1e9
+    T, flops, parameters = c.context_length, model.flops_by_part(c.context_length), {}
+    for name, p in model.named_parameters():
+        parameters[part_of(name)] = parameters.get(part_of(name), 0) + p.numel()
+    N, total = model.num_parameters(), sum(flops.values())
+    print(f"{'part':<22}{'parameters':>16}{'training FLOPs/token':>24}{'share':>8}")
+    for part in dict.fromkeys([*parameters, *flops]):
+        f = flops.get(part, 0)
+        print(f"{part:<22}{parameters.get(part, 0):>16,}{f:>24,.0f}{f / total:>8.1%}")
+    print(f"{'total':<22}{N:>16,}{total:>24,.0f}{1:>8.1%}")
+    print(f"without token and position tables: {model.num_parameters(embeddings=False):,} "
+          f"parameters; by 6N: {6 * N:,} FLOPs/token, {6 * N / total:.3f} of the exact count")
+    cache = sum(t.nbytes for t in (*model.new_cache(1, T).k, *model.new_cache(1, T).v))
+    print(f"fp32 memory, batch {B} x {T}: weights {4 * N / GB:.2f} GB, gradients {4 * N / GB:.2f}, "
+          f"AdamW {8 * N / GB:.2f}; KV cache {cache / 1e6:.1f} MB a sequence")
+    if not c.num_experts:  # which expert gets how many tokens depends on the numbers
+        print(f"activations kept for backward: {activation_bytes(model, B, T) / GB:.2f} GB")
+
+
+# ---- bench -------------------------------------------------------------------------------------
+
+
+def timed(functions, repeats=5):
+    """Median seconds of each function, taken in turns so that a busy machine hurts all alike."""
+    times = [[] for _ in functions]
+    for i in range(repeats + 1):
+        for function, taken in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            if i:  # the first round warms up
+                taken.append(time.perf_counter() - start)
+    return [sorted(taken)[len(taken) // 2] for taken in times]
+
+
+def import_transformers():
+    """transformers if installed. It looks for a package named kernels: not to find ours, it is
+    imported from a path without this directory."""
+    here, path = Path(__file__).resolve().parent, sys.path[:]
+    sys.path[:] = [p for p in path if Path(p).resolve() != here]
+    try:
+        import transformers
+        import transformers.integrations.hub_kernels  # noqa: F401  the one that looks
+        return transformers
+    except ImportError:
+        return None
+    finally:
+        sys.path[:] = path
+
+
+def run_bench(args):
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=8192, num_layers=6, qk_norm=False)  # transformers' Llama
+    ours, theirs, transformers = Transformer(config), None, import_transformers()
+    if transformers:
+        with tempfile.TemporaryDirectory() as directory:
+            ours.save_pretrained(directory)
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    ids, none = torch.randint(8192, (16, 256)), 8192 + 1
+    print(f"{ours.num_parameters() / 1e6:.1f}M parameters, {torch.get_num_threads()} threads; "
+          f"peer: transformers {transformers.__version__ if theirs else 'is not installed'}")
+    print("| what | ours | peer | times as fast |\n|---|---|---|---|")
+
+    def row(name, run_ours, run_peer, work, unit):
+        times = timed([run_ours, run_peer] if theirs else [run_ours])
+        peer = f"{work / times[1]:.0f} {unit} | {times[1] / times[0]:.2f}" if theirs else "- | -"
+        print(f"| {name} | {work / times[0]:.0f} {unit} | {peer} |", flush=True)
+
+    def train(loss, dtype):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            value = loss(ids[:8])
+        value.backward()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        row(f"forward + backward, 8 x 256, {str(dtype)[6:]}",
+            lambda d=dtype: train(lambda x: ours.loss(x[:, :-1], x[:, 1:]), d),
+            lambda d=dtype: train(lambda x: theirs(x, labels=x).loss, d), 8 * 255, "tokens/s")
+    for batch in (16, 1):
+        prompt = ids[:batch, :32]
+        row(f"generate, {batch} x 128 tokens, float32",
+            lambda p=prompt: ours.generate(p.tolist(), 128, temperature=0),
+            lambda p=prompt: theirs.generate(p, attention_mask=torch.ones_like(p), do_sample=False,
+                                             max_new_tokens=128, eos_token_id=none, pad_token_id=0),
+            batch * 128, "tokens/s")
+    quantize(ours)
+    row("generate, 1 x 128 tokens, ours int8", lambda: ours.generate(
+        ids[:1, :32].tolist(), 128, temperature=0), lambda: theirs.generate(
+        ids[:1, :32], do_sample=False, max_new_tokens=128, eos_token_id=none, pad_token_id=0),
+        128, "tokens/s")
+
+
 # ---- command line ------------------------------------------------------------------------------
 
 
 def load(args):
-    """The model and tokenizer that --model names."""
+    """The model and tokenizer that --model names, and the ids that end a text."""
     from tokenizer import Tokenizer
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model = Transformer.from_pretrained(args.model, dtype, device).eval()
-    return model, Tokenizer.load(args.model)
+    draft = args.draft
+    if draft and draft != "ngram":
+        draft = Transformer.from_pretrained(draft, dtype, device).eval()
+    if args.int8:
+        quantize(model)
+    tokenizer, eos = Tokenizer.load(args.model), model.config.eos_token_id
+    stop = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eot_id}
+    return model, tokenizer, {
+        "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed,
+        "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p, "draft": draft,
+        "stop": stop - {None}, "tokenizer": tokenizer}
+
+
+def show(model, tokenizer, ids, options):
+    """Print a continuation of ids as it comes; returns its text."""
+    text, stop = "", options["stop"]
+    tokens = (token for _, token, _, _ in model.stream([ids], **options))
+    for piece in tokenizer.decode_stream(token for token in tokens if token not in stop):
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
 
 
 def run_generate(args):
-    model, tokenizer = load(args)
-    stop = [tokenizer.eot_id] if tokenizer.eot_id is not None else []
-    ids = tokenizer.encode(args.prompt) or stop
-    print(args.prompt, end="", flush=True)
-    tokens = (token for _, token, _, _ in model.stream(
-        [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
-        stop, args.seed))
-    for text in tokenizer.decode_stream(token for token in tokens if token not in stop):
-        print(text, end="", flush=True)
-    print()
+    model, tokenizer, options = load(args)
+    ids = tokenizer.encode(args.prompt) or [i for i in (tokenizer.eot_id,) if i is not None]
+    if args.samples == 1:
+        print(args.prompt, end="", flush=True)
+        show(model, tokenizer, ids, options)
+        return
+    for i, done in enumerate(model.generate([ids], n=args.samples, **options)):
+        print(f"--- sample {i + 1}, {done.reason}\n{args.prompt}{done.text}")
+
+
+def run_chat(args):
+    model, tokenizer, options = load(args)
+    messages = []
+    print("Empty line or Ctrl-D ends the conversation.")
+    while line := read_line("> "):
+        messages.append({"role": "user", "content": line})
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        answer = show(model, tokenizer, tokenizer.encode(text), options)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def read_line(prompt):
+    try:
+        return input(prompt)
+    except EOFError:
+        return ""
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **style)
     commands = p.add_subparsers(dest="command", required=True)
-    g = commands.add_parser("generate", help="continue a prompt")
-    g.set_defaults(run=run_generate)
-    g.add_argument("--model", required=True, help="directory of config.json and model.safetensors")
-    g.add_argument("--prompt", default="", help="text to continue")
-    g.add_argument("--max-new-tokens", type=int, default=256, help="tokens to write at most")
-    g.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    g.add_argument("--top-k", type=int, default=0, help="draw from this many tokens; 0: all")
-    g.add_argument("--top-p", type=float, default=0.95, help="draw from this much probability")
-    g.add_argument("--min-p", type=float, default=0.0, help="least probability, of the largest")
-    g.add_argument("--seed", type=int, default=0, help="of the random numbers")
-    g.add_argument("--device", help="cpu, cuda; default: cuda if there is one")
-    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                   help="of the weights; default: as saved")
+    for name, run, text in (("generate", run_generate, "continue a prompt"),
+                            ("chat", run_chat, "talk to a model in the terminal")):
+        g = commands.add_parser(name, help=text, **style)
+        g.set_defaults(run=run)
+        g.add_argument("--model", required=True, help="directory of config.json and weights")
+        g.add_argument("--max-new-tokens", type=int, default=256, help="tokens to write at most")
+        g.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
+        g.add_argument("--top-k", type=int, default=0, help="draw from that many tokens; 0: all")
+        g.add_argument("--top-p", type=float, default=0.95, help="draw from that much probability")
+        g.add_argument("--min-p", type=float, default=0.0, help="of the likeliest's, at least")
+        g.add_argument("--seed", type=int, default=0, help="of the random numbers")
+        g.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+        g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                       help="of the weights; default: as saved")
+        g.add_argument("--int8", action="store_true", help="weights as int8")
+        g.add_argument("--draft", help="directory of a smaller model that guesses ahead, or ngram")
+        if name == "generate":
+            g.add_argument("--prompt", default="", help="text to continue")
+            g.add_argument("--samples", type=int, default=1, help="number of continuations")
+    a = commands.add_parser("account", help="parameters, FLOPs and memory by part", **style)
+    a.set_defaults(run=run_account)
+    a.add_argument("--model", required=True, help=f"directory, or one of {', '.join(GPT2_SIZES)}")
+    a.add_argument("--context-length", type=int, help="tokens; default: the model's")
+    a.add_argument("--batch-size", type=int, default=1, help="sequences, for the activations")
+    b = commands.add_parser("bench", help="speed against transformers, if installed", **style)
+    b.set_defaults(run=run_bench)
     return p
 
 
