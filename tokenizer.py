@@ -16,16 +16,22 @@ bytes and the word pattern.
 
 import argparse
 import base64
+import codecs
 import collections
+import contextlib
 import glob as globbing
 import gzip
+import hashlib
 import heapq
 import json
 import multiprocessing
 import os
+import statistics
 import sys
+import time
 import unicodedata
 from functools import lru_cache, partial
+from itertools import chain, islice
 
 import numpy as np
 import regex
@@ -123,7 +129,6 @@ def merge_word(word, ranks):
 
 def encode_plain(tokenizer, text):
     """What `Tokenizer.encode` computes, one word at a time."""
-    ranks = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
     ids = []
     for part in split_special(text, tokenizer.special_tokens):
         if part in tokenizer.special_tokens:
@@ -132,43 +137,33 @@ def encode_plain(tokenizer, text):
         for word in regex.findall(tokenizer.pattern, tokenizer.normalize(part)):
             word = word.encode()
             whole = tokenizer.ignore_merges and word in tokenizer.token_ids
-            ids += [tokenizer.token_ids[t] for t in ([word] if whole else merge_word(word, ranks))]
+            tokens = [word] if whole else merge_word(word, tokenizer.ranks)
+            ids += map(tokenizer.token_ids.get, tokens)
     return ids
 
 
 # ---- Where words start, with array operations ---------------------------------------------------
-# The patterns only ask what kind a character is, so we give every byte the class of its character
-# and compare the array with itself shifted by one. EDGE surrounds the text and every special token.
+# The patterns only ask of what class a character is. So give every byte the class of its character
+# and compare the array with itself, shifted by one. EDGE stands around the text and on the special
+# tokens: no word goes across it.
 
-LETTER, DIGIT, OTHER, SPACE, NEWLINE, EDGE = range(6)
+LETTER, DIGIT, OTHER, SPACE, EDGE = range(5)
 
 
 @lru_cache
 def class_table():
     """(0x110000,) uint8: the class of every code point, as the regex module sees it."""
-    points = [*range(0xD800), *range(0xE000, 0x110000)]  # surrogates are not characters
-    everything = "".join(map(chr, points))
+    everything = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
     classes = np.full(0x110000, OTHER, np.uint8)
     for pattern, kind in ((r"\p{L}+", LETTER), (r"\p{N}+", DIGIT), (r"\s+", SPACE)):
         for match in regex.finditer(pattern, everything):
-            classes[ord(match.group()[0]) : ord(match.group()[-1]) + 1] = kind
-    classes[[10, 13]] = NEWLINE
-    return classes
-
-
-@lru_cache
-def byte_classes():
-    """(256,) uint8: classes of the ASCII characters."""
-    classes = np.full(256, OTHER, np.uint8)
-    for pattern, kind in ((r"\p{L}", LETTER), (r"\p{N}", DIGIT), (r"\s", SPACE)):
-        classes[[i for i in range(128) if regex.match(pattern, chr(i))]] = kind
-    classes[[10, 13]] = NEWLINE
+            classes[match.start() : match.end()] = kind
     return classes
 
 
 def classify(text, raw):
-    """(bytes,) uint8: the class of the character each byte belongs to."""
-    classes = byte_classes()[raw]
+    """(bytes,) uint8: the class of the character that each byte of the text belongs to."""
+    classes = class_table()[:256].take(raw)
     if not text.isascii():
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         points = points[points >= 0x80]
@@ -177,70 +172,94 @@ def classify(text, raw):
     return classes
 
 
-def gpt2_starts(raw, kind, inside):
+def gpt2_starts(raw, classes, inside):
     """(bytes,) bool: where GPT2_PATTERN starts a word.
 
-    raw: (bytes,) uint8 UTF-8. kind: (bytes + 2,) uint8 classes with EDGE around. inside: (bytes,)
-    bool, bytes that do not start a character.
+    raw, classes: (bytes,) uint8. inside: (bytes,) bool, not the first byte of its character.
     """
-    kind = np.where(kind == NEWLINE, SPACE, kind)
-    before, here, after = kind[:-2], kind[1:-1], kind[2:]
-    start = here != before
-    start[1:] &= raw[:-1] != 32  # " ?": a single blank belongs to the word it precedes, so
-    start |= (here == SPACE) & (after < SPACE)  # the last of several blanks is a start: \s+(?!\S)
-    move_to_first_byte(start, inside)
-    split_contractions(raw, start, here)
+    around = np.pad(classes, 1, constant_values=EDGE)
+    start = classes != around[:-2]
+    start[1:] &= raw[:-1] != ord(" ")  # " ?": a blank belongs to the word behind it, and so
+    start |= (classes == SPACE) & (around[2:] < SPACE)  # \s+(?!\S) leaves the last space alone
+    last = np.flatnonzero(start & inside)  # a space of several bytes was marked at its last one
+    while last.size:
+        start[last] = False
+        last = last - 1
+        start[last] = True
+        last = last[inside[last]]
+    split_contractions(raw, start)
     return start
 
 
-def move_to_first_byte(start, inside):
-    """A white space of several bytes was marked at its last byte: mark its first one instead."""
-    wrong = np.flatnonzero(start & inside)
-    while wrong.size:
-        start[wrong] = False
-        wrong = wrong - 1
-        start[wrong] = True
-        wrong = wrong[inside[wrong]]
-
-
-def split_contractions(raw, start, here, any_case=False):
-    """'s 't 'd 'm 'll 've 're after a word are words: undo the start behind ', make one later."""
+def split_contractions(raw, start):
+    """'s 't 'd 'm 'll 've 're behind a word: no word starts after the quote, one after the rest."""
     quote = np.flatnonzero(start & (raw == ord("'")))
-    if not quote.size:
-        return
-    lower = np.append(raw, np.zeros(2, np.uint8))
-    if any_case:
-        lower = lower | 32
-    one, two = lower[quote + 1], lower[quote + 2]
-    single = np.isin(one, np.frombuffer(b"sdmt", np.uint8))
-    double = np.isin(one * np.uint16(256) + two, [0x6C6C, 0x7665, 0x7265])  # ll ve re
-    length = np.where(single, 2, 3)
-    quote, length = quote[single | double], length[single | double]
+    one, two = np.pad(raw, (0, 2))[quote + [[1], [2]]].astype(np.int64)  # bytes behind each quote
+    single = np.isin(one, list(b"sdmt"))
+    double = np.isin(one * 256 + two, [ord(a) * 256 + ord(b) for a, b in ("ll", "ve", "re")])
+    quote, end = quote[single | double], (quote + 3 - single)[single | double]
     start[quote + 1] = False
-    end = quote + length
     start[end[end < len(start)]] = True
 
 
-def regex_starts(text, pattern, inside):
-    """(bytes,) bool: word starts of any pattern, found by the regex module."""
-    lengths = np.fromiter(map(len, regex.findall(pattern, text)), np.int64)
-    if lengths.sum() != len(text):
-        raise ValueError("--pattern: does not match every character of the text; "
-                         r"add |\s+|. as last alternatives")
-    first = np.cumsum(lengths) - lengths
+def regex_starts(parts, pattern, inside):
+    """(bytes,) bool: where any other pattern starts a word, found by the regex module."""
+    lengths = []
+    for text, special in parts:
+        found = [len(text)] if special is not None else list(map(len, regex.findall(pattern, text)))
+        if sum(found) != len(text):
+            raise ValueError(r"--pattern does not match every character: append |[\s\S] to it")
+        lengths += found
     start = np.zeros(len(inside), bool)
-    start[np.flatnonzero(~inside)[first]] = True
+    start[np.flatnonzero(~inside)[np.cumsum(lengths) - lengths]] = True
     return start
 
 
-# ---- An exact hash table for arrays of words ----------------------------------------------------
+def find_words(parts, pattern):
+    """Cut a chunk into words. -> (data, starts, lengths, special)
+
+    parts: [(text, special id or None)], as `split_text` makes them. data: bytes. starts, lengths:
+    (words,) int64. special: (words,) bool.
+    """
+    text = "".join(part for part, _ in parts)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds {text[error.start]!r}, half a surrogate pair: no valid "
+                         "Unicode; read the file with errors='replace'") from None
+    raw = np.frombuffer(data, np.uint8)
+    inside = (raw & 0xC0) == 0x80
+    edges = []  # bytes from, to of the special tokens
+    if any(i is not None for _, i in parts):
+        sizes = [len(part.encode()) for part, _ in parts]
+        edges = [(end - size, end) for size, end, (_, i) in
+                 zip(sizes, np.cumsum(sizes).tolist(), parts) if i is not None]
+    if pattern == GPT2_PATTERN:
+        classes = classify(text, raw)
+        raw = raw.copy() if edges else raw
+        for begin, end in edges:
+            classes[begin:end], raw[begin:end] = EDGE, 0
+        start = gpt2_starts(raw, classes, inside)
+    else:
+        start = regex_starts(parts, pattern, inside)
+    for begin, end in edges:
+        start[begin:end] = False
+        start[begin] = True
+        start[end : end + 1] = True
+    starts = np.flatnonzero(start)
+    special = np.zeros(len(starts), bool)
+    special[np.searchsorted(starts, [begin for begin, _ in edges])] = True
+    return data, starts, np.diff(starts, append=len(data)), special
+
+
+# ---- Numbering distinct words -------------------------------------------------------------------
 
 
 class KeyTable:
-    """Numbers pairs of 64-bit integers 0, 1, 2, ... as they appear; looks up whole arrays.
+    """Numbers pairs of 64-bit integers 0, 1, 2, ... as they appear; looks up whole arrays at once.
 
-    Open addressing with linear probing: `slots` holds numbers, `keys` the pair of each number, and
-    an entry only counts as found if both integers are equal, so the answer never rests on a hash.
+    Open addressing with linear probing: `slots` holds numbers, `keys` the pair of each number. An
+    entry is only found if both integers are equal, so no answer ever rests on a hash.
     """
 
     def __init__(self):
@@ -248,154 +267,293 @@ class KeyTable:
         self.keys = np.zeros((2, 1 << 12), np.uint64)
         self.slots = np.full(1 << 14, -1, np.int32)
 
+    def find(self, first, second, insert=False):
+        """(n,) int64 numbers of n keys; an unknown one is -1, or gets a new number if `insert`."""
+        if insert and self.size + len(first) > self.keys.shape[1]:
+            self._grow(self.size + len(first))
+        slot = self._slot(first, second)
+        number = self.slots[slot].astype(np.int64)
+        todo = np.flatnonzero(~self._same(number, first, second))
+        slot, first, second = slot[todo], first[todo], second[todo]
+        while todo.size:
+            if insert:
+                self._claim(slot, first, second)
+            here = self.slots[slot]
+            found = self._same(here, first, second)
+            number[todo] = np.where(found, here, -1)
+            more = np.flatnonzero(~found & (here >= 0))  # somebody else's slot: try the next one
+            todo, first, second = todo[more], first[more], second[more]
+            slot = (slot[more] + 1) & (len(self.slots) - 1)
+        return number
+
     def _slot(self, first, second):
         mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ second * np.uint64(0xC2B2AE3D27D4EB4F)
         mixed ^= mixed >> np.uint64(29)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)  # the best mixed bits are the highest ones
         return (mixed >> np.uint64(65 - len(self.slots).bit_length())).astype(np.int64)
 
     def _same(self, number, first, second):
         return (number >= 0) & (self.keys[0][number] == first) & (self.keys[1][number] == second)
 
-    def find(self, first, second, insert=False):
-        """(n,) int64 numbers of n keys; -1 for an unknown one, or a new number if `insert`."""
-        slot = self._slot(first, second)
-        number = self.slots[slot].astype(np.int64)
-        todo = np.flatnonzero(~self._same(number, first, second))
-        if insert and todo.size and self.size + todo.size > self.keys.shape[1]:
-            self._grow(self.size + todo.size)
-            slot = self._slot(first, second)
-        slot = slot[todo]
-        first, second = first[todo], second[todo]
-        while todo.size:
-            here = self.slots[slot]
-            if insert:
-                self._claim(slot[here < 0], first[here < 0], second[here < 0])
-                here = self.slots[slot]
-            found = self._same(here, first, second)
-            number[todo[found]] = here[found]
-            if not insert:
-                number[todo[here < 0]] = -1
-            rest = ~found & (here >= 0)
-            todo, first, second = todo[rest], first[rest], second[rest]
-            slot = (slot[rest] + 1) & (len(self.slots) - 1)
-        return number
-
     def _claim(self, slot, first, second):
-        """Several keys may want one empty slot: all write, the last one stays and gets a number."""
-        turn = np.arange(len(slot), dtype=np.int32)
-        self.slots[slot] = turn
-        won = self.slots[slot] == turn
-        slot, end = slot[won], self.size + int(won.sum())
-        self.slots[slot] = np.arange(self.size, end)
+        """Give the empty slots to new keys. Many may want one: all write, the last one stays."""
+        free = np.flatnonzero(self.slots[slot] < 0)
+        self.slots[slot[free]] = free
+        won = free[self.slots[slot[free]] == free]
+        end = self.size + len(won)
+        self.slots[slot[won]] = np.arange(self.size, end)
         self.keys[:, self.size : end] = first[won], second[won]
         self.size = end
 
     def _grow(self, needed):
+        size, keys = self.size, self.keys
         capacity = 1 << int(needed - 1).bit_length()
-        keys = np.zeros((2, capacity), np.uint64)
-        keys[:, : self.size] = self.keys[:, : self.size]
-        self.keys, self.slots = keys, np.full(4 * capacity, -1, np.int32)
-        slot, number = self._slot(*keys[:, : self.size]), np.arange(self.size, dtype=np.int32)
+        self.keys = np.zeros((2, capacity), np.uint64)
+        self.slots = np.full(4 * capacity, -1, np.int32)
+        self.keys[:, :size] = keys[:, :size]
+        number, slot = np.arange(size, dtype=np.int32), self._slot(*keys[:, :size])
         while number.size:
             free = self.slots[slot] < 0
             self.slots[slot[free]] = number[free]
             lost = self.slots[slot] != number
-            slot, number = (slot[lost] + 1) & (len(self.slots) - 1), number[lost]
-
-
-LONG = np.uint64(255) << np.uint64(56)  # marks the key of a word of more than 15 bytes
+            number, slot = number[lost], (slot[lost] + 1) & (len(self.slots) - 1)
 
 
 class WordTable:
-    """Numbers distinct words. Up to 15 bytes and the length make exactly two 64-bit integers; a
-    longer word is numbered by a dict first."""
+    """Numbers distinct words 0, 1, 2, ... and keeps their bytes.
+
+    A word of up to 15 bytes and its length are exactly two 64-bit integers, the key of a KeyTable;
+    a longer word is numbered by a dict first, and that number is its key.
+    """
 
     def __init__(self):
         self.table, self.long = KeyTable(), {}
-        lengths = np.arange(16)
-        byte = np.arange(16)[None, :] < lengths[:, None]  # (length, byte) which bytes count
-        masks = (byte * np.uint8(255)).view(np.uint64)
-        self.low, self.high = masks[:, 0].copy(), masks[:, 1].copy()
-        self.tag = lengths.astype(np.uint64) << np.uint64(56)
+        self.data, self.lengths = [], []
+        byte = np.arange(16) < np.arange(16)[:, None]  # (length, byte): which bytes count
+        self.low, self.high = (byte * np.uint8(255)).view("<u8").T.copy()
 
     def __len__(self):
         return self.table.size
 
-    def add(self, data, starts, ends):
-        """Numbers (n,) int64 of the words data[starts[i]:ends[i]] of a bytes object."""
-        padded = np.frombuffer(data + bytes(16), np.uint8)
-        eight = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,)).copy()  # at every byte
-        lengths = ends - starts
+    def add(self, data, starts, lengths):
+        """(n,) int64 numbers of the words at `starts` of the bytes `data`."""
+        raw = np.frombuffer(data + bytes(16), np.uint8)
+        eight = np.ndarray(len(raw) - 7, "<u8", raw, strides=(1,)).copy()  # read at every byte
         short = np.minimum(lengths, 15)
         first = eight[starts] & self.low[short]
-        second = eight[starts + 8] & self.high[short] | self.tag[short]
-        for i in np.flatnonzero(lengths > 15):
-            word = data[starts[i] : ends[i]]
+        second = eight[starts + 8] & self.high[short] | short.astype(np.uint64) << np.uint64(56)
+        for i in np.flatnonzero(lengths > 15).tolist():
+            word = data[starts[i] : starts[i] + lengths[i]]
             first[i], second[i] = self.long.setdefault(word, len(self.long)), LONG
-        return self.table.find(first, second, insert=True)
+        known = len(self)
+        number = self.table.find(first, second, insert=True)
+        new = np.flatnonzero(number >= known)[::-1]
+        where = np.empty(len(self) - known, np.int64)
+        where[number[new] - known] = new  # backwards, so the first occurrence stays
+        self.data.append(raw[ranges(starts[where], lengths[where])])
+        self.lengths.append(lengths[where])
+        return number
 
-    def words(self, begin=0):
-        """The bytes of the words numbered from `begin`, as (data, starts, ends)."""
-        first, second = self.table.keys[:, begin : len(self)]
-        long_words = list(self.long) if (second == LONG).any() else []
-        keys = np.stack([first, second], 1)  # (n, 2)
-        lengths = (second >> np.uint64(56)).astype(np.int64)
-        raw = keys.view(np.uint8).reshape(-1, 16)  # (n, 16) bytes of the word, then its length
-        is_long = np.flatnonzero(second == LONG)
-        lengths[is_long] = 0
-        data = raw[np.arange(16)[None, :] < lengths[:, None]].tobytes()
-        tail = [long_words[first[i]] for i in is_long]
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        if tail:
-            sizes = np.fromiter(map(len, tail), np.int64)
-            ends[is_long] = len(data) + np.cumsum(sizes)
-            starts[is_long] = ends[is_long] - sizes
-        return data + b"".join(tail), starts, ends
+    def take_new(self):
+        """The words added since the last call: (data (bytes,) uint8, lengths (n,) int64)."""
+        data, lengths = np.concatenate(self.data), np.concatenate(self.lengths)
+        self.data, self.lengths = [], []
+        return data, lengths
 
 
-def find_words(text, spans, pattern, special_count):
-    """Cut text into words. -> (data, starts, ends, specials)
+LONG = np.uint64(255) << np.uint64(56)  # second half of the key of a word of more than 15 bytes
 
-    spans: [(begin, end, number)] in characters, the special tokens. specials: (indices of words
-    that are special tokens, their numbers).
+
+def ranges(starts, lengths):
+    """Places starts[0], starts[0] + 1, ..., starts[1], ...: `lengths` of them from each start.
+
+    >>> ranges(np.array([5, 9]), np.array([2, 3]))
+    array([ 5,  6,  9, 10, 11])
     """
-    try:
-        data = text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text has a lone surrogate (half a character) at position "
-                         f"{error.start}: it is not valid Unicode") from None
-    raw = np.frombuffer(data, np.uint8)
-    inside = (raw & 0xC0) == 0x80
-    edges = np.array([span[:2] for span in spans], np.int64).reshape(-1, 2)  # (specials, 2)
-    if not text.isascii():
-        edges = np.append(np.flatnonzero(~inside), len(raw))[edges]
-    if pattern == GPT2_PATTERN:
-        kind = np.full(len(raw) + 2, EDGE, np.uint8)
-        kind[1:-1] = classify(text, raw)
-        for begin, end in edges:
-            kind[begin + 1 : end + 1] = EDGE
-        start = gpt2_starts(raw, kind, inside)
-    else:
-        start = np.zeros(len(raw), bool)
-        begin = 0
-        for (left, right, _), (first, last) in zip([*spans, (len(text), 0, 0)],
-                                                   [*edges, (len(raw), 0)]):
-            piece = slice(len(text[:begin].encode()) if begin else 0, first)
-            start[piece] = regex_starts(text[begin:left], pattern, inside[piece])
-            begin = right
-    for begin, end in edges:
-        start[begin:end] = False
-        start[begin] = True
-        start[end : end + 1] = True
-    starts = np.flatnonzero(start)
-    ends = np.append(starts[1:], len(raw))
-    numbers = np.array([span[2] for span in spans], np.int64)
-    return data, starts, ends, (np.searchsorted(starts, edges[:, 0]), numbers)
+    ends = np.cumsum(lengths)
+    return np.repeat(starts + lengths - ends, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
-# ---- Files --------------------------------------------------------------------------------------
+# ---- Merging a pair everywhere at once ----------------------------------------------------------
+
+
+class Tape:
+    """Many words in one array of ids, a boundary of -1 around each.
+
+    A token of n bytes covers n places and writes its id on the first and on the last of them. So
+    the token left of a place is read at place - 1, the next token starts n further on, and nothing
+    ever has to move.
+    """
+
+    def __init__(self, ids, lengths, sizes, counts=None):
+        """ids: (bytes,) of the words in a row. lengths, counts: (words,). sizes: (V,) bytes of
+        each token, shared with the caller, who makes the tokens."""
+        place = np.arange(1, len(ids) + 1) + np.repeat(np.arange(len(lengths)), lengths)
+        self.ids = np.full(len(ids) + len(lengths) + 1, -1)
+        self.ids[place] = ids
+        self.is_start = self.ids >= 0
+        self.sizes = sizes
+        self.weight = np.ones(len(self.ids), np.int64)  # how often the word of a place occurs
+        if counts is not None:
+            self.weight[place] = np.repeat(counts, lengths)
+
+    def pairs(self):
+        """All pairs of neighbours: (keys left << 32 | right, places)."""
+        at = np.flatnonzero(self.is_start)
+        left = self.ids[at]
+        right = self.ids[at + self.sizes[left]]
+        return (left << 32 | right)[right >= 0], at[right >= 0]
+
+    def places(self, left, right, at):
+        """Those of the places `at` where the pair still stands."""
+        return at[(self.ids[at] == left) & (self.ids[at + self.sizes[left]] == right)]
+
+    def merge(self, left, right, at, new):
+        """Merge a pair. -> keys and places of the pairs the new token makes, as from `pairs`."""
+        if left == right:
+            at = every_other(np.sort(at), self.sizes[left])
+        middle, end = at + self.sizes[left], at + self.sizes[new]
+        self.is_start[middle] = False
+        self.ids[middle] = -2  # inside a token now, if it is not overwritten here:
+        self.ids[at] = self.ids[end - 1] = new
+        before, after = self.ids[at - 1], self.ids[end]
+        after[after == new] = -1  # counted as this one's `before`
+        keys = np.concatenate((before << 32 | new, after + (new << 32)))
+        keys[len(at):][after < 0] = -1
+        return keys, np.concatenate((at - self.sizes[before], at))
+
+
+def every_other(at, size):
+    """Of the overlapping places in "aaaa" keep the first, third, ...: merges go left to right."""
+    index = np.arange(len(at))
+    row = np.maximum.accumulate(np.where(np.diff(at, prepend=-size - 1) == size, 0, index))
+    return at[(index - row) % 2 == 0]
+
+
+def group(keys, at, weights):
+    """Places by key: (keys, their places in order of keys, first place of each, sum of weights)."""
+    order = keys.argsort()
+    keys, at = keys[order], at[order]
+    first = np.concatenate(([0], (keys[1:] != keys[:-1]).nonzero()[0] + 1))
+    return keys[first], at, first, np.add.reduceat(weights[order], first)
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+
+def learn_merges(data, lengths, counts, number):
+    """The `number` most frequent merges of words that occur `counts` times, as pairs of bytes.
+
+    A heap holds the frequent pairs. Counts only ever fall: all pairs with a new token appear when
+    the token does, later merges can but take some away. So a heap entry is an upper bound; recount
+    when it comes up, and put it back if it was too high. Pairs rarer than `floor` are left out
+    until no others remain: most never come up.
+    """
+    tokens = [bytes([byte]) for byte in range(256)]
+    # A heap pops the smallest, ties go to the greatest bytes: turn byte b into character 255 - b,
+    # and end with one greater than all to have "ab" before "a".
+    reverse = [chr(255 - byte) + chr(256) for byte in range(256)]
+    sizes = np.ones(256 + number + 2, np.int64)
+    tape, merges, heap, floor = Tape(data, lengths, sizes, counts), [], [], 1 << 62
+
+    def push(keys, at):
+        keys, at, first, count = group(keys, at, tape.weight[at])
+        ends = np.append(first[1:], len(at))
+        often = (count >= floor).nonzero()[0]
+        for key, n, begin, end in zip(keys[often].tolist(), count[often].tolist(),
+                                      first[often].tolist(), ends[often].tolist()):
+            if key >= 0:
+                where[key] = at[begin:end]
+                heapq.heappush(heap, (-n, reverse[key >> 32], reverse[key & 0xFFFFFFFF], key))
+
+    while len(merges) < number:
+        if not heap:
+            keys, at = tape.pairs()
+            if floor == 1 or not len(keys):
+                break
+            where, most = {}, int(group(keys, at, tape.weight[at])[3].max())
+            floor = max(1, min(floor, most) // 6)
+            push(keys, at)
+            continue
+        bound, *tie, key = heapq.heappop(heap)
+        left, right, new = key >> 32, key & 0xFFFFFFFF, len(tokens)
+        at = tape.places(left, right, where.pop(key))
+        count = int(tape.weight[at].sum())
+        if count < -bound:
+            if count >= floor:
+                where[key] = at
+                heapq.heappush(heap, (-count, *tie, key))
+            continue
+        merges.append((tokens[left], tokens[right]))
+        tokens.append(tokens[left] + tokens[right])
+        reverse.append(reverse[left][:-1] + reverse[right])
+        sizes[new] = len(tokens[new])
+        push(*tape.merge(left, right, at, new))
+    return merges
+
+
+def count_words(batch, pattern):
+    """Distinct words of a batch of chunks: (data (bytes,) uint8, lengths (n,), counts (n,))."""
+    table, counts = WordTable(), np.zeros(0, np.int64)
+    for parts in batch:
+        data, starts, lengths, special = find_words(parts, pattern)
+        number = table.add(data, starts[~special], lengths[~special])
+        new = np.bincount(number, minlength=len(table))
+        new[: len(counts)] += counts
+        counts = new
+    return *table.take_new(), counts
+
+
+def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN,
+              num_processes=None):
+    """Learn a vocabulary: -> ({id: bytes}, [(bytes, bytes)] merges in the order learned).
+
+    input_path: what `list_files` takes, or an iterable of texts (a list of strings is taken as
+    texts if the first is no file). Merges the most frequent pair, of equals the one with the
+    greatest byte strings, until there are `vocab_size` tokens or no pairs. ValueError if vocab_size
+    has no room for the bytes and special tokens.
+    """
+    special_tokens = list(dict.fromkeys(special_tokens))
+    if vocab_size < 256 + len(special_tokens):
+        raise ValueError(f"--vocab-size {vocab_size}: must be at least {256 + len(special_tokens)}"
+                         f", for 256 bytes and {len(special_tokens)} special tokens")
+    table, counts = WordTable(), np.zeros(0, np.int64)
+    stream = split_documents(read_input(input_path), dict.fromkeys(special_tokens, 0), pattern, 0)
+    for data, lengths, count in parallel_map(partial(count_words, pattern=pattern),
+                                             batches(stream), num_processes):
+        number = table.add(data.tobytes(), np.cumsum(lengths) - lengths, lengths)
+        counts = np.append(counts, np.zeros(len(table) - len(counts), np.int64))
+        counts[number] += count
+    if not len(table):
+        return build_vocab(special_tokens, []), []
+    merges = learn_merges(*table.take_new(), counts, vocab_size - 256 - len(special_tokens))
+    return build_vocab(special_tokens, merges), merges
+
+
+def parallel_map(function, items, processes):
+    """Yield function(item) in order, at most two items a process ahead, so memory stays bounded."""
+    items = iter(items)
+    processes = processes or len(os.sched_getaffinity(0))
+    head = list(islice(items, 2))
+    if processes == 1 or len(head) < 2:  # not worth a process
+        yield from map(function, head)
+        yield from map(function, items)
+        return
+    with multiprocessing.Pool(processes) as pool:
+        waiting = collections.deque(pool.apply_async(function, (item,)) for item in head)
+        for item in items:
+            waiting.append(pool.apply_async(function, (item,)))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+
+
+# ---- Text in ------------------------------------------------------------------------------------
+
+CHUNK = 1 << 18  # characters handled by one round of array operations: they fit in the L2 cache
+CUT = regex.compile(r"(?<=\S) ")  # all named patterns start a word here, whatever is around
+LAST_CUT = regex.compile(r"(?r)(?<=\S) ")  # the same, searched from the end
 
 
 def list_files(spec):
@@ -407,303 +565,155 @@ def list_files(spec):
     found = [spec] if os.path.isfile(spec) else globbing.glob(pattern, recursive=True)
     found = sorted(path for path in found if os.path.isfile(path))
     if not found:
-        raise ValueError(f"{spec}: no such file, directory or glob pattern with files in it")
+        raise ValueError(f"{spec}: no file, directory or glob pattern with files in it")
     return found
 
 
 def read_pieces(path):
-    """Yield (text, ends a document): a file in pieces of about a million characters.
+    """Yield a file in pieces of about a million characters, and None where a document ends.
 
-    Invalid UTF-8 is replaced by U+FFFD, line ends stay as they are.
+    Invalid UTF-8 is replaced by U+FFFD and counted, line ends stay as they are.
     """
-    opener = gzip.open if str(path).endswith(".gz") else open
+    opener = gzip.open if path.endswith(".gz") else open
+    broken, rest = 0, ""
     with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
-        if str(path).removesuffix(".gz").endswith(".jsonl"):
+        if path.removesuffix(".gz").endswith(".jsonl"):
             yield from read_jsonl(path, file)
             return
-        rest = ""
         while block := file.read(1 << 20):
             if "\0" in block:
-                raise ValueError(f"{path}: has a NUL byte, so it is no text file; "
-                                 "leave it out of the data")
+                raise ValueError(f"{path}: has a NUL byte, so it is no text; leave it out")
+            broken += block.count("\ufffd")
             *documents, rest = (rest + block).split(EOT)
-            yield from ((document, True) for document in documents)
-            keep = rest.rfind("<", len(rest) - len(EOT))  # EOT may lie across two blocks
-            if keep < 0:
-                keep = len(rest)
-            yield rest[:keep], False
+            for document in documents:
+                yield from (document, None)
+            keep = max(0, len(rest) - len(EOT))  # EOT may lie across two blocks
+            yield rest[:keep]
             rest = rest[keep:]
-        yield rest, True
+        yield from (rest, None)
+    if broken:
+        print(f"{path}: {broken} invalid characters read as U+FFFD", file=sys.stderr)
 
 
 def read_jsonl(path, lines):
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield json.loads(line)["text"], True
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path}:{number}: not a JSON object with a "text"') from None
+    """Yield the "text" of every line, and None behind it; count the lines without."""
+    bad = 0
+    for line in lines:
+        try:
+            yield from (json.loads(line)["text"] + "", None)
+        except (ValueError, KeyError, TypeError):
+            bad += bool(line.strip())
+    if bad:
+        print(f'{path}: skipped {bad} lines without a "text"', file=sys.stderr)
 
 
 def read_documents(files):
     """Yield the documents of the files: split at <|endoftext|>, one a line of .jsonl."""
+    parts = []
     for path in list_files(files):
-        parts = []
-        for text, last in read_pieces(path):
-            parts.append(text)
-            if last:
-                document = "".join(parts)
-                parts = []
-                if document:
-                    yield document
+        for text in read_pieces(path):
+            if text is not None:
+                parts.append(text)
+                continue
+            if document := "".join(parts):
+                yield document
+            parts = []
 
 
-# ---- Training -----------------------------------------------------------------------------------
+def read_input(source):
+    """Pieces as of `read_pieces`, of files or of an iterable of texts."""
+    paths = isinstance(source, (str, os.PathLike))
+    if not paths and isinstance(source, (list, tuple)) and source:
+        paths = isinstance(source[0], os.PathLike) or os.path.exists(source[0][:4096])
+    if not paths:
+        return (piece for text in source for piece in (text, None))
+    return (piece for path in list_files(source) for piece in read_pieces(path))
 
 
-def count_words(texts, special_tokens, pattern):
-    """Distinct words of the texts and how often each occurs: (WordTable, (n,) int64)."""
-    table, counts = WordTable(), np.zeros(0, np.int64)
+def split_text(texts, special_ids, pattern):
+    """Cut joined texts at special tokens and, for length, where a word surely starts.
+
+    Yields (part, id of the special token or None). Texts may end anywhere, within a special token
+    too: what could still change is held back.
+    """
+    longest = max(map(len, special_ids), default=1)
+    size = CHUNK if pattern in PATTERNS.values() else 1 << 62  # unknown patterns: no cut is sure
+    splitter = special_pattern(special_ids) if special_ids else None
+    rest, limit = "", size
     for text in texts:
-        for part in cut_text(text, special_tokens):
-            spans = special_spans(part, special_tokens)
-            data, starts, ends, (where, _) = find_words(part, spans, pattern, len(special_tokens))
-            keep = np.ones(len(starts), bool)
-            keep[where] = False
-            number = table.add(data, starts[keep], ends[keep])
-            new = np.bincount(number, minlength=len(table))
-            new[: len(counts)] += counts
-            counts = new
-    return table, counts
-
-
-def special_spans(text, special_tokens):
-    """[(begin, end, index)] of the special tokens in a text, in characters."""
-    if not special_tokens:
-        return []
-    index = {token: i for i, token in enumerate(special_tokens)}
-    return [(*match.span(), index[match.group()])
-            for match in special_pattern(special_tokens).finditer(text)]
-
-
-def cut_pattern(special_tokens):
-    """Where a text may be cut without changing its words: before a blank behind a non-blank.
-
-    All named patterns start a word there whatever comes before or after. A special token may
-    itself hold a blank: the look-behind then forbids the cuts inside it.
-    """
-    heads = {token[:i] for token in special_tokens for i, c in enumerate(token) if c == " "}
-    inside = f"(?<!{'|'.join(map(regex.escape, heads))})" if heads else ""
-    return regex.compile(rf"(?<=\S){inside} ")
-
-
-def cut_text(text, special_tokens, size=1 << 18):
-    """Cut a text into parts of about `size` characters whose words are those of the whole."""
-    pattern = cut_pattern(special_tokens)
-    begin = 0
-    while begin < len(text):
-        cut = pattern.search(text, begin + size)
-        end = cut.start() if cut else len(text)
-        yield text[begin:end]
-        begin = end
-
-
-def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN,
-              num_processes=None):
-    """Learn a vocabulary: -> ({id: bytes}, [(bytes, bytes)] merges in the order learned).
-
-    input_path: what `list_files` takes, or an iterator of texts.
-    """
-    special_tokens = list(special_tokens)
-    if vocab_size < 256 + len(special_tokens):
-        raise ValueError(f"--vocab-size {vocab_size}: must be at least {256 + len(special_tokens)}"
-                         f" (256 bytes and {len(special_tokens)} special tokens)")
-    if isinstance(input_path, (str, os.PathLike)) or (
-            isinstance(input_path, (list, tuple)) and all(os.path.exists(p) for p in input_path)):
-        input_path = read_documents(list_files(input_path))
-    table, counts = count_words(input_path, special_tokens, pattern)
-    merges = learn_merges(table, counts, vocab_size - 256 - len(special_tokens))
-    return build_vocab(special_tokens, merges), merges
-
-
-def learn_merges(table, counts, number):
-    """The `number` most frequent merges, one after the other.
-
-    All distinct words lie in one array, a boundary (-1) between them. A token of n bytes always
-    covers n places, and writes its id on the first and the last of them. So the token left of a
-    place is found at place - 1, the next one n further on, and nothing ever moves.
-    """
-    data, starts, ends = table.words()
-    raw = np.frombuffer(data, np.uint8)
-    length = ends - starts
-    order = np.argsort(starts)
-    ids = np.full(len(raw) + len(starts) + 1, -1, np.int32)
-    place = np.arange(len(raw)) + 1 + np.repeat(np.arange(len(order)), length[order])
-    ids[place] = raw
-    weight = np.zeros(len(ids), np.int64)
-    weight[place] = np.repeat(counts[order], length[order])
-    is_start = ids >= 0
-
-    tokens = [bytes([byte]) for byte in range(256)]
-    # Ties go to the greatest byte strings, a heap pops the smallest: so turn every byte b into the
-    # character 255 - b, and end with one that is greater than all, to put "ab" before "a".
-    reverse = ["".join(chr(255 - b) for b in token) + chr(256) for token in tokens]
-    sizes = np.ones(256 + number, np.int64)
-    merges, heap, floor = [], [], None
-    while len(merges) < number:
-        if not heap:  # pairs rarer than `floor` were left out: look for them now
-            if floor == 1:
-                break
-            heap, where, floor = index_pairs(ids, weight, is_start, sizes, reverse, floor)
+        rest += text
+        if len(rest) < limit + longest:
             continue
-        entry = heapq.heappop(heap)
-        pair = entry[3]
-        left, right = pair
-        at = where.pop(pair)
-        at = at[(ids[at] == left) & (ids[at + sizes[left]] == right)]
-        count = int(weight[at].sum())
-        if count < -entry[0]:  # other merges took some of its places: it has to queue again
-            if count >= floor:
-                where[pair] = at
-                heapq.heappush(heap, (-count, *entry[1:]))
+        *parts, tail = splitter.split(rest) if splitter else [rest]
+        cut = LAST_CUT.search(tail, 0, max(0, len(tail) - longest))
+        if not cut:
+            limit = 2 * len(rest)
             continue
-        new = len(tokens)
-        tokens.append(tokens[left] + tokens[right])
-        reverse.append(reverse[left][:-1] + reverse[right])
-        sizes[new] = len(tokens[new])
-        merges.append((tokens[left], tokens[right]))
-        if left == right:
-            at = every_other(np.sort(at), sizes[left])
-        middle = at + sizes[left]
-        is_start[middle] = False
-        last = at + sizes[new] - 1
-        ids[middle - 1] = -2
-        ids[middle] = -2
-        ids[at] = new
-        ids[last] = new
-        before, after = ids[at - 1], ids[last + 1]
-        some = before >= 0
-        add_pairs(heap, where, before[some], at[some] - sizes[before[some]], weight[at[some]],
-                  floor, reverse, lambda token, new=new: (token, new))
-        some = (after >= 0) & (after != new)
-        add_pairs(heap, where, after[some], at[some], weight[at[some]],
-                  floor, reverse, lambda token, new=new: (new, token))
-    return merges
+        yield from split_parts([*parts, tail[: cut.start()]], special_ids, size)
+        rest, limit = tail[cut.start() :], size
+    yield from split_parts(splitter.split(rest) if splitter else [rest], special_ids, size)
 
 
-def every_other(at, size):
-    """Of places in a row ("aaa" holds two overlapping pairs) keep the first, third, ..."""
-    follows = np.append(False, np.diff(at) == size)
-    index = np.arange(len(at))
-    first = np.maximum.accumulate(np.where(follows, 0, index))
-    return at[(index - first) % 2 == 0]
+def split_parts(parts, special_ids, size):
+    """parts: text, special token, text, special token, ..., text."""
+    for i, part in enumerate(parts):
+        begin = 0
+        while i % 2 == 0 and len(part) - begin > size and (cut := CUT.search(part, begin + size)):
+            yield part[begin : cut.start()], None
+            begin = cut.start()
+        if begin < len(part):
+            yield part[begin:], special_ids[part] if i % 2 else None
 
 
-def add_pairs(heap, where, tokens, places, weights, floor, reverse, make_pair):
-    """Queue the pairs a new token makes with each kind of neighbour."""
-    order = np.argsort(tokens, kind="stable")
-    tokens = tokens[order]
-    first = np.flatnonzero(np.append(True, tokens[1:] != tokens[:-1])[: len(tokens)])
-    if not first.size:
-        return
-    counts = np.add.reduceat(weights[order], first)
-    ends = np.append(first[1:], len(tokens))
-    places = places[order]
-    for i in np.flatnonzero(counts >= floor).tolist():
-        pair = make_pair(int(tokens[first[i]]))
-        where[pair] = places[first[i] : ends[i]]
-        heapq.heappush(heap, (-int(counts[i]), reverse[pair[0]], reverse[pair[1]], pair))
+def split_documents(pieces, special_ids, pattern, separator_id):
+    """`split_text` of every document of `read_pieces`, and (EOT, separator_id) behind it."""
+    pieces = iter(pieces)
+    for first in pieces:
+        if first:
+            document = chain([first], iter(partial(next, pieces), None))
+            yield from split_text(document, special_ids, pattern)
+            yield EOT, separator_id
 
 
-def index_pairs(ids, weight, is_start, sizes, reverse, floor):
-    """Find the places of all pairs that are frequent enough. -> (heap, where, floor)"""
-    at = np.flatnonzero(is_start)
-    right = ids[at + sizes[ids[at]]]
-    at = at[right >= 0]
-    key = ids[at].astype(np.int64) << 32 | right[right >= 0]
-    order = np.argsort(key, kind="stable")
-    key, at = key[order], at[order]
-    first = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
-    if not first.size:
-        return [], {}, 1
-    counts = np.add.reduceat(weight[at], first)
-    ends = np.append(first[1:], len(key))
-    floor = max(1, int(min(counts.max(), floor or counts.max())) // 16)
-    heap, where = [], {}
-    for i in np.flatnonzero(counts >= floor).tolist():
-        pair = (int(key[first[i]]) >> 32, int(key[first[i]]) & 0xFFFFFFFF)
-        where[pair] = at[first[i] : ends[i]]
-        heap.append((-int(counts[i]), reverse[pair[0]], reverse[pair[1]], pair))
-    heapq.heapify(heap)
-    return heap, where, floor
+def batches(parts, chunks=64):
+    """Lists of up to `chunks` chunks, lists of parts that hold about CHUNK characters."""
+    batch, chunk, size = [], [], 0
+    for part in parts:
+        chunk.append(part)
+        size += len(part[0])
+        if size >= CHUNK:
+            batch.append(chunk)
+            chunk, size = [], 0
+            if len(batch) == chunks:
+                yield batch
+                batch = []
+    if chunk:
+        batch.append(chunk)
+    if batch:
+        yield batch
 
 
-# ---- BPE of many words at once ------------------------------------------------------------------
-
-
-class MergeTable:
-    """The merges as a table from a pair of ids to its rank, for whole arrays."""
-
-    def __init__(self, left, right, merged):
-        """left, right, merged: (merges,) ids, in order of rank."""
-        self.merged = np.asarray(merged, np.int32)
-        self.table = KeyTable()
-        number = self.table.find(np.asarray(left, np.uint64), np.asarray(right, np.uint64), True)
-        self.rank = np.full(self.table.size + 1, 1 << 24, np.int32)  # the last: no such pair
-        np.minimum.at(self.rank, number, np.arange(len(self.merged), dtype=np.int32))
-
-    def ranks(self, left, right):
-        """int32 rank of each pair, 2**24 where there is no merge (a boundary is -1)."""
-        number = self.table.find(left.ravel().astype(np.uint64), right.ravel().astype(np.uint64))
-        return self.rank[number].reshape(left.shape)
-
-    def merge_rounds(self, ids):
-        """BPE of W words of at most L <= 64 bytes. ids: (L, W) int32, -1 behind the end of a word.
-
-        In each round every word merges its leftmost pair of lowest rank. rank * 64 + position in
-        one integer lets one minimum find both.
-        """
-        out = np.full_like(ids, -1)
-        column = np.arange(ids.shape[1])
-        row = np.arange(ids.shape[0], dtype=np.int32)[:, None]
-        key = self.ranks(ids[:-1], ids[1:]) * 64 + row[:-1]
-        none = 1 << 30
-        key = np.concatenate([key, np.full_like(key[:1], none)])
-        while True:
-            best = key.min(0)
-            alive = best < (1 << 29)
-            if not alive.all():
-                out[:, column[~alive]] = ids[:, ~alive]
-                ids, key, best = ids[:, alive], key[:, alive], best[alive]
-                column = column[alive]
-            if not column.size:
-                return out
-            at, new = best & 63, self.merged[best >> 6]
-            word = np.arange(len(at))
-            ids = np.where(row > at, shift_up(ids, -1), ids)
-            ids[at, word] = new
-            key = np.where(row > at, shift_up(key, none) - 1, key)
-            after = ids[at + 1, word]
-            key[at, word] = self.ranks(new, after) * 64 + at
-            left = np.flatnonzero(at > 0)
-            key[at[left] - 1, left] = (self.ranks(ids[at[left] - 1, left], new[left]) * 64
-                                       + at[left] - 1)
-
-
-def shift_up(rows, fill):
-    """Rows 1, 2, ... of a matrix, and a last one of `fill`."""
-    return np.concatenate([rows[1:], np.full_like(rows[:1], fill)])
+def write_header(file, dtype, length):
+    """The first 128 bytes of a .npy file of one dimension."""
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)})
 
 
 # ---- The tokenizer ------------------------------------------------------------------------------
 
 
+NO_MERGE = 1 << 24  # the rank of a pair that is never merged
+MAX_WORDS = 1 << 19  # distinct words remembered
+SHORT = 1000  # characters up to which array operations do not pay
+
+
 class Tokenizer:
     """Text to ids and back.
 
-    vocab: {id: bytes}. merges: [(bytes, bytes)] by rank. special_tokens: texts, or {text: id}; one
-    that is not in the vocabulary gets the next free id. pattern: a name of PATTERNS or a regular
-    expression.
+    vocab: {id: bytes}. merges: [(bytes, bytes)], first learned first. special_tokens: texts, or
+    {text: id}; one that the vocabulary lacks gets the next free id. pattern: a name in PATTERNS or
+    a regular expression. normalizer: None or "NFC" (Qwen). ignore_merges: a word that is a token is
+    that token, whatever the merges make of it (Llama 3, tiktoken).
     """
 
     def __init__(self, vocab, merges, special_tokens=None, pattern=GPT2_PATTERN, *,
@@ -711,161 +721,239 @@ class Tokenizer:
         self.vocab, self.merges = dict(vocab), list(merges)
         self.pattern = PATTERNS.get(pattern, pattern)
         self.normalizer, self.ignore_merges = normalizer, ignore_merges
-        named = special_tokens if isinstance(special_tokens, dict) else {}
-        by_text = {token: i for i, token in self.vocab.items()}
-        self.special_tokens = {}
-        for token in special_tokens or ():
-            i = named.get(token, by_text.get(token.encode(), max(self.vocab, default=-1) + 1))
-            self.vocab[i] = token.encode()
-            self.special_tokens[token] = i
-        special_ids = set(self.special_tokens.values())
-        self.token_ids = {t: i for i, t in self.vocab.items() if i not in special_ids}
-        missing = [byte for byte in range(256) if bytes([byte]) not in self.token_ids]
-        if missing:
-            raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes: this is not "
-                             "a byte-level BPE tokenizer")
-        try:
-            self._merge_ids = [(self.token_ids[a], self.token_ids[b], self.token_ids[a + b])
-                               for a, b in self.merges]
-        except KeyError as error:
-            raise ValueError(f"the merges need {error.args[0]!r}, which the vocabulary lacks"
-                             ) from None
+        self.special_tokens = self._number_special(special_tokens or ())
+        special = set(self.special_tokens.values())
+        self.token_ids = {token: i for i, token in self.vocab.items() if i not in special}
+        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.vocab_size = max(self.vocab) + 1
         self.eot_id = self.special_tokens.get(EOT)
         self.dtype = np.uint16 if self.vocab_size <= 65536 else np.uint32
-        self._table = MergeTable(*np.array(self._merge_ids, np.int64).reshape(-1, 3).T)
-        self._byte_ids = np.array([self.token_ids[bytes([b])] for b in range(256)], np.int32)
-        self._bytes = [self.vocab.get(i) for i in range(self.vocab_size)]
+        try:
+            self._byte_ids = np.array([self.token_ids[bytes([b])] for b in range(256)], np.int32)
+            merged = np.array([(self.token_ids[left], self.token_ids[right],
+                                self.token_ids[left + right]) for left, right in self.ranks])
+        except KeyError as error:
+            raise ValueError(f"the vocabulary lacks {error.args[0]}, which byte-level BPE with "
+                             "these merges needs") from None
+        self._index_merges(merged.reshape(-1, 3).T)
         self._reset_cache()
 
-    def _reset_cache(self):
-        """Words seen so far: word n has the ids pool[offset[n] : offset[n] + count[n]]."""
-        self._words = WordTable()
-        self._offset = np.zeros(0, np.int64)
-        self._count = np.zeros(0, np.int64)
-        self._pool = np.zeros(0, self.dtype)
+    def _number_special(self, special_tokens):
+        known = {token: i for i, token in self.vocab.items()}
+        numbers = {}
+        for token in special_tokens:
+            i = special_tokens[token] if isinstance(special_tokens, dict) else known.get(
+                token.encode(), max(self.vocab, default=-1) + 1)
+            numbers[token], self.vocab[i] = i, token.encode()
+        return numbers
 
     def normalize(self, text):
         return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
 
+    # -- BPE of all words that are new in a batch
+
+    def _index_merges(self, merged):
+        """merged: (3, merges) ids of left, right and joined token, by rank."""
+        self._left, self._right, self._joined = merged.astype(np.int64)
+        self._pairs = KeyTable()
+        number = self._pairs.find(*merged[:2].astype(np.uint64), insert=True)
+        self._rank = np.full(len(self._left) + 1, NO_MERGE, np.int32)  # the last one is for -1
+        self._rank[number] = np.arange(len(number))
+        self._sizes = np.ones(self.vocab_size + 2, np.int64)  # bytes; 1 for the marks -1 and -2
+        for i, token in self.vocab.items():
+            self._sizes[i] = len(token)
+
+    def _ranks(self, left, right):
+        """int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (a -1 is in none)."""
+        keys = left.ravel().astype(np.uint64), right.ravel().astype(np.uint64)
+        return self._rank[self._pairs.find(*keys)].reshape(left.shape)
+
+    def _reset_cache(self):
+        """Word n has the ids pool[offset[n] : offset[n] + count[n]]."""
+        self._words = WordTable()
+        self._offset, self._count = np.zeros((2, 0), np.int64)
+        self._pool = np.zeros(0, self.dtype)
+        self._short = {}  # str -> list of ids, for short texts
+
+    def _learn_words(self):
+        """Put the ids of words that are new in the word table into the pool."""
+        data, lengths = self._words.take_new()
+        if not len(lengths):
+            return
+        offset, count = np.zeros((2, len(lengths)), np.int64)
+        starts, pools, size = np.cumsum(lengths) - lengths, [self._pool], len(self._pool)
+        for low, high in ((0, 8), (8, 16), (16, 32), (32, 64), (64, len(data))):
+            words = np.flatnonzero((lengths > low) & (lengths <= high))
+            if len(words):
+                bpe = self._merge_rounds if high <= 64 else self._merge_long
+                raw = data[ranges(starts[words], lengths[words])]
+                ids, count[words] = bpe(self._byte_ids[raw], lengths[words])
+                offset[words] = size + np.cumsum(count[words]) - count[words]
+                size += len(ids)
+                pools.append(ids.astype(self.dtype))
+        self._pool = np.concatenate(pools)
+        self._offset = np.append(self._offset, offset)
+        self._count = np.append(self._count, count)
+
+    def _merge_rounds(self, ids, lengths):
+        """BPE of W words of at most 64 bytes: ids (bytes,), lengths (W,) -> ids, counts (W,).
+
+        In every round each word merges its leftmost pair of lowest rank. rank * 64 + position is
+        one integer, so a single minimum finds both.
+        """
+        rows = np.full((lengths.max() + 1, len(lengths)), -1, np.int32)  # (L + 1, W), -1 behind
+        rows.T[np.arange(len(rows)) < lengths[:, None]] = ids
+        row = np.arange(len(rows), dtype=np.int32)[:, None]  # (L + 1, 1)
+        done, column = np.full_like(rows, -1), np.arange(len(lengths))
+        key = np.full_like(rows, NO_MERGE * 64)  # (L + 1, W) of the pair that starts there
+        key[:-1] = self._ranks(rows[:-1], rows[1:]) * 64 + row[:-1]
+        while True:
+            best = key.min(0)
+            alive = best < NO_MERGE * 32
+            if not alive.all():
+                done[:, column[~alive]] = rows[:, ~alive]
+                rows, key, best, column = rows[:, alive], key[:, alive], best[alive], column[alive]
+            if not len(column):
+                return done.T[done.T >= 0], (done >= 0).sum(0)
+            at, new, word = best & 63, self._joined[best >> 6], np.arange(len(best))
+            behind = row[:-1] > at
+            rows[:-1] = np.where(behind, rows[1:], rows[:-1])  # close the gap
+            key[:-1] = np.where(behind, key[1:] - 1, key[:-1])
+            rows[at, word] = new
+            key[at, word] = self._ranks(new, rows[at + 1, word]) * 64 + at
+            at, word, new = at[at > 0] - 1, word[at > 0], new[at > 0]
+            key[at, word] = self._ranks(rows[at, word], new) * 64 + at
+
+    def _merge_long(self, ids, lengths):
+        """BPE of long words, rank by rank on a Tape: ids (bytes,), lengths (W,) -> ids, counts.
+
+        A pair with a new token always ranks behind the merge that made the token, so every rank
+        comes up once, for all words together.
+        """
+        tape = Tape(ids, lengths, self._sizes)
+        where, heap = {}, []
+
+        def push(keys, at):
+            rank = self._ranks(keys >> 32, keys & 0xFFFFFFFF)
+            rank, at = rank[rank < NO_MERGE], at[rank < NO_MERGE]
+            if len(rank):
+                rank, at, first, _ = group(rank, at, rank)
+                for r, places in zip(rank.tolist(), np.split(at, first[1:])):
+                    if r not in where:
+                        heapq.heappush(heap, r)
+                    where.setdefault(r, []).append(places)
+
+        push(*tape.pairs())
+        while heap:
+            rank = heapq.heappop(heap)
+            left, right = int(self._left[rank]), int(self._right[rank])
+            at = tape.places(left, right, np.concatenate(where.pop(rank)))
+            if len(at):
+                push(*tape.merge(left, right, at, int(self._joined[rank])))
+        words = np.cumsum(lengths + 1) - lengths  # first place of each
+        return tape.ids[tape.is_start], np.add.reduceat(tape.is_start, words, dtype=np.int64)
+
+    # -- encode
+
     def _allowed(self, allowed_special):
-        if allowed_special == "all":
-            return list(self.special_tokens)
-        return [token for token in self.special_tokens if token in allowed_special]
+        every = allowed_special == "all"
+        return {t: i for t, i in self.special_tokens.items() if every or t in allowed_special}
 
     def encode_numpy(self, text, allowed_special="all"):
-        """Ids of a text, uint16 if they all fit, else uint32.
+        """Ids of a text: (tokens,) uint16, or uint32 for a vocabulary of more than 65,536 ids.
 
-        allowed_special: the special tokens that count as such in this text; give () for text from
-        users, where "<|endoftext|>" should be nothing but these 13 characters.
+        allowed_special: the special tokens that count as such. Give () for text from users, in
+        which "<|endoftext|>" should be nothing but these 13 characters.
         """
-        allowed = self._allowed(allowed_special)
-        if self.normalizer:
-            parts = split_special(text, allowed)
-            text = "".join(p if p in allowed else self.normalize(p) for p in parts)
-        parts = [self._encode_part(part, special_spans(part, allowed), allowed)
-                 for part in cut_text(text, allowed)]
-        return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+        parts = split_text([text], self._allowed(allowed_special), self.pattern)
+        return self._join(map(self._encode_batch, batches(parts)))
 
-    def _encode_part(self, text, spans, allowed):
-        data, starts, ends, (where, which) = find_words(text, spans, self.pattern, len(allowed))
-        number = self._words.add(data, starts, ends)
-        self._encode_new_words()
-        count, offset = self._count[number], self._offset[number]
-        count[where] = 1
-        last = np.cumsum(count)
-        ids = self._pool[np.repeat(offset - last + count, count) + np.arange(last[-1])]
-        special = np.array([self.special_tokens[token] for token in allowed], self.dtype)
-        ids[last[where] - 1] = special[which]
-        if len(self._words) > 1 << 20:
+    def _join(self, arrays):
+        return np.concatenate([np.zeros(0, self.dtype), *arrays])
+
+    def _encode_batch(self, batch):
+        """Ids of a batch of chunks: number all words, learn the new ones, look up all ids."""
+        if len(self._words) > MAX_WORDS:
             self._reset_cache()
+        numbers = []
+        for parts in batch:
+            if self.normalizer:
+                parts = [(t if i is not None else self.normalize(t), i) for t, i in parts]
+            data, starts, lengths, special = find_words(parts, self.pattern)
+            ids = np.array([i for _, i in parts if i is not None], self.dtype)
+            numbers.append((self._words.add(data, starts, lengths), np.flatnonzero(special), ids))
+        self._learn_words()
+        return self._join([self._look_up(*chunk) for chunk in numbers])
+
+    def _look_up(self, number, special, special_ids):
+        """Ids of a chunk: word numbers (words,), which of them are special tokens, their ids."""
+        count = self._count[number]
+        count[special] = 1
+        ids = self._pool[ranges(self._offset[number], count)]
+        ids[np.cumsum(count)[special] - 1] = special_ids
         return ids
-
-    def _encode_new_words(self):
-        known = len(self._offset)
-        if known == len(self._words):
-            return
-        data, starts, ends = self._words.words(known)
-        raw = np.frombuffer(data, np.uint8)
-        count = np.zeros(len(starts), np.int64)
-        length = ends - starts
-        rows = [None] * 0
-        flat = np.empty(len(raw), self.dtype)  # the ids of a word, where its bytes were
-        for low, high in ((0, 8), (8, 16), (16, 32), (32, 64)):
-            group = np.flatnonzero((length > low) & (length <= high))
-            if not group.size:
-                continue
-            place = starts[group] + np.arange(high)[:, None]  # (L, W)
-            valid = place < ends[group]
-            ids = np.where(valid, self._byte_ids[raw[np.where(valid, place, 0)]], -1)
-            ids = self._table.merge_rounds(ids.astype(np.int32))
-            count[group] = (ids >= 0).sum(0)
-            flat[place[ids >= 0]] = ids[ids >= 0]
-        for i in np.flatnonzero(length > 64):
-            ids = self._encode_long(data[starts[i] : ends[i]])
-            count[i] = len(ids)
-            flat[starts[i] : starts[i] + len(ids)] = ids
-        del rows
-        if self.ignore_merges:
-            for i in np.flatnonzero(count > 1):
-                whole = self.token_ids.get(data[starts[i] : ends[i]])
-                if whole is not None:
-                    flat[starts[i]], count[i] = whole, 1
-        self._offset = np.append(self._offset, starts + len(self._pool))
-        self._count = np.append(self._count, count)
-        self._pool = np.append(self._pool, flat)
-
-    def _encode_long(self, word):
-        """BPE of one long word with a heap of (rank, place)."""
-        ranks = {(a, b): (rank, new) for rank, (a, b, new) in enumerate(self._merge_ids)}
-        ids = self._byte_ids[np.frombuffer(word, np.uint8)].tolist()
-        after, before = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
-        heap = [(ranks[pair][0], i, pair) for i, pair in enumerate(zip(ids, ids[1:]))
-                if pair in ranks]
-        heapq.heapify(heap)
-        while heap:
-            _, i, pair = heapq.heappop(heap)
-            j = after[i]
-            if ids[i] != pair[0] or j >= len(ids) or ids[j] != pair[1]:
-                continue
-            ids[i], ids[j] = ranks[pair][1], -1
-            after[i] = k = after[j]
-            if k < len(ids):
-                before[k] = i
-                if (ids[i], ids[k]) in ranks:
-                    heapq.heappush(heap, (ranks[ids[i], ids[k]][0], i, (ids[i], ids[k])))
-            h = before[i]
-            if h >= 0 and (ids[h], ids[i]) in ranks:
-                heapq.heappush(heap, (ranks[ids[h], ids[i]][0], h, (ids[h], ids[i])))
-        return [i for i in ids if i >= 0]
 
     def encode(self, text, allowed_special="all"):
         """List of the ids of a text; see `encode_numpy`."""
-        return self.encode_numpy(text, allowed_special).tolist()
+        if len(text) > SHORT or self.normalizer or any(t in text for t in self.special_tokens):
+            return self.encode_numpy(text, allowed_special).tolist()
+        ids = []
+        for word in regex.findall(self.pattern, text):
+            if word not in self._short:
+                self._short[word] = self.encode_numpy(word, ()).tolist()
+            ids += self._short[word]
+        return ids
 
     def encode_batch(self, texts, allowed_special="all"):
         """Lists of the ids of several texts."""
         return [self.encode(text, allowed_special) for text in texts]
 
     def encode_iterable(self, texts, allowed_special="all"):
-        """Yield the ids of the joined texts, holding about a megabyte of them at a time."""
-        pattern, rest = cut_pattern(self._allowed(allowed_special)), ""
-        for text in texts:
-            rest += text
-            if len(rest) > 1 << 20:
-                cut = None
-                for cut in pattern.finditer(rest, max(1, len(rest) - 4096)):
-                    pass
-                if cut:
-                    yield from self.encode(rest[: cut.start()], allowed_special)
-                    rest = rest[cut.start() :]
-        yield from self.encode(rest, allowed_special)
+        """Yield the ids of the joined texts, holding a few megabytes of them at a time."""
+        parts = split_text(texts, self._allowed(allowed_special), self.pattern)
+        for batch in batches(parts, chunks=4):
+            yield from self._encode_batch(batch).tolist()
+
+    def encode_file(self, path, out, num_processes=None):
+        """Write the ids of files, EOT behind every document, to a .npy file; -> number of ids.
+
+        Killed and called again, it goes on where it was.
+        """
+        files = list_files(path)
+        job = [[file, os.path.getsize(file), os.path.getmtime(file)] for file in files]
+        job = hashlib.sha256(json.dumps([job, to_json(self)]).encode()).hexdigest()
+        part, note = f"{out}.part", f"{out}.state"
+        state = {"job": job, "batches": 0, "ids": 0}
+        if os.path.exists(part) and os.path.exists(note):
+            with open(note) as file:
+                old = json.load(file)
+            state = old if old["job"] == job else state
+        pieces = (piece for file in files for piece in read_pieces(file))
+        todo = islice(batches(split_documents(pieces, {}, self.pattern, self.eot_id), 32),
+                      state["batches"], None)
+        with open(part, "r+b" if state["batches"] else "w+b") as file:
+            write_header(file, self.dtype, 0)
+            file.seek(state["ids"] * np.dtype(self.dtype).itemsize, os.SEEK_CUR)
+            file.truncate()
+            for ids in parallel_map(self._encode_batch, todo, num_processes):
+                file.write(ids)
+                file.flush()
+                state["batches"] += 1
+                state["ids"] += len(ids)
+                with open(f"{note}.part", "w") as text:
+                    json.dump(state, text)
+                os.replace(f"{note}.part", note)
+            file.seek(0)
+            write_header(file, self.dtype, state["ids"])
+        os.replace(part, out)
+        os.remove(note)
+        return state["ids"]
 
     def decode_bytes(self, ids):
         """The bytes of a sequence of ids; ValueError for an unknown one."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
         try:
-            return b"".join([self.vocab[i] for i in ids])
+            return b"".join(map(self.vocab.__getitem__, ids))
         except KeyError as error:
             raise ValueError(f"id {error.args[0]} is not in the vocabulary of {len(self.vocab)} "
                              "tokens: were these ids made by another tokenizer?") from None
@@ -876,8 +964,6 @@ class Tokenizer:
 
     def decode_stream(self, ids):
         """Yield text as ids arrive, holding back a character until all its bytes are there."""
-        import codecs
-
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
             if text := decoder.decode(self.decode_bytes([int(i)])):
@@ -905,28 +991,36 @@ class Tokenizer:
             "assistant") if add_generation_prompt else text
 
     def save(self, path):
-        """Write tokenizer.json of Hugging Face tokenizers: a file, or into a directory."""
+        """Write tokenizer.json of Hugging Face tokenizers: a file, or into a directory; -> path."""
         if not str(path).endswith(".json"):
             os.makedirs(path, exist_ok=True)
             path = os.path.join(path, "tokenizer.json")
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             json.dump(to_json(self), file, ensure_ascii=False, indent=1)
         os.replace(f"{path}.part", path)
+        return path
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer.json, or the directory that holds one."""
+        """Read a tokenizer.json (or the directory of one), a vocab.json beside its merges.txt, or
+        a .tiktoken file (whose pattern is taken for cl100k's)."""
+        path = os.fspath(path)
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
-        with open(path, encoding="utf-8") as file:
-            try:
+        try:
+            if path.endswith(".tiktoken"):
+                return from_tiktoken(path)
+            if path.endswith("vocab.json"):
+                return cls.from_files(path, path.removesuffix("vocab.json") + "merges.txt")
+            with open(path, encoding="utf-8") as file:
                 return from_json(json.load(file))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}: no byte-level BPE tokenizer can be read from it "
+                             f"({error!s:.200})") from None
 
     @classmethod
     def from_files(cls, vocab_path, merges_path, special_tokens=None):
-        """Read GPT-2's vocab.json and merges.txt."""
+        """Read GPT-2's vocab.json and merges.txt; its special token is <|endoftext|>."""
         with open(vocab_path, encoding="utf-8") as file:
             vocab = {i: text_to_bytes(token) for token, i in json.load(file).items()}
         with open(merges_path, encoding="utf-8") as file:
@@ -1007,67 +1101,197 @@ def from_json(data):
                      ignore_merges=bool(model.get("ignore_merges")))
 
 
+def from_tiktoken(path, pattern=CL100K_PATTERN):
+    """The Tokenizer of a .tiktoken file: a line "base64 of the token, rank" each.
+
+    The merge of a token is what BPE with the tokens before it leaves of it: two parts.
+    """
+    with open(path, "rb") as file:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file)}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            rank = [ranks.get(a + b, 1 << 62) for a, b in zip(parts, parts[1:])]
+            i = rank.index(min(rank))
+            if rank[i] >= ranks[token]:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    return Tokenizer({i: token for token, i in ranks.items()}, merges, None, pattern,
+                     ignore_merges=True)
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 
 def run_train(args):
-    vocab, merges = train_bpe(args.data, args.vocab_size, args.special_tokens,
-                              pattern=PATTERNS.get(args.pattern, args.pattern))
-    Tokenizer(vocab, merges, args.special_tokens, args.pattern).save(args.out)
-    print(f"{len(vocab)} tokens written to {args.out}")
+    vocab, merges = train_bpe(list_files(args.data), args.vocab_size, args.special_tokens,
+                              pattern=PATTERNS.get(args.pattern, args.pattern),
+                              num_processes=args.processes)
+    path = Tokenizer(vocab, merges, args.special_tokens, args.pattern).save(args.out)
+    short = " (no pair was left to merge)" if len(vocab) < args.vocab_size else ""
+    print(f"{len(vocab)} tokens{short} written to {path}")
 
 
 def run_encode(args):
-    tokenizer = Tokenizer.load(args.tokenizer)
-    parts = []
-    for document in read_documents(list_files(args.data)):
-        parts.append(tokenizer.encode_numpy(document, ()))
-        if tokenizer.eot_id is not None:
-            parts.append(np.array([tokenizer.eot_id], tokenizer.dtype))
-    ids = np.concatenate(parts)
-    with open(args.out + ".part", "wb") as file:
-        np.save(file, ids)
-    os.replace(args.out + ".part", args.out)
-    print(f"{len(ids)} tokens written to {args.out}")
+    count = Tokenizer.load(args.tokenizer).encode_file(args.data, args.out, args.processes)
+    print(f"{count} tokens written to {args.out}")
 
 
 def run_decode(args):
     tokenizer = Tokenizer.load(args.tokenizer)
-    sys.stdout.write(tokenizer.decode(np.load(args.tokens, mmap_mode="r")))
+    try:
+        ids = np.load(args.tokens, mmap_mode="r") if args.tokens.endswith(".npy") else np.array(
+            args.tokens.split(","), np.int64)
+    except ValueError as error:
+        raise ValueError(f"{args.tokens}: neither .npy nor ids like 5,9,12 ({error})") from None
+    for text in tokenizer.decode_stream(ids):
+        sys.stdout.write(text)
+
+
+def run_inspect(args):
+    """Longest tokens, compression beside another tokenizer, by script, and tokens never used."""
+    ours = Tokenizer.load(args.tokenizer)
+    others = {"ours": ours, **({args.beside: Tokenizer.load(args.beside)} if args.beside else {})}
+    longest = sorted(ours.token_ids, key=len, reverse=True)[:10]
+    print(f"{len(ours.vocab)} tokens, the longest:",
+          *(repr(token.decode(errors="replace")) for token in longest))
+    if not args.data:
+        return
+    used = np.zeros(ours.vocab_size, np.int64)
+    sizes = collections.Counter()  # (tokenizer, script) -> tokens, ("bytes" or "words", script)
+    for document in read_documents(args.data):
+        used += np.bincount(ours.encode_numpy(document, ()), minlength=ours.vocab_size)
+        for script, text in by_script(document):
+            sizes["bytes", script] += len(text.encode())
+            sizes["words", script] += len(text.split())
+            for name, tokenizer in others.items():
+                sizes[name, script] += len(tokenizer.encode_numpy(text, ()))
+    for script in sorted({script for _, script in sizes}, key=lambda s: -sizes["bytes", s]):
+        print(f"{script:12}{sizes['bytes', script]:>12} bytes", *(
+            f"| {name}: {sizes['bytes', script] / max(1, sizes[name, script]):.2f} bytes a token, "
+            f"{sizes[name, script] / max(1, sizes['words', script]):.2f} tokens a word"
+            for name in others))
+    unused = [i for i in ours.token_ids.values() if not used[i]]
+    print(f"never used: {len(unused)} tokens, as", *(repr(ours.decode([i])) for i in unused[-10:]))
+
+
+def by_script(text):
+    """(script, lines of it) of a text: the script of a line is that of most of its letters."""
+    lines = collections.defaultdict(list)
+    for line in text.splitlines(keepends=True):
+        names = collections.Counter(unicodedata.name(c, "?").split()[0].lower()
+                                    for c in line if c.isalpha())
+        lines[names.most_common(1)[0][0] if names else "no letters"].append(line)
+    return [(script, "".join(some)) for script, some in lines.items()]
+
+
+def run_bench(args):
+    """Rows of RESULTS.md: ours beside tiktoken, tokenizers and rustbpe, whichever is installed."""
+    for path in list_files(args.data):
+        text = "".join(read_documents([path]))
+        sizes = {"encode 100 characters": len(text[:1_000_000].encode()) / 1e6}
+        times = collections.defaultdict(list)
+        jobs = bench_jobs(text, args.vocab_size, args.processes)
+        for job, function in list(jobs.items()) * args.repeats:
+            begin = time.perf_counter()
+            function()
+            times[job].append(time.perf_counter() - begin)
+        for (work, who), seconds in times.items():
+            size, median = sizes.get(work, len(text.encode()) / 1e6), statistics.median(seconds)
+            ratio = median / statistics.median(times[work, "ours"])
+            print(f"| {work} | {os.path.basename(path)} | {who} | {size / median:.1f} MB/s | "
+                  f"ours is {ratio:.2f} x |", flush=True)
+
+
+def bench_jobs(text, vocab_size, processes):
+    """{(work, who): function} of the work both we and the installed libraries do."""
+    ours = Tokenizer(*train_bpe([text[:2_000_000]], vocab_size, [EOT], num_processes=1), [EOT])
+    pieces = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+    short, ids = [text[i : i + 100] for i in range(0, 1_000_000, 100)], ours.encode(text)
+    jobs = {
+        ("train", "ours"): lambda: train_bpe([text], vocab_size, num_processes=processes),
+        ("encode to numpy", "ours"): lambda: (ours._reset_cache(), ours.encode_numpy(text)),
+        ("encode to list", "ours"): lambda: (ours._reset_cache(), ours.encode(text)),
+        ("encode 100 characters", "ours"): lambda: [ours.encode(s) for s in short],
+        ("decode", "ours"): lambda: ours.decode(ids)}
+    with contextlib.suppress(ImportError):
+        import rustbpe
+
+        jobs["train", "rustbpe"] = lambda: rustbpe.Tokenizer().train_from_iterator(
+            iter(pieces), vocab_size, pattern=GPT2_PATTERN)
+    with contextlib.suppress(ImportError):
+        import tiktoken
+
+        # the form in which tiktoken writes GPT-2's pattern: same words, faster
+        fast = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+        tik = tiktoken.Encoding("ours", pat_str=fast, mergeable_ranks=ours.token_ids,
+                                special_tokens=ours.special_tokens)
+        jobs["encode to numpy", "tiktoken"] = lambda: tik.encode_to_numpy(text)
+        jobs["encode to list", "tiktoken"] = lambda: tik.encode_ordinary(text)
+        jobs["encode 100 characters", "tiktoken"] = lambda: [tik.encode_ordinary(s) for s in short]
+        jobs["decode", "tiktoken"] = lambda: tik.decode(ids)
+    with contextlib.suppress(ImportError):
+        import tokenizers
+
+        def train():
+            tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+            tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tok.train_from_iterator(pieces, tokenizers.trainers.BpeTrainer(
+                vocab_size=vocab_size, show_progress=False))
+
+        fresh = tokenizers.Tokenizer.from_str(json.dumps(to_json(ours)))
+        jobs["train", "tokenizers"] = train
+        jobs["encode to list", "tokenizers"] = lambda: fresh.encode_batch_fast(pieces)
+    return jobs
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    add = partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    train = add("train", help="learn a vocabulary from text")
-    train.add_argument("data", nargs="+", help="files, directories or globs of text")
-    train.add_argument("--vocab-size", type=int, default=32000, help="tokens, special ones included")
-    train.add_argument("--special-tokens", nargs="*", default=[EOT], help="never split or merged")
+    def command(name, run, help, data=None, tokenizer=True):
+        sub = commands.add_parser(name, help=help, description=help,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        if data:
+            sub.add_argument("data", nargs=data, help="files, directories, globs of text")
+        if tokenizer:
+            sub.add_argument("--tokenizer", default="tokenizer",
+                             help="tokenizer.json or its directory; vocab.json; .tiktoken")
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", run_train, "learn a vocabulary from text", "+", tokenizer=False)
+    train.add_argument("--vocab-size", type=int, default=32000, help="tokens in all")
+    train.add_argument("--special-tokens", nargs="*", default=[EOT], help="texts kept whole")
     train.add_argument("--pattern", default="gpt2", help=f"{', '.join(PATTERNS)} or a regex")
     train.add_argument("--out", default="tokenizer", help="directory for tokenizer.json")
-    train.set_defaults(run=run_train)
-
-    encode = add("encode", help="turn text into a file of token ids")
-    encode.add_argument("data", nargs="+", help="files, directories or globs of text")
-    encode.add_argument("--tokenizer", default="tokenizer", help="directory of tokenizer.json")
-    encode.add_argument("--out", default="tokens.npy", help="file for the ids")
-    encode.set_defaults(run=run_encode)
-
-    decode = add("decode", help="turn a file of token ids into text")
-    decode.add_argument("tokens", help=".npy file of ids")
-    decode.add_argument("--tokenizer", default="tokenizer", help="directory of tokenizer.json")
-    decode.set_defaults(run=run_decode)
+    encode = command("encode", run_encode, "turn text into a file of token ids", "+")
+    encode.add_argument("--out", default="tokens.npy", help="file for the ids, uint16 or uint32")
+    for sub in (train, encode):
+        sub.add_argument("--processes", type=int, help="worker processes (None: one a core)")
+    decode = command("decode", run_decode, "turn token ids into text")
+    decode.add_argument("tokens", help=".npy file of ids, or ids: 5,9,12")
+    inspect = command("inspect", run_inspect, "print what a tokenizer does to texts", "*")
+    inspect.add_argument("--beside", help="another tokenizer to compare with, such as GPT-2's")
+    bench = command("bench", run_bench, "time this file beside tiktoken, tokenizers and rustbpe",
+                    "+", tokenizer=False)
+    bench.add_argument("--vocab-size", type=int, default=10000, help="tokens to train")
+    bench.add_argument("--repeats", type=int, default=3, help="runs a row; their median is printed")
+    bench.add_argument("--processes", type=int, default=1, help="worker processes to train with")
     return parser
 
 
 def main(argv=None):
+    """Run a command; 0, or 2 and one line on stderr for a user's mistake, 130 for Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"tokenizer.py {args.command}: {error}") if False else None
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, regex.error) as error:
         print(f"tokenizer.py {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
