@@ -23,6 +23,7 @@ Flash-Decoding (2023), Liger Kernel (2410.10989), Cut Your Losses (2411.09009), 
 
 import argparse
 import functools
+import itertools
 import math
 import os
 import statistics
@@ -33,6 +34,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flex
 
 if not torch.cuda.is_available():  # Triton reads this when it is imported, so it is set before
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -1221,31 +1223,28 @@ def _fused_loss(X, W, TARGET, LSE, Z_T, TOTAL, N, V, cap, D: constexpr, CAP: con
 
 
 @triton.jit
-def _fused_gradient(X, W, TARGET, SCALE, LSE, OUT, N, V, z_loss, cap, smoothing, FOR_W: constexpr,
-                    D: constexpr, CAP: constexpr, DOT: constexpr, BN: constexpr, BV: constexpr,
-                    BD: constexpr):
-    """One program owns BV rows of dw (or BN of dx) in OUT, fp32, and adds every tile of tokens (or
-    words) to them: D is too wide for registers, so the sum lives in L2, and has one writer."""
-    for i in range(0, tl.cdiv(N, BN) if FOR_W else tl.cdiv(V, BV)):
-        n = (i if FOR_W else tl.program_id(0)) * BN + tl.arange(0, BN)
-        v = (tl.program_id(0) if FOR_W else i) * BV + tl.arange(0, BV)
-        t = tl.load(TARGET + n, mask=n < N, other=-1)[:, None]
-        lse = tl.load(LSE + n, mask=n < N, other=float("inf"))[:, None]
-        scale = tl.load(SCALE + n, mask=n < N, other=0.0)[:, None]
-        z = _logit_tile(X, W, n, v, N, V, D, BD, DOT)
-        g = _logit_gradient(z, v[None, :], t, lse, V, z_loss, cap, smoothing, CAP)
-        g = tl.where((scale != 0.0) & (v < V)[None, :], g * scale, 0.0).to(DOT)  # (BN, BV)
+def _fused_gradient(OWN, OTHER, TARGET, SCALE, LSE, OUT, N, V, n_own, n_other, z_loss, cap, smoothing,
+                    FOR_W: constexpr, D: constexpr, CAP: constexpr, DOT: constexpr, BN: constexpr,
+                    BV: constexpr, BD: constexpr):
+    """One program owns BN rows of OUT, fp32: dx (OWN is x, OTHER w) or, FOR_W, dw (the reverse), and
+    adds every tile of the others to them. D is too wide for registers, so the sum lives in L2; as it
+    has one writer there are no atomics."""
+    own = tl.program_id(0) * BN + tl.arange(0, BN)
+    for other0 in range(0, n_other, BV):
+        other = other0 + tl.arange(0, BV)
+        n = other[None, :] if FOR_W else own[:, None]
+        v = own[:, None] if FOR_W else other[None, :]
+        t = tl.load(TARGET + n, mask=n < N, other=-1)
+        lse = tl.load(LSE + n, mask=n < N, other=float("inf"))
+        scale = tl.load(SCALE + n, mask=n < N, other=0.0)
+        z = _logit_tile(OWN, OTHER, own, other, n_own, n_other, D, BD, DOT)  # (BN, BV), either way
+        g = _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP)
+        g = tl.where((scale != 0.0) & (v < V), g * scale, 0.0).to(DOT)
         for d0 in range(0, D, BD):
-            if FOR_W:
-                x = _load_rows(X + d0, n, N, D, D - d0, BD, DOT)  # (BN, BD)
-                out = _load_rows(OUT + d0, v, V, D, D - d0, BD, tl.float32)
-                out = tl.dot(tl.trans(g), x, out, input_precision=PRECISION)
-                _store_rows(OUT + d0, out, v, V, D, D - d0, BD)
-            else:
-                w = _load_rows(W + d0, v, V, D, D - d0, BD, DOT)  # (BV, BD)
-                out = _load_rows(OUT + d0, n, N, D, D - d0, BD, tl.float32)
-                out = tl.dot(g, w, out, input_precision=PRECISION)
-                _store_rows(OUT + d0, out, n, N, D, D - d0, BD)
+            x = _load_rows(OTHER + d0, other, n_other, D, D - d0, BD, DOT)  # (BV, BD)
+            out = _load_rows(OUT + d0, own, n_own, D, D - d0, BD, tl.float32)
+            out = tl.dot(g, x, out, input_precision=PRECISION)
+            _store_rows(OUT + d0, out, own, n_own, D, D - d0, BD)
         tl.debug_barrier()  # the next round reads what this one wrote
 
 
@@ -1267,12 +1266,13 @@ def _fused_core(x, weight, t, scale, opts, want_x, want_w):
     loss = lse - (1 - smoothing) * z_t - smoothing * total / V + z_loss * lse.square()
     loss, logprob = torch.where(valid, loss, 0.0), torch.where(valid, z_t - lse, 0.0)
     scale, grads = torch.where(valid, scale, 0.0), []
-    for want, like, grid in ((want_x, x, tokens), (want_w, weight, words)):
-        out = torch.zeros(like.shape, dtype=torch.float32, device=x.device) if want else None
+    for want, own, other in ((want_x, x, weight), (want_w, weight, x)):
+        out = torch.zeros(own.shape, dtype=torch.float32, device=x.device) if want else None
         if want and N:
-            _fused_gradient[(grid,)](x, weight, t, scale, lse, out, N, V, z_loss, cap, smoothing,
-                                     FOR_W=like is weight, **tiles)
-        grads.append(out.to(like.dtype) if want else None)
+            _fused_gradient[(triton.cdiv(len(own), tiles["BN"]),)](
+                own, other, t, scale, lse, out, N, V, len(own), len(other), z_loss, cap, smoothing,
+                FOR_W=own is weight, **tiles)
+        grads.append(out.to(own.dtype) if want else None)
     return loss, logprob, *grads
 
 
@@ -1646,50 +1646,18 @@ def symmetric_mm(x, *, impl=None):
 
 
 class _Case(NamedTuple):
-    """One row of the table for each of forward, backward and both that has work."""
+    """A row of the table for each pass that has work."""
 
     name: str
-    small: tuple  # a size that is first compared with the fp64 twin
-    size: tuple  # the size that is timed
-    shapes: object  # the inputs' shapes, of a size
+    small: tuple  # the size that is first compared with the fp64 twin, and
+    size: tuple  # the size that is timed, of which
+    shapes: object  # makes the inputs' shapes
     ours: object  # takes the inputs and impl=
     twin: object
     peers: dict
     unit: str  # what work counts: "FLOP" or "B"
-    work: tuple  # of (forward, backward, both) at size; 0: not timed
-
-
-def _attention_case(B, T, H, K, E, cuda):
-    """Causal attention against each of torch's backends."""
-    def sdpa(q, k, v, backends):
-        with sdpa_kernel(backends):
-            return F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=H != K
-            ).transpose(1, 2)
-
-    def flex(q, k, v):
-        from torch.nn.attention import flex_attention as module
-
-        mask = _flex_mask(T)
-        return _compiled(module.flex_attention)(*(x.transpose(1, 2) for x in (q, k, v)),
-                                                block_mask=mask, enable_gqa=H != K).transpose(1, 2)
-
-    kinds = (["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"] if cuda else
-             ["FLASH_ATTENTION"])
-    peers = {f"sdpa {kind[:5]}": functools.partial(sdpa, backends=getattr(SDPBackend, kind))
-             for kind in kinds}
-    half = 2 * B * H * T * T * E  # 4 B H T^2 E, of which causal needs half
-    return _Case("flash_attention", (1, 96, 2 * H // K, 2, E), (B, T, H, K, E),
-                 lambda B, T, H, K, E: [(B, T, H, E), (B, T, K, E), (B, T, K, E)], flash_attention,
-                 flash_attention_reference, {**peers, **({"flex": flex} if cuda else {})}, "FLOP",
-                 (half, half * 5 // 2, half * 7 // 2))
-
-
-@functools.lru_cache
-def _flex_mask(T):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
+    work: tuple  # of (forward, backward, both); 0: not timed
+    spread: float = 1.0  # standard deviation of the inputs
 
 
 @functools.lru_cache
@@ -1697,31 +1665,69 @@ def _compiled(function):
     return torch.compile(function)
 
 
+@functools.lru_cache
+def _causal_mask(T):
+    return flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
+
+
+def _attention_case(B, T, H, K, E, cuda):
+    """Causal attention against each of torch's."""
+    def heads_first(call, q, k, v, backend=None, **options):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, E) -> (B, H, T, E)
+        with sdpa_kernel(backend or list(SDPBackend.__members__.values())[1:]):
+            return call(q, k, v, enable_gqa=H != K, **options).transpose(1, 2)
+
+    sdpa = functools.partial(heads_first, F.scaled_dot_product_attention, is_causal=True)
+    peers = {"sdpa": sdpa} if not cuda else {
+        f"sdpa {name}": functools.partial(sdpa, backend=SDPBackend[f"{name}_ATTENTION"])
+        for name in ("FLASH", "CUDNN", "EFFICIENT")}
+    if cuda:
+        peers["flex"] = lambda *x: heads_first(_compiled(flex.flex_attention), *x,
+                                               block_mask=_causal_mask(T))
+    half = 2 * B * H * T * T * E  # 4 B H T^2 E, of which causal needs half
+    return _Case("flash_attention", (1, 96, 2 * H // K, 2, E), (B, T, H, K, E),
+                 lambda B, T, H, K, E: [(B, T, H, E), (B, T, K, E), (B, T, K, E)], flash_attention,
+                 flash_attention_reference, peers, "FLOP", (half, half * 5 // 2, half * 7 // 2))
+
+
 def _cases(cuda, device, itemsize):
     """What bench times and compile compiles; sizes for a GPU, or small ones for a CPU."""
-    attention = ([(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
-                  (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else [(1, 1024, 8, 2, 64)])
-    for sizes in attention:
-        yield _attention_case(*sizes, cuda)
+    def streaming(name, shapes, ours, twin, peer, forward, backward):
+        peers = {"torch": peer, **({"compile": _compiled(twin)} if cuda else {})}
+        work = [n * N * D * itemsize for n in (forward, backward, forward + backward)]
+        return _Case(name, (64, 512), (N, D), shapes, ours, twin, peers, "B", tuple(work))
 
-    def bytes_case(name, size, shapes, ours, twin, peer, forward, backward, small=(64, 512)):
-        compiled = {"compile": lambda *x: _compiled(twin)(*x)} if cuda else {}
-        work = tuple(n * math.prod(size) * itemsize for n in (forward, backward, forward + backward))
-        return _Case(name, small, size, shapes, ours, twin, {"torch": peer, **compiled}, "B", work)
+    N, D, M, G = (16384, 4096, 2048, 64) if cuda else (2048, 512, 256, 8)
+    for size in ([(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
+                  (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else [(1, 1024, 8, 2, 64)]):
+        yield _attention_case(*size, cuda)
+    B, S, H, K, E = (16, 16384, 32, 8, 128) if cuda else (4, 4096, 8, 2, 64)
+    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
+    yield _Case("flash_decode", (2, 200, H, K, E), (B, S, H, K, E),
+                lambda B, S, H, K, E: [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
+                flash_decode_reference,
+                {"sdpa": lambda *x: sdpa(*(y.transpose(1, 2) for y in x)).transpose(1, 2)}, "B",
+                (2 * B * S * K * E * itemsize, 0, 0))
+    yield streaming("rms_norm", lambda N, D: [(N, D), (D,)], rms_norm, rms_norm_reference,
+                    lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2, 3)
+    yield streaming("swiglu", lambda N, D: [(N, D)] * 2, swiglu, swiglu_reference,
+                    lambda gate, up: F.silu(gate) * up, 3, 5)
+    angle = dict(zip(("cos", "sin"), torch.randn(2, N, 64, device=device)))
+    twin = functools.partial(apply_rope_reference, **angle)
+    yield streaming("apply_rope", lambda N, D: [(1, N, D // 128, 128), (1, N, D // 512, 128)],
+                    functools.partial(apply_rope, **angle), twin, twin, 2.5, 2.5)  # k is D / 4
+    N, D, V = (N, D, 131072) if cuda else (4096, 512, 50257)
+    targets = torch.randint(V, (N,), device=device)
 
-    N, D = (16384, 4096) if cuda else (2048, 512)
-    yield bytes_case("rms_norm", (N, D), lambda N, D: [(N, D), (D,)], rms_norm, rms_norm_reference,
-                     lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2, 3)
-    yield bytes_case("swiglu", (N, D), lambda N, D: [(N, D)] * 2, swiglu, swiglu_reference,
-                     lambda gate, up: F.silu(gate) * up, 3, 5)
-    angle = torch.rand(N, 64, generator=torch.Generator(device).manual_seed(0), device=device)
-    rope = functools.partial(apply_rope, cos=angle.cos(), sin=angle.sin())
-    rope_twin = functools.partial(apply_rope_reference, cos=angle.cos(), sin=angle.sin())
-    yield bytes_case("apply_rope", (N, D), lambda N, D: [(1, N, D // 128, 128), (1, N, D // 512, 128)],
-                     rope, rope_twin, rope_twin, 2.5, 2.5)  # a quarter as many kv heads
-    G, M = (64, 2048) if cuda else (8, 256)
+    def loss(x, w, function=linear_cross_entropy, **options):
+        return function(x, w, targets[: len(x)] % len(w), **options)
 
-    def experts(x, w, function=grouped_mm, **options):  # uneven: the first of G experts get least
+    yield _Case("linear_cross_entropy", (200, 128, 1000), (N, D, V), lambda N, D, V: [(N, D), (V, D)],
+                loss, functools.partial(loss, function=linear_cross_entropy_reference),
+                {"F.cross_entropy": lambda x, w: F.cross_entropy((x @ w.t()).float(), targets)},
+                "FLOP", (0, 0, 6 * N * D * V), 0.2)
+
+    def experts(x, w, function=grouped_mm, **options):  # uneven: the last get most
         ends = torch.linspace(0, 1, G + 1, device=device)[1:] ** 2 * len(x)
         return function(x, w, ends.to(torch.int32), **options)
 
@@ -1729,91 +1735,72 @@ def _cases(cuda, device, itemsize):
     yield _Case("grouped_mm", (200, 128), (N, M), lambda N, M: [(N, M), (G, M, M)], experts, loop,
                 {"loop": loop}, "FLOP", (2 * N * M * M, 4 * N * M * M, 6 * N * M * M))
     yield _Case("symmetric_mm", (130, 64), (2 * M, 2 * M), lambda M, K: [(M, K)], symmetric_mm,
-                symmetric_mm_reference, {"x @ x.mT": symmetric_mm_reference}, "FLOP",
-                (8 * M**3, 0, 0))  # the M^2 K that are needed
-    B, S, H, K, E = (16, 16384, 32, 8, 128) if cuda else (4, 4096, 8, 2, 64)
-    yield _Case("flash_decode", (2, 200, H, K, E), (B, S, H, K, E),
-                lambda B, S, H, K, E: [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
-                flash_decode_reference, {"sdpa": lambda q, k, v: F.scaled_dot_product_attention(
-                    *(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(1, 2)},
-                "B", (2 * B * S * K * E * itemsize, 0, 0))
-    N, D, V = (16384, 4096, 131072) if cuda else (4096, 512, 50257)
-    targets = torch.randint(V, (N,), generator=torch.Generator(device).manual_seed(0), device=device)
-
-    def loss(x, w, function=linear_cross_entropy, **options):  # w / sqrt(D): logits of about 1
-        return function(x, w, targets[: len(x)] % len(w), **options)
-
-    yield _Case("linear_cross_entropy", (200, 128, 1000), (N, D, V), lambda N, D, V: [(N, D), (V, D)],
-                loss, functools.partial(loss, function=linear_cross_entropy_reference),
-                {"F.cross_entropy": functools.partial(loss, function=lambda x, w, t: F.cross_entropy(
-                    (x @ w.t()).float(), t))}, "FLOP", (0, 0, 6 * N * D * V))
+                symmetric_mm_reference, {"x @ x.mT": symmetric_mm_reference}, "FLOP", (8 * M**3, 0, 0))
 
 
 def _inputs(case, size, device, dtype, seed):
     """Random tensors of the case's shapes: never zeros, which a GPU multiplies faster."""
-    gen = torch.Generator(device).manual_seed(seed)
-    inputs = [torch.randn(s, generator=gen, device=device) for s in case.shapes(*size)]
-    if case.name == "linear_cross_entropy":
-        inputs[1] *= inputs[1].shape[1] ** -0.5  # logits of about 1
-    return [x.to(dtype).requires_grad_() for x in inputs]
+    torch.manual_seed(seed)
+    shapes = case.shapes(*size)
+    return [(torch.randn(s, device=device) * case.spread).to(dtype).requires_grad_() for s in shapes]
 
 
-def _outputs(function, inputs, **options):
+def _outputs(function, *inputs, **options):
     outs = function(*inputs, **options)
     return outs if isinstance(outs, tuple) else (outs,)
+
+
+def _both(function, *inputs):
+    """Forward and backward; the output is its own gradient, as it is not 0."""
+    outs = _outputs(function, *inputs)
+    return outs + torch.autograd.grad(outs, inputs, [o.detach() for o in outs])
 
 
 def _check(case, device, dtype):
     """The largest relative error of the small size, forward and backward, against fp64."""
     low = _inputs(case, case.small, device, dtype, 0)
     high = [x.detach().double().requires_grad_() for x in low]
-    ours, refs = _outputs(case.ours, low), _outputs(case.twin, high)
-    pairs = list(zip(ours, refs))
-    if case.work[2]:
-        weights = [torch.randn_like(r) for r in refs]
-        grads = torch.autograd.grad(ours, low, [w.to(o.dtype) for o, w in zip(ours, weights)])
-        pairs += zip(grads, torch.autograd.grad(refs, high, weights))
+    run = _both if case.work[2] else _outputs
+    pairs = zip(run(case.ours, *low), run(case.twin, *high))
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def _outputs_of(function, *inputs):
+    return _outputs(function, *inputs)
 
 
 def _seconds(call, sets, cuda):
     """Median seconds of call(*inputs), over the input sets in turn."""
-    for inputs in sets[: 3 if cuda else 1]:
+    for inputs in sets[:3]:
         call(*inputs)
-    if not cuda:
-        times = []
-        for i in range(3):
-            start = time.perf_counter()
+    times, marks = [], [torch.cuda.Event(enable_timing=True) for _ in range(21 * cuda)]
+    if cuda:
+        torch.cuda._sleep(40_000_000)  # 20 ms in which all launches queue up: no gaps between them
+        for i, mark in enumerate(marks):
+            mark.record()
             call(*sets[i % len(sets)])
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
-    torch.cuda._sleep(40_000_000)  # 20 ms in which all launches queue up: no gaps between them
-    marks[0].record()
-    for i, mark in enumerate(marks[1:]):
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:])]
+    for i in range(0 if cuda else 3):
+        start = time.perf_counter()
         call(*sets[i % len(sets)])
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:])) / 1e3
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _time(function, mode, sets, cuda):
-    """Seconds of one pass of function; the output serves as its own gradient, not being 0."""
-    def both(*inputs):
-        outs = _outputs(function, inputs)
-        torch.autograd.grad(outs, inputs, [o.detach() for o in outs])
-
+    """Seconds of one pass of function."""
     if mode == "forward":
         return _seconds(function, [[x.detach() for x in inputs] for inputs in sets], cuda)
     if mode == "both":
-        return _seconds(both, sets, cuda)
-    made = [(_outputs(function, inputs), inputs) for inputs in sets]
+        return _seconds(functools.partial(_both, function), sets, cuda)
+    made = [(_outputs(function, *inputs), inputs) for inputs in sets]
     made = [(outs, inputs, [o.detach() for o in outs]) for outs, inputs in made]
     return _seconds(functools.partial(torch.autograd.grad, retain_graph=True), made, cuda)
 
 
 def _peak_bytes(call, cuda):
-    """The most memory that call() holds beyond what there is; on a CPU (Linux) from the kernel."""
+    """The most memory that call() holds beyond what there is; on a CPU as Linux counts it."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -1835,6 +1822,7 @@ def _bench_case(case, device, dtype, limits):
     size = sum(math.prod(s) for s in case.shapes(*case.size)) * dtype.itemsize
     sets = [_inputs(case, case.size, device, dtype, i)  # together larger than a 50 MB L2
             for i in range(max(2, min(8, 200_000_000 // size)))]
+    shape = "x".join(map(str, case.size))
     for mode, work in zip(("forward", "backward", "both"), case.work):
         ours = _time(case.ours, mode, sets, cuda) if work else math.nan
         for name, peer in case.peers.items() if work else ():
@@ -1843,21 +1831,37 @@ def _bench_case(case, device, dtype, limits):
             except RuntimeError as problem:  # a backend refuses the shape, or memory runs out
                 print(f"{case.name}: no {name}: {str(problem).splitlines()[0]}", file=sys.stderr)
                 continue
-            print(f"| {case.name} {mode} | {'x'.join(map(str, case.size))} | {ours * 1e3:.3g} | {name} "
-                  f"| {theirs * 1e3:.3g} | {ours / theirs:.2f} | {work / ours / 1e12:.3g} T{case.unit}/s "
-                  f"| {work / ours / limits[case.unit]:.0%} | {error:.0e} |", flush=True)
-    if case.unit == "FLOP" and not case.work[0]:
-        peaks = [_peak_bytes(lambda f=f: torch.autograd.grad(f(*sets[0]), sets[0]), cuda) / 2**20
-                 for f in (case.ours, *case.peers.values())]
-        print(f"| {case.name} peak memory, MiB | | {peaks[0]:.0f} | {name} | {peaks[1]:.0f} "
-              f"| {peaks[0] / peaks[1]:.2f} | | | |", flush=True)
+            rate, share = work / ours / 1e12, work / ours / limits[case.unit]
+            print(f"| {case.name} {mode} | {shape} | {ours * 1e3:.3g} | {name} | {theirs * 1e3:.3g} "
+                  f"| {ours / theirs:.2f} | {rate:.3g} T{case.unit}/s | {share:.0%} | {error:.0e} |",
+                  flush=True)
+    if not case.work[0]:  # the loss is about memory
+        ours, theirs = (_peak_bytes(lambda f=f: _both(f, *sets[0]), cuda) / 2**20
+                        for f in (case.ours, *case.peers.values()))
+        print(f"| {case.name} peak MiB | {shape} | {ours:.0f} | {name} | {theirs:.0f} "
+              f"| {ours / theirs:.2f} | | | |", flush=True)
+
+
+def _bench_adamw(device, limits):
+    """A step over 64 tensors, ours and torch's fused."""
+    cuda, seconds = device == "cuda", []
+    shape = (4096, 4096) if cuda else (256, 256)
+    for make in (FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)):
+        params = [torch.nn.Parameter(torch.randn(shape, device=device)) for _ in range(64)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        seconds.append(_seconds(make(params, lr=1e-4).step, [()], cuda))
+    ours, theirs = seconds
+    rate = 28 * 64 * math.prod(shape) / ours
+    print(f"| adamw fp32 step | 64x{shape[0]}x{shape[1]} | {ours * 1e3:.3g} | torch fused "
+          f"| {theirs * 1e3:.3g} | {ours / theirs:.2f} | {rate / 1e12:.3g} TB/s "
+          f"| {rate / limits['B']:.0%} | |")
 
 
 def bench(only="", device=None):
     """Print the table: each kernel and pass, ours and each peer, and the share of what is possible."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = device == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
+    cuda, dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
     n, numbers = (8192, 1 << 29) if cuda else (1024, 1 << 25)
     a, x = (torch.randn(s, device=device, dtype=dtype) for s in ((n, n), (numbers,)))
     y = torch.empty_like(x)
@@ -1865,44 +1869,31 @@ def bench(only="", device=None):
               "B": 2 * x.nbytes / _seconds(y.copy_, [(x,)], cuda)}
     del a, x, y
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, {dtype}, torch {torch.__version__}, triton {triton.__version__}; measured limits "
+    print(f"{name}, {dtype}, torch {torch.__version__}, triton {triton.__version__}; measured limits: "
           f"{limits['FLOP'] / 1e12:.3g} TFLOP/s, copy {limits['B'] / 1e12:.3g} TB/s\n\n"
           "| kernel | shape | ours ms | peer | ms | ratio | rate | of limit | error |\n" + "|---" * 9 + "|")
     for case in _cases(cuda, device, dtype.itemsize):
         if only in case.name:
             _bench_case(case, device, dtype, limits)
-    if only not in "fused_adamw":
-        return
-    shapes = [(4096, 4096) if cuda else (256, 256)] * 64
-    seconds = []
-    for make in (FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)):
-        params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
-        for p in params:
-            p.grad = torch.randn_like(p)
-        seconds.append(_seconds(make(params, lr=1e-4).step, [()], cuda))
-    rate = 28 * 64 * math.prod(shapes[0]) / seconds[0]
-    print(f"| fused_adamw fp32 | 64 of {shapes[0]} | {seconds[0] * 1e3:.3g} | torch fused "
-          f"| {seconds[1] * 1e3:.3g} | {seconds[0] / seconds[1]:.2f} | {rate / 1e12:.3g} TB/s "
-          f"| {rate / limits['B']:.0%} | |")
+    if only in "adamw":
+        _bench_adamw(device, limits)
 
 
 def tune():
     """Time candidate attention tiles on this GPU; print the entries of TILES that would be fastest."""
-    candidates = [(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8)
-                  for s in (1, 2, 3)]
-    for E in (64, 128, 256):
+    candidates = list(itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)))
+    for E, (kernel, tiles) in itertools.product((64, 128, 256), TILES.items()):
         sets = [[torch.randn(4, 4096, 16, E, device="cuda").bfloat16().requires_grad_() for _ in "qkv"]]
-        for kernel, tiles in TILES.items():
-            before, timed = tiles[E], {}
-            for tiles[E] in (before, *candidates):
-                mode = "forward" if kernel == "forward" else "backward"
-                try:
-                    timed[tiles[E]] = _time(flash_attention, mode, sets, True)
-                except (triton.runtime.errors.OutOfResources, RuntimeError):
-                    continue  # too much shared memory or too many registers
-            tiles[E] = min(timed, key=timed.get)
-            print(f'"{kernel}" {E}: {tiles[E]}  # {timed[tiles[E]] * 1e3:.3g} ms {mode}, '
-                  f"{before}: {timed[before] * 1e3:.3g} ms", flush=True)
+        before, timed = tiles[E], {}
+        for tiles[E] in (before, *candidates):
+            mode = "forward" if kernel == "forward" else "backward"
+            try:
+                timed[tiles[E]] = _time(flash_attention, mode, sets, True)
+            except (triton.runtime.errors.OutOfResources, RuntimeError):
+                continue  # too much shared memory or too many registers
+        tiles[E] = min(timed, key=timed.get)
+        print(f'"{kernel}" {E}: {tiles[E]}  # {mode} {timed[tiles[E]] * 1e3:.3g} ms, with {before} '
+              f"{timed[before] * 1e3:.3g} ms", flush=True)
 
 
 def compile_all(capability=90):
@@ -1919,18 +1910,21 @@ def compile_all(capability=90):
         if kernel.metadata.shared > 227 * 1024:
             raise ValueError(f"{self.fn.__name__}: {kernel.metadata.shared} bytes of shared memory")
         if kernel.hash not in seen:
-            seen.add(kernel.hash)
             print(f"{self.fn.__name__}: {kernel.metadata.shared / 1024:.0f} KiB shared", flush=True)
+        seen.add(kernel.hash)
 
     triton.runtime.driver.set_active(Elsewhere())
     run, seen, triton.JITFunction.run = triton.JITFunction.run, set(), compile_only
     for dtype in (torch.bfloat16, torch.float32):
         for case in _cases(False, "cpu", dtype.itemsize):
-            for impl in ("triton", "chunked")[: 1 + (case.name == "linear_cross_entropy")]:
+            for impl in ("triton", "chunked")[: 1 + (not case.work[0])]:
                 inputs = _inputs(case, case.small, "cpu", dtype, 0)
-                outs = _outputs(case.ours, inputs, impl=impl)
+                outs = _outputs(case.ours, *inputs, impl=impl)
                 if case.work[2]:
                     torch.autograd.backward(outs, outs)
+        p = torch.nn.Parameter(torch.zeros(4096, dtype=dtype))
+        p.grad = torch.zeros_like(p)
+        FusedAdamW([p], impl="triton").step()
     print(f"{len(seen)} kernels compiled for sm_{capability}")
 
 
