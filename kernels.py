@@ -29,6 +29,7 @@ import os
 import statistics
 import sys
 import time
+from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -462,64 +463,49 @@ def _flash_backward_q(Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, sq, sk, sv, rows,
 
 # ---- FlashAttention, the functions people call ---------------------------------------------------
 
+# B sequences of Tq queries and Tk keys each or, packed, at most; then cu_q, cu_k hold their first rows
+_Problem = namedtuple("_Problem", "B Tq Tk left right softcap scale cu_q cu_k", defaults=(None, None))
+
 
 def _scales(scale, softcap):
     """(before tanh, after it): exp2(after * s) is the exponential of the score scale * s, capped."""
     return (scale / softcap, softcap / math.log(2)) if softcap else (0.0, scale / math.log(2))
 
 
-class _Problem(NamedTuple):
-    """What stays the same from forward to backward; q, k, v themselves are (rows, heads, E)."""
-
-    cu_q: torch.Tensor | None  # (B + 1,) int32 first rows of packed sequences; None: all are Tq and
-    cu_k: torch.Tensor | None  # Tk long
-    B: int
-    Tq: int  # the longest, if packed
-    Tk: int
-    left: int | None
-    right: int | None
-    softcap: float
-    scale: float
-
-    def arguments(self, q, k, v):
-        """(pointers and numbers, compile-time options) that the kernels take alike."""
-        cu = (q, q) if self.cu_q is None else (self.cu_q, self.cu_k)  # read only if packed
-        return (*cu, q.stride(0), k.stride(0), v.stride(0), q.shape[0], self.Tq, self.Tk,
-                *_scales(self.scale, self.softcap), self.left or 0, self.right or 0), dict(
-            GROUP=q.shape[1] // k.shape[1], LEFT=self.left is not None, E=q.shape[2],
-            RIGHT=self.right is not None, CAP=bool(self.softcap), VARLEN=self.cu_q is not None,
-            DOT=_dot_dtype(q))
+def _launch_attention(kernel, name, q, k, v, tensors, p, *more):
+    """Launch one of the three kernels with a program for each tile of queries (or keys) and head."""
+    tiles, by_keys = _tiles(name, q), name == "backward_kv"
+    blocks = triton.cdiv(p.Tk, tiles["BN"]) if by_keys else triton.cdiv(p.Tq, tiles["BM"])
+    cu = (q, q) if p.cu_q is None else (p.cu_q, p.cu_k)  # read only if packed
+    kernel[blocks, k.shape[1] if by_keys else q.shape[1], p.B](
+        q, k, v, *tensors, *cu, q.stride(0), k.stride(0), v.stride(0), len(q), p.Tq, p.Tk,
+        *_scales(p.scale, p.softcap), p.left or 0, p.right or 0, *more,
+        GROUP=q.shape[1] // k.shape[1], LEFT=p.left is not None, RIGHT=p.right is not None,
+        CAP=bool(p.softcap), VARLEN=p.cu_q is not None, DOT=_dot_dtype(q), E=q.shape[2], **tiles)
 
 
 def _attention_forward(q, k, v, problem):
-    """Launch the forward kernel: (o like q, lse (H, rows) fp32)."""
-    numbers, options = problem.arguments(q, k, v)
+    """q, k, v (rows, heads, E) -> o like q, lse (H, rows) fp32."""
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    tiles = _tiles("forward", q)
     if q.numel():
-        grid = triton.cdiv(problem.Tq, tiles["BM"]), q.shape[1], problem.B
-        _flash_forward[grid](q, k, v, o, lse, *numbers, **options, **tiles)
+        _launch_attention(_flash_forward, "forward", q, k, v, (o, lse), problem)
     return o, lse
 
 
 def _attention_backward(q, k, v, o, lse, do, dlse, problem):
-    """Launch the three backward kernels: (dq, dk, dv), contiguous."""
+    """(dq, dk, dv), contiguous."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    (rows, H, E), do, delta = q.shape, do.contiguous(), torch.empty_like(lse)
+    do = torch.zeros_like(o) if do is None else do.contiguous()
     dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
-    numbers, options = problem.arguments(q, k, v)
-    numbers += (problem.scale,)
-    BE = max(16, triton.next_power_of_2(E))
-    _flash_delta[triton.cdiv(rows, 32), H](o, do, lse, dlse, delta, rows, H, E=E, BE=BE, BM=32)
-    tiles = _tiles("backward_kv", q)
-    grid = triton.cdiv(problem.Tk, tiles["BN"]), k.shape[1], problem.B
-    _flash_backward_kv[grid](q, k, v, do, lse, delta, dk, dv, *numbers, **options, **tiles)
-    tiles = _tiles("backward_q", q)
-    grid = triton.cdiv(problem.Tq, tiles["BM"]), H, problem.B
-    _flash_backward_q[grid](q, k, v, do, lse, delta, dq, *numbers, **options, **tiles)
+    (rows, H, E), delta = q.shape, torch.empty_like(lse)
+    _flash_delta[triton.cdiv(rows, 32), H](o, do, lse, dlse, delta, rows, H, E=E, BM=32,
+                                           BE=max(16, triton.next_power_of_2(E)))
+    arguments = problem, problem.scale
+    _launch_attention(_flash_backward_kv, "backward_kv", q, k, v, (do, lse, delta, dk, dv), *arguments)
+    _launch_attention(_flash_backward_q, "backward_q", q, k, v, (do, lse, delta, dq), *arguments)
     return dq, dk, dv
 
 
@@ -535,8 +521,6 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse):
-        o = ctx.saved_tensors[3]
-        do = torch.zeros_like(o) if do is None else do
         return *_attention_backward(*ctx.saved_tensors, do, dlse, ctx.problem), None
 
 
@@ -546,12 +530,11 @@ class FlashAttentionTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False):
         (B, Tq, E), right = q.shape, 0 if is_causal else None
-        ctx.problem = _Problem(None, None, B, Tq, k.shape[1], None, right, 0.0, E**-0.5)
+        ctx.problem = _Problem(B, Tq, k.shape[1], None, right, 0.0, E**-0.5)
         rows = [x.reshape(-1, 1, E).contiguous() for x in (q, k, v)]  # (B, T, E) -> (B T, 1, E)
         o, lse = _attention_forward(*rows, ctx.problem)
-        o, lse = o.view(q.shape), lse.view(B, Tq)
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o
+        ctx.save_for_backward(q, k, v, o.view(q.shape), lse.view(B, Tq))
+        return o.view(q.shape)
 
     @staticmethod
     def backward(ctx, do):
@@ -561,19 +544,16 @@ class FlashAttentionTriton(torch.autograd.Function):
         return *(g.view(x.shape) for g, x in zip(grads, (q, k, v))), None
 
 
-def _check_attention(q, k, v, dims, scale=None):
-    """One line for shapes that no kernel could run."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == dims or k.shape != v.shape:
-        raise ValueError(f"{shapes}: need {dims} dimensions each, and k and v of one shape")
-    if q.shape[-1] != k.shape[-1] or not k.shape[-2] or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"{shapes}: need one d_head, and q's heads a multiple of k's")
-    if dims == 4 and q.shape[0] != k.shape[0]:
-        raise ValueError(f"{shapes}: the batch sizes differ")
+def _check_attention(q, k, v, dims, scale):
+    """One line for inputs that no kernel could take."""
+    if not q.dim() == k.dim() == v.dim() == dims or k.shape != v.shape or (
+            q.shape[-1] != k.shape[-1] or not k.shape[-2] or q.shape[-2] % k.shape[-2]
+            or not 1 <= q.shape[-1] <= 256 or dims == 4 and len(q) != len(k)):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need {dims} "
+                         "dimensions, k like v, one batch, one d_head of 1 to 256, and q's heads a "
+                         "multiple of k's")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must share a dtype: got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not 1 <= q.shape[-1] <= 256:
-        raise ValueError(f"{shapes}: d_head must be 1 to 256")
     if scale is not None and scale <= 0:
         raise ValueError(f"scale={scale}: must be above 0")
 
@@ -593,13 +573,12 @@ def flash_attention(q, k, v, *, causal=True, window=None, softcap=0.0, scale=Non
     gives 0 and an LSE of -inf. Deterministic to the bit. FlashAttention-2, algorithms 1 and 2.
     """
     _check_attention(q, k, v, 4, scale)
-    left, right = _bounds(causal, window)
+    bounds = _bounds(causal, window)
     if not _use_triton(q, impl):
         return flash_attention_reference(q, k, v, causal=causal, window=window, softcap=softcap,
                                          scale=scale, return_lse=return_lse)
-    (B, Tq, H, E), Tk = q.shape, k.shape[1]
-    scale = E**-0.5 if scale is None else scale
-    problem = _Problem(None, None, B, Tq, Tk, left, right, softcap, scale)
+    B, Tq, H, E = q.shape
+    problem = _Problem(B, Tq, k.shape[1], *bounds, softcap, scale or E**-0.5)
     o, lse = _Flash.apply(*(x.flatten(0, 1) for x in (q, k, v)), problem)  # (B T, heads, E)
     o, lse = o.view(q.shape), lse.view(H, B, Tq).transpose(0, 1)  # (H, B Tq) -> (B, H, Tq)
     return (o, lse) if return_lse else o
@@ -621,24 +600,20 @@ def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, *, cu_seqlens_k=None
     """flash_attention over documents packed end to end, none of which sees another.
 
     q (total, H, E), k and v (total, K, E). Document b is rows cu_seqlens[b] to cu_seqlens[b + 1]
-    (int32, (documents + 1,), from 0 to total; it may be empty), at most max_seqlen long; keys take
+    (integers (documents + 1,), from 0 to total; it may be empty), at most max_seqlen long; keys take
     cu_seqlens_k and max_seqlen_k if theirs differ. For documents of 2, 0 and 3 tokens: [0, 2, 2, 5].
     Returns (total, H, E), and with return_lse also (H, total). The rest as flash_attention.
     """
     _check_attention(q, k, v, 3, scale)
-    left, right = _bounds(causal, window)
-    if not _use_triton(q, impl):
-        o, lse = flash_attention_varlen_reference(
-            q, k, v, cu_seqlens, cu_seqlens_k, causal=causal, window=window, softcap=softcap,
-            scale=scale)
-        return (o, lse) if return_lse else o
-    cu_q = cu_seqlens.to(torch.int32).contiguous()
-    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32).contiguous()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    problem = _Problem(cu_q, cu_k, cu_q.numel() - 1, max_seqlen,
-                       max_seqlen if max_seqlen_k is None else max_seqlen_k, left, right, softcap,
-                       scale)
-    o, lse = _Flash.apply(q, k, v, problem)
+    bounds = _bounds(causal, window)
+    cu_k, Tk = (cu_seqlens, max_seqlen) if cu_seqlens_k is None else (cu_seqlens_k, max_seqlen_k)
+    if _use_triton(q, impl):
+        cu_q, cu_k = (cu.to(torch.int32).contiguous() for cu in (cu_seqlens, cu_k))
+        o, lse = _Flash.apply(q, k, v, _Problem(len(cu_q) - 1, max_seqlen, Tk, *bounds, softcap,
+                                                scale or q.shape[-1] ** -0.5, cu_q, cu_k))
+    else:
+        o, lse = flash_attention_varlen_reference(q, k, v, cu_seqlens, cu_k, causal=causal,
+                                                  window=window, softcap=softcap, scale=scale)
     return (o, lse) if return_lse else o
 
 
@@ -890,20 +865,6 @@ def _swiglu_kernel(GATE, UP, Y, DY, DGATE, DUP, s_gate, s_up, D, BD: constexpr,
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def launch(gate, up, dy=None):
-        """gate, up (N, F) with any row stride -> [y], or [dgate, dup] given dy; contiguous."""
-        out = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)]
-        out += [torch.empty_like(out[0])] if dy is not None else []
-        N, D = gate.shape
-        BD = 32 if INTERPRETED else 2048
-        if gate.numel():
-            _swiglu_kernel[(N, triton.cdiv(D, BD))](
-                gate, up, out[0], gate if dy is None else dy, out[0], out[-1], gate.stride(0),
-                up.stride(0), D, BD=BD, BACKWARD=dy is not None,
-            )
-        return out
-
-    @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         return _SwiGLU.launch(gate, up)[0]
@@ -912,12 +873,24 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         return tuple(_SwiGLU.launch(*ctx.saved_tensors, dy.contiguous()))
 
+    @staticmethod
+    def launch(gate, up, dy=None):
+        """gate, up (N, F) with any row stride -> [y], or [dgate, dup] given dy; contiguous."""
+        out = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+               for _ in range(1 if dy is None else 2)]
+        blocks = _launch(dict(BD=2048), dict(BD=32), num_warps=4)
+        if gate.numel():
+            _swiglu_kernel[len(gate), triton.cdiv(gate.shape[1], blocks["BD"])](
+                gate, up, out[0], gate if dy is None else dy, out[0], out[-1], gate.stride(0),
+                up.stride(0), gate.shape[1], BACKWARD=dy is not None, **blocks)
+        return out
+
 
 def swiglu(gate, up, *, impl=None):
     """silu(gate) * up in one pass each way; gate and up (..., F), also two halves of one tensor."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} "
-                         "must have the same shape and dtype")
+        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} "
+                         f"{up.dtype} must have the same shape and dtype")
     if not _use_triton(gate, impl):
         return swiglu_reference(gate, up)
     rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]  # (..., F) -> (N, F), a view if it can
@@ -932,24 +905,19 @@ def swiglu(gate, up, *, impl=None):
 def apply_rope_reference(q, k, cos, sin, positions=None, interleaved=False):
     """Rotate pair i of each head by the angle of row `positions`: (a, b) -> (ac - bs, bc + as)."""
     T = q.shape[1]
-    if positions is None:
-        cos, sin = cos[None, :T, None], sin[None, :T, None]  # (T, E/2) -> (1, T, 1, E/2)
-    else:
-        positions = positions.reshape(-1, T)  # (T,) or (B, T) -> (1 or B, T)
-        cos, sin = cos[positions][:, :, None], sin[positions][:, :, None]
+    rows = slice(0, T) if positions is None else positions.reshape(-1, T)  # (1 or B, T)
+    cos, sin = (x[rows].reshape(-1, T, 1, x.shape[-1]) for x in (cos, sin))  # (1 or B, T, 1, E/2)
 
     def rotate(x):
-        if interleaved:
-            a, b = x[..., 0::2], x[..., 1::2]
-            return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
-        a, b = x.chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+        a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+        pair = a * cos - b * sin, b * cos + a * sin
+        return (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
 
     return rotate(q), rotate(k)
 
 
 @triton.jit
-def _rotate(X, Y, s_h, H: constexpr, BH: constexpr, HALF: constexpr, BHALF: constexpr, cos, sin,
+def _rotate(X, Y, s_h, cos, sin, H: constexpr, BH: constexpr, HALF: constexpr, BHALF: constexpr,
             INTERLEAVED: constexpr):
     """Rotate the H heads of one token, (H, E) at X with head stride s_h, into Y, contiguous."""
     h = tl.arange(0, BH)[:, None]
@@ -958,8 +926,7 @@ def _rotate(X, Y, s_h, H: constexpr, BH: constexpr, HALF: constexpr, BHALF: cons
         keep = (h < H) & (e < 2 * HALF)
         x = tl.load(X + h * s_h + e, mask=keep, other=0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(x, (BH, BHALF, 2)))  # (BH, 2 BHALF) -> two of (BH, BHALF)
-        y = tl.join(a * cos - b * sin, b * cos + a * sin)
-        y = tl.reshape(y, (BH, 2 * BHALF))
+        y = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BH, 2 * BHALF))
         tl.store(Y + h * (2 * HALF) + e, y.to(Y.dtype.element_ty), mask=keep)
     else:
         e = tl.arange(0, BHALF)[None, :]
@@ -977,36 +944,17 @@ def _rope_kernel(Q, K, YQ, YK, COS, SIN, POS, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h
                  BH: constexpr, BKV: constexpr, HALF: constexpr, BHALF: constexpr):
     """One program a token (t, b), all heads of q and k."""
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row = t
+    row, e = t, tl.arange(0, BHALF)
     if HAS_POS:
         row = tl.load(POS + b * pos_b + t).to(tl.int64)
-    e = tl.arange(0, BHALF)
     cos = tl.load(COS + row * HALF + e, mask=e < HALF, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(SIN + row * HALF + e, mask=e < HALF, other=0.0).to(tl.float32)[None, :] * sign
-    token = b * tl.num_programs(0) + t
-    _rotate(Q + b * sq_b + t * sq_t, YQ + token * (H * 2 * HALF), sq_h, H, BH, HALF, BHALF, cos,
-            sin, INTERLEAVED)
-    _rotate(K + b * sk_b + t * sk_t, YK + token * (KV * 2 * HALF), sk_h, KV, BKV, HALF, BHALF, cos,
-            sin, INTERLEAVED)
+    Q, K, token = Q + b * sq_b + t * sq_t, K + b * sk_b + t * sk_t, b * tl.num_programs(0) + t
+    _rotate(Q, YQ + token * (H * 2 * HALF), sq_h, cos, sin, H, BH, HALF, BHALF, INTERLEAVED)
+    _rotate(K, YK + token * (KV * 2 * HALF), sk_h, cos, sin, KV, BKV, HALF, BHALF, INTERLEAVED)
 
 
 class _Rope(torch.autograd.Function):
-    @staticmethod
-    def launch(q, k, cos, sin, positions, interleaved, sign):
-        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-        B, T, H, E = q.shape
-        outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
-        pos_b = 0 if positions is None or positions.shape[0] == 1 else T
-        power = triton.next_power_of_2
-        if q.numel():
-            _rope_kernel[(T, B)](
-                q, k, *outs, cos, sin, q if positions is None else positions, *q.stride()[:3],
-                *k.stride()[:3], pos_b, sign, HAS_POS=positions is not None,
-                INTERLEAVED=interleaved, H=H, KV=k.shape[2], BH=power(H), BKV=power(k.shape[2]),
-                HALF=E // 2, BHALF=power(E // 2),
-            )
-        return tuple(outs)
-
     @staticmethod
     def forward(ctx, q, k, cos, sin, positions, interleaved):
         ctx.save_for_backward(cos, sin, positions)
@@ -1017,6 +965,20 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, dq, dk):  # a rotation's transpose is the rotation back
         return *_Rope.launch(dq, dk, *ctx.saved_tensors, ctx.interleaved, -1.0), *[None] * 4
 
+    @staticmethod
+    def launch(q, k, cos, sin, positions, interleaved, sign):
+        """(q, k) rotated by the angles, sign = -1: back."""
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        (B, T, H, E), K, power = q.shape, k.shape[2], triton.next_power_of_2
+        outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+        if q.numel():
+            _rope_kernel[T, B](
+                q, k, *outs, cos, sin, q if positions is None else positions, *q.stride()[:3],
+                *k.stride()[:3], 0 if positions is None or len(positions) == 1 else T, sign,
+                HAS_POS=positions is not None, INTERLEAVED=interleaved, H=H, KV=K, BH=power(H),
+                BKV=power(K), HALF=E // 2, BHALF=power(E // 2))
+        return outs
+
 
 def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
     """Rotary position embedding of q (B, T, H, E) and k (B, T, K, E) in one launch (2104.09864).
@@ -1026,17 +988,14 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
     Hugging Face, or (2i, 2i + 1) if interleaved, as in the paper. Returns new q and k.
     """
     B, T, _, E = q.shape
-    if E % 2 or cos.shape != sin.shape or cos.shape[-1] != E // 2 or k.shape[:2] != (B, T):
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} need cos and sin (rows, {E // 2}): "
-                         f"got {tuple(cos.shape)}, {tuple(sin.shape)}")
-    if positions is None and cos.shape[0] < T:
-        raise ValueError(f"cos and sin have {cos.shape[0]} rows, the sequence {T} positions")
-    if positions is not None:
-        if positions.numel() not in (T, B * T):
-            raise ValueError(f"positions must be ({T},) or ({B}, {T}): {tuple(positions.shape)}")
-        positions = positions.reshape(-1, T).contiguous()
+    if E % 2 or cos.shape != sin.shape or cos.shape[-1] != E // 2 or k.shape[:2] != (B, T) or (
+            len(cos) < T if positions is None else positions.numel() not in (T, B * T)):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} need cos and sin (rows, {E // 2}), "
+                         f"a row for each of {T} positions, and positions ({T},) or ({B}, {T}): got "
+                         f"{tuple(cos.shape)}, {None if positions is None else tuple(positions.shape)}")
     if not _use_triton(q, impl):
         return apply_rope_reference(q, k, cos, sin, positions, interleaved)
+    positions = None if positions is None else positions.reshape(-1, T).contiguous()
     return _Rope.apply(q, k, cos.contiguous(), sin.contiguous(), positions, interleaved)
 
 
@@ -1047,10 +1006,8 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
 # the loss is a sum, so its gradient is known up to the scalar that arrives later.
 
 
-def linear_cross_entropy_reference(
-    x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0, label_smoothing=0.0,
-    reduction="mean", return_logprobs=False,
-):
+def linear_cross_entropy_reference(x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0,
+                                   label_smoothing=0.0, reduction="mean", return_logprobs=False):
     """What linear_cross_entropy computes, all logits in memory; same arguments."""
     logits = (x @ weight.t()).flatten(0, -2)  # (..., D) -> (N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -1174,9 +1131,7 @@ def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
                 SMOOTH=opts[3] > 0, GRAD=want_x or want_w,
                 **_launch(dict(BV=4096), dict(BV=32), num_warps=16))
         else:
-            loss[c], logprob[c] = _loss_rows_reference(
-                logits, t[c], scale[c], opts, want_x or want_w
-            )
+            loss[c], logprob[c] = _loss_rows_reference(logits, t[c], scale[c], opts, want_x or want_w)
         if want_x:
             torch.mm(logits, weight, out=dx[c])  # (n, V) (V, D) -> (n, D)
         if want_w:
@@ -1278,13 +1233,11 @@ def _fused_core(x, weight, t, scale, opts, want_x, want_w):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, t, opts, reduction, core):
-        valid = t != opts[0]
-        scale = valid.float()
-        if reduction == "mean":
-            scale = scale / valid.sum().clamp_min(1)
+    def forward(ctx, x, weight, t, opts, reduction, core, training):
+        scale = (t != opts[0]).float()
+        scale = scale / scale.sum().clamp_min(1) if reduction == "mean" else scale
         now = reduction != "none"  # each loss' factor is known: take the gradients at once
-        want = [now and need for need in ctx.needs_input_grad[:2]]
+        want = [now and training and need for need in ctx.needs_input_grad[:2]]
         loss, logprob, dx, dw = core(x, weight, t, scale, opts, *want)
         ctx.now, ctx.opts, ctx.core = now, opts, core
         ctx.save_for_backward(*((dx, dw) if now else (x, weight, t)))
@@ -1294,17 +1247,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, _):
         if ctx.now:
-            return *(g if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors), *[None] * 4
-        x, weight, t = ctx.saved_tensors
-        need = ctx.needs_input_grad[:2]
-        grads = ctx.core(x, weight, t, dloss.contiguous().float(), ctx.opts, *need)[2:]
-        return *grads, None, None, None, None
+            grads = [g if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors]
+        else:
+            grads = ctx.core(*ctx.saved_tensors, dloss.contiguous(), ctx.opts,
+                             *ctx.needs_input_grad[:2])[2:]
+        return *grads, *[None] * 5
 
 
-def linear_cross_entropy(
-    x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0, label_smoothing=0.0,
-    reduction="mean", return_logprobs=False, impl=None,
-):
+def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0,
+                         label_smoothing=0.0, reduction="mean", return_logprobs=False, impl=None):
     """Cross-entropy of x @ weight.T against targets, never holding the (tokens, vocabulary) logits.
 
     x (..., D), weight (V, D) of one floating dtype, targets (...) integers below V. Adds
@@ -1338,7 +1289,7 @@ def linear_cross_entropy(
     with torch.autocast(x.device.type, enabled=False):
         loss, logprob = _LinearCrossEntropy.apply(
             x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), t.contiguous(), opts,
-            reduction, core)
+            reduction, core, torch.is_grad_enabled())
     loss = loss.view(targets.shape) if reduction == "none" else loss
     return (loss, logprob.view(targets.shape)) if return_logprobs else loss
 
@@ -1357,6 +1308,11 @@ def adamw_reference(w, g, m, v, *, lr, betas, eps, weight_decay, step):
 
 
 @triton.jit
+def _address(ROW, i: constexpr, DTYPE: constexpr, ALIGN: constexpr):
+    return tl.multiple_of(tl.load(ROW + i).to(tl.pointer_type(DTYPE)), ALIGN)
+
+
+@triton.jit
 def _adamw_kernel(TABLE, OWNER, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, correct2, seed,
                   P_TYPE: constexpr, MASTER: constexpr, STOCHASTIC: constexpr, ALIGN: constexpr,
                   BLOCK: constexpr):
@@ -1364,16 +1320,15 @@ def _adamw_kernel(TABLE, OWNER, GRAD_SCALE, decay, lr, beta1, beta2, eps, correc
     TABLE (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master, and the length."""
     owner = OWNER + 2 * tl.program_id(0)
     row = TABLE + 6 * tl.load(owner)
-    c = tl.load(owner + 1) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.load(owner + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = c < tl.multiple_of(tl.load(row + 5), ALIGN)
-    p_at = tl.multiple_of(tl.load(row).to(tl.pointer_type(P_TYPE)), ALIGN) + c
-    g_at = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(P_TYPE)), ALIGN) + c
-    m_at = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), ALIGN) + c
-    v_at = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), ALIGN) + c
+    p_at = _address(row, 0, P_TYPE, ALIGN) + c
+    m_at, v_at = _address(row, 2, tl.float32, ALIGN) + c, _address(row, 3, tl.float32, ALIGN) + c
     w_at = p_at
     if MASTER:
-        w_at = tl.multiple_of(tl.load(row + 4).to(tl.pointer_type(tl.float32)), ALIGN) + c
-    g = tl.load(g_at, mask=keep, other=0.0).to(tl.float32) * tl.load(GRAD_SCALE)
+        w_at = _address(row, 4, tl.float32, ALIGN) + c
+    g = tl.load(_address(row, 1, P_TYPE, ALIGN) + c, mask=keep, other=0.0).to(tl.float32)
+    g *= tl.load(GRAD_SCALE)
     m = tl.load(m_at, mask=keep, other=0.0)
     v = tl.load(v_at, mask=keep, other=0.0)
     w = tl.load(w_at, mask=keep, other=0.0).to(tl.float32)
@@ -1421,7 +1376,9 @@ class FusedAdamW(torch.optim.Optimizer):
                 if p.grad is not None:  # only lengths of a multiple of 16 can be read 16 bytes wide
                     kinds.setdefault((p.dtype, p.numel() % 16 == 0), []).append(p)
             for params in kinds.values():
-                self._update(params, group, grad_scale)
+                rows = [self._row(p, group) for p in params]
+                update = self._launch if _use_triton(params[0], group["impl"]) else self._plain
+                update(rows, group, grad_scale)
         return loss
 
     def load_state_dict(self, state_dict):
@@ -1433,44 +1390,39 @@ class FusedAdamW(torch.optim.Optimizer):
             saved = state_dict["state"].get(i, {})
             self.state[p] = {name: x.to(p.device, copy=True) for name, x in saved.items()}
 
-    def _update(self, params, group, grad_scale):
-        """Step params, which share a dtype."""
-        low = params[0].dtype != torch.float32
-        stochastic, kernel = low and group["stochastic"], _use_triton(params[0], group["impl"])
-        if stochastic and not (kernel and params[0].dtype == torch.bfloat16):
-            raise ValueError("stochastic=True: needs bfloat16 parameters, and impl='triton' or a GPU")
-        for p in params:
-            if not self.state[p]:
-                for name in ("exp_avg", "exp_avg_sq"):
-                    self.state[p][name] = torch.zeros_like(p, dtype=torch.float32)
-                if low and not stochastic:
-                    self.state[p]["master"] = p.float()
-        rows = [(p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"],
-                 self.state[p].get("master", p)) for p in params]
-        if kernel:
-            return self._launch(rows, group, grad_scale, stochastic)
+    def _row(self, p, group):
+        """(p, grad, exp_avg, exp_avg_sq, master or p)."""
+        if not (p.is_contiguous() and p.grad.is_contiguous()):
+            raise ValueError("FusedAdamW takes contiguous parameters and gradients")
+        state = self.state[p]
+        if not state:
+            state.update({name: torch.zeros_like(p, dtype=torch.float32)
+                          for name in ("exp_avg", "exp_avg_sq")})
+            if p.dtype != torch.float32 and not group["stochastic"]:
+                state["master"] = p.float()
+        return p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", p)
+
+    def _plain(self, rows, group, grad_scale):
+        if group["stochastic"]:
+            raise ValueError("stochastic=True: needs impl='triton' or a GPU")
         hyper = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "step")}
         for p, g, m, v, master in rows:
             g = g.float() if grad_scale is None else g.float() * grad_scale
             master.copy_(adamw_reference(master, g, m, v, **hyper))
             p.copy_(master)
 
-    def _launch(self, rows, group, grad_scale, stochastic):
-        """The same for all rows (p, grad, exp_avg, exp_avg_sq, master) in one launch."""
-        if not all(x.is_contiguous() for row in rows for x in row):
-            raise ValueError("FusedAdamW takes contiguous parameters and gradients")
+    def _launch(self, rows, group, grad_scale):
         p, device, block = rows[0][0], rows[0][0].device, 64 if INTERPRETED else 2048
         table = [[x.data_ptr() for x in row] + [row[0].numel()] for row in rows]
-        align = 16 if all(n % 16 == 0 for row in table for n in row) else 1
         owners = _adamw_owners(tuple(row[0].numel() for row in rows), block, device)
         grad_scale = torch.ones((), device=device) if grad_scale is None else grad_scale.float()
-        beta1, beta2 = group["betas"]
+        lr, (beta1, beta2), step = group["lr"], group["betas"], group["step"]
         _adamw_kernel[(len(owners),)](
             torch.tensor(table).to(device, non_blocking=True), owners, grad_scale,
-            1 - group["lr"] * group["weight_decay"], group["lr"], beta1, beta2, group["eps"],
-            1 / (1 - beta1 ** group["step"]), 1 / (1 - beta2 ** group["step"]), group["step"],
-            P_TYPE=_tl_dtype(p), MASTER=rows[0][4] is not p, STOCHASTIC=stochastic, ALIGN=align,
-            BLOCK=block)
+            1 - lr * group["weight_decay"], lr, beta1, beta2, group["eps"], 1 / (1 - beta1**step),
+            1 / (1 - beta2**step), step, P_TYPE=_tl_dtype(p), MASTER=rows[0][4] is not p,
+            STOCHASTIC=group["stochastic"] and p.dtype == torch.bfloat16, BLOCK=block,
+            ALIGN=16 if all(n % 16 == 0 for row in table for n in row) else 1)
 
 
 # ---- mixture of experts: a matmul for each group of rows -----------------------------------------
