@@ -467,15 +467,27 @@ class Words(NamedTuple):
     doc: np.ndarray  # (W,) which document
 
 
+LAST = 0x34000  # no letters are assigned to code points above
+SEVERAL = 0xFFFFFFFF  # marks characters that `normalise` turns into several
+
+
 @functools.lru_cache(maxsize=1)
-def character_classes():
-    """(0x110000,) uint8: 0 punctuation, symbol, accent, control; 1 other; 2 letter; 3 space."""
+def character_tables():
+    """Two tables over code points: (0x110000,) uint8 class and (0x110000,) uint32 normal form.
+
+    Classes: 0 punctuation, symbol, accent or control; 1 other; 2 letter; 3 white space. The normal
+    form is what `normalise` makes of the character alone: 32 for white space, 0 for nothing.
+    """
+    classes, normal = np.zeros(0x110000, np.uint8), np.zeros(0x110000, np.uint32)
     kinds = {"L": 2, "N": 1, "Z": 3, "M": 1, "P": 0, "S": 0, "C": 0}
-    table = np.zeros(0x110000, np.uint8)
-    for c in range(0x34000):  # no letters are assigned above
+    for c in range(LAST):
         category = unicodedata.category(chr(c))
-        table[c] = 3 if chr(c).isspace() else 0 if category == "Mn" else kinds[category[0]]
-    return table
+        classes[c] = 3 if chr(c).isspace() else 0 if category == "Mn" else kinds[category[0]]
+    for c in np.flatnonzero(classes).tolist():
+        form = [x for x in unicodedata.normalize("NFD", chr(c).lower()) if classes[ord(x)]]
+        normal[c] = SEVERAL if len(form) > 1 or chr(c) == "Σ" else ord(form[0]) if form else 0
+    normal[classes == 3] = 32
+    return classes, normal
 
 
 @functools.lru_cache(maxsize=4)
@@ -493,32 +505,51 @@ def mix(x):
     return x ^ (x >> np.uint64(31))
 
 
+def code_points(texts):
+    """All texts as one array, a newline before, between and behind: (N,) uint32, (D + 1,) starts."""
+    joined = "\n".join(["", *texts, ""])
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    return codes, np.cumsum([1] + [len(text) + 1 for text in texts])
+
+
+def normal_code_points(texts):
+    """The same of normalised texts, by looking up every character rather than by `normalise`.
+
+    Texts with characters that become several, or whose form depends on their neighbours (the Greek
+    sigma), take the slow way through Python's strings first.
+    """
+    normal, (codes, bounds) = character_tables()[1], code_points(texts)
+    codes = normal.take(codes)
+    odd = np.flatnonzero(codes == SEVERAL)
+    if len(odd):
+        texts = list(texts)
+        for i in set(np.searchsorted(bounds, odd, "right") - 1):
+            texts[i] = unicodedata.normalize("NFD", texts[i].lower())
+        codes, bounds = code_points(texts)
+        codes = normal.take(codes)
+    keep = codes > 0
+    return codes[keep], np.append(0, np.cumsum(keep, dtype=np.int32))[bounds]
+
+
 def split_words(texts, normalised=False):
-    """Cut a batch of texts into words at white space and hash each word: -> Words.
+    """Cut a batch of texts, or their normal forms, at white space and hash each word: -> Words.
 
     A word's hash is the polynomial sum(c_i * BASE**i) modulo 2**64 over its characters. With prefix
     sums S over the whole batch it is (S[end] - S[start]) / BASE**start, one expression for all
-    words, equal for equal words wherever they stand. With `normalised`, characters of class 0
-    (punctuation, accents) are left out first.
+    words, equal for equal words wherever they stand.
     """
-    joined = "\n" + "\n".join(texts) + "\n"
-    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
-    kinds = character_classes()[codes]  # (N,)
-    bounds = np.cumsum([1] + [len(text) + 1 for text in texts])  # where each document starts
-    if normalised:
-        keep = kinds > 0
-        bounds = np.concatenate(([0], np.cumsum(keep)))[bounds]
-        codes, kinds = codes[keep], kinds[keep]
-    inside = kinds != 3
-    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
-    starts, ends = edges[::2], edges[1::2]
+    codes, bounds = normal_code_points(texts) if normalised else code_points(texts)  # (N,), (D + 1,)
+    kinds = None if normalised else character_tables()[0].take(codes)
+    inside = codes != 32 if normalised else kinds != 3
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    starts, ends = edges[::2], edges[1::2]  # the last character before the word, and of it
     up, down = powers(1 << len(codes).bit_length())
-    sums = np.cumsum(codes * up[: len(codes)], dtype=np.uint64)
-    letters = np.cumsum(kinds == 2)
-    hashes = mix((sums[ends - 1] - sums[starts - 1]) * down[starts])
-    first = np.searchsorted(starts, bounds)
+    sums = np.cumsum(codes * up[: len(codes)])
+    hashes = mix((sums[ends] - sums[starts]) * down[starts])
+    letters = np.cumsum(kinds == 2, dtype=np.int32) if kinds is not None else np.arange(len(codes))
+    first = np.searchsorted(starts, bounds - 1)
     doc = np.repeat(np.arange(len(texts)), np.diff(first))
-    return Words(ends - starts, hashes, letters[ends - 1] > letters[starts - 1], first, doc)
+    return Words(ends - starts, hashes, letters[ends] > letters[starts], first, doc)
 
 
 def combine(hashes, n):
@@ -605,42 +636,43 @@ def later_copies(parts):
     return copies
 
 
-def sorted_ngrams(words, n):
-    """N-grams inside documents, equal ones side by side, in text order within a group.
+def repeated_ngrams(words, longest):
+    """Yield (n, at, same) for n = 2 to `longest`: n-grams within documents, equal ones together.
 
-    -> (M,) index of the first word, (M,) bool "same as the one before". The index sits in the low
-    bits of the hash, so that one sort does for both; 40 or more bits of hash remain.
+    at: (M,) index of the first word, ascending among equal ones. same: (M,) bool, "equal to the one
+    before". Only where the (n - 1)-gram is repeated can the n-gram be, so M shrinks fast. The index
+    sits in the low bits of what is sorted, behind 40 or more bits of hash.
     """
-    if len(words.hashes) < n:
-        return np.zeros(0, np.int64), np.zeros(0, bool)
-    at = np.flatnonzero(words.doc[n - 1 :] == words.doc[: len(words.doc) - n + 1])
-    bits = np.uint64(max(20, len(words.hashes).bit_length()))
-    keys = mix(combine(words.hashes, n)[at] + words.doc[at].astype(np.uint64))
-    keys = np.sort(keys >> bits << bits | at.astype(np.uint64))
-    same = np.append(False, (keys[1:] ^ keys[:-1]) >> bits == 0)[: len(keys)]
-    return (keys & ~(~np.uint64(0) << bits)).astype(np.int64), same
+    at, totals = np.arange(len(words.hashes)), words.hashes + mix(words.doc.astype(np.uint64))
+    bits = np.uint64(max(20, len(at).bit_length()))
+    for n in range(2, longest + 1):
+        at = at[at + n <= words.first[words.doc[at] + 1]]
+        totals[at] = mix(totals[at] * np.uint64(BASE) + words.hashes[at + n - 1])
+        keys = np.sort(totals[at] >> bits << bits | at.astype(np.uint64))
+        at = (keys & ~(~np.uint64(0) << bits)).astype(np.int64)
+        same = np.append(False, (keys[1:] ^ keys[:-1]) >> bits == 0)[: len(at)]
+        yield n, at, same
+        at = at[same | np.append(same[1:], False)[: len(at)]]
 
 
-def top_ngram_characters(words, n):
+def top_ngram_characters(words, n, at, same):
     """(D,) characters in all copies of each document's most frequent n-gram; 0 if none repeats."""
-    at, same = sorted_ngrams(words, n)
     heads = np.flatnonzero(~same)
     count = np.diff(np.append(heads, len(at)))
     heads, count = at[heads[count > 1]], count[count > 1]
-    total = np.concatenate(([0], np.cumsum(words.lengths)))
+    total = np.append(0, np.cumsum(words.lengths))
     size = total[heads + n] - total[heads] + n - 1  # with the spaces between
     best = np.zeros(len(words.first) - 1, np.int64)
     np.maximum.at(best, words.doc[heads], count << 32 | size)  # most frequent, then longest
     return (best >> 32) * (best & 0xFFFFFFFF)
 
 
-def repeated_ngram_characters(words, n):
+def repeated_ngram_characters(words, n, at, same):
     """(D,) characters of words inside an n-gram seen earlier in the document.
 
     Overlapping n-grams count once, as the paper asks: +1 where one starts, -1 behind its end, and a
     word is covered where the running sum is positive.
     """
-    at, same = sorted_ngrams(words, n)
     later, size = at[same], len(words.hashes) + 1
     cover = np.cumsum(np.bincount(later, minlength=size) - np.bincount(later + n, minlength=size))
     return per_document(words.lengths * (cover[:-1] > 0), words.first)
@@ -661,13 +693,11 @@ def gopher_repetition(texts, words):
         failed[f"copied_{name}s"] = share > 0.3
         characters = np.array([sum(map(len, copied)) for copied in copies])
         failed[f"copied_{name}_characters"] = characters > 0.2 * size
-    for n, most in ((2, 0.20), (3, 0.18), (4, 0.16)):
-        failed[f"top_{n}_gram"] = top_ngram_characters(words, n) > most * size
-    for n, most in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):
-        characters = repeated_ngram_characters(words, n)
-        failed[f"repeated_{n}_grams"] = characters > most * size
-        if not characters.any():  # then no longer one repeats either
-            break
+    most = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    for n, at, same in repeated_ngrams(words, 10):
+        count = top_ngram_characters if n < 5 else repeated_ngram_characters
+        name = f"top_{n}_gram" if n < 5 else f"repeated_{n}_grams"
+        failed[name] = count(words, n, at, same) > most[n] * size
     return failed
 
 
@@ -836,8 +866,8 @@ def normalise(text):
     >>> normalise("Crème  Brûlée, 50% off!")
     'creme brulee 50 off'
     """
-    text, kinds = unicodedata.normalize("NFD", text.lower()), character_classes()
-    return " ".join("".join(c for c in text if kinds[ord(c)]).split())
+    text, classes = unicodedata.normalize("NFD", text.lower()), character_tables()[0]
+    return " ".join("".join(c for c in text if classes[ord(c)]).split())
 
 
 def shingles(texts, n):
@@ -846,19 +876,16 @@ def shingles(texts, n):
     A document of fewer than n words is one shingle, the hash of all its words, so that it equals
     only itself; one without any word has no shingle.
     """
-    texts = [text.lower() for text in texts]
-    texts = [text if text.isascii() else unicodedata.normalize("NFD", text) for text in texts]
     words = split_words(texts, normalised=True)
-    size = len(words.hashes)
-    # n - 1 zeros behind each document keep its n-grams from reaching into the next one
-    place = np.arange(size) + words.doc * (n - 1)
-    padded = np.zeros(size + (len(texts) + 1) * (n - 1) + n, np.uint64)
-    padded[place] = words.hashes
-    hashes = combine(padded, n)[place]
     begin, end = words.first[:-1], words.first[1:]
-    whole = np.arange(size) + n <= end[words.doc]
-    whole[begin[(end > begin) & (end - begin < n)]] = True
-    return hashes[whole], np.concatenate(([0], np.cumsum(whole)))[words.first]
+    hashes = combine(np.append(words.hashes, np.zeros(n, np.uint64)), n)  # (W + 1,)
+    whole = np.ones(len(words.hashes), bool)  # n-grams that end in the document they start in
+    for j in range(1, n):
+        whole[np.maximum(end[end > 0] - j, 0)] = False
+    for i in np.flatnonzero((end > begin) & (end - begin < n)):
+        padded = np.append(words.hashes[begin[i] : end[i]], np.zeros(n, np.uint64))
+        hashes[begin[i]], whole[begin[i]] = combine(padded, n)[0], True
+    return hashes[:-1][whole], np.append(0, np.cumsum(whole))[words.first]
 
 
 def sign(hashes, first, num_hashes, seed=0):
@@ -1760,7 +1787,7 @@ def bench(o):
          datatrove=lambda: [trove.get_signature(trove.get_shingles(text)) for text in texts])
     signatures = np.resize(minhash_signatures(texts), (20_000, 112))
     signatures[::2] ^= np.arange(10_000, dtype=np.uint32)[:, None]  # half of them have no copy
-    minhashes = [datasketch.MinHash(112, hashvalues=row.astype(np.uint64)) for row in signatures]
+    minhashes = [datasketch.MinHash(112, hashvalues=row, scheme="affine32") for row in signatures]
 
     def their_lsh():
         lsh = datasketch.MinHashLSH(num_perm=112, params=(14, 8))

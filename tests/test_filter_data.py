@@ -464,12 +464,10 @@ def test_ngram_repetition_is_its_twin():
     words = fd.split_words(texts)
     size = np.array([len(text) for text in texts])
     twins = [twin_of_repetition(text) for text in texts]
-    for n in range(2, 5):
-        found = fd.top_ngram_characters(words, n) / size
-        np.testing.assert_allclose(found, [twin[f"top_{n}_gram"] for twin in twins])
-    for n in range(5, 11):
-        found = fd.repeated_ngram_characters(words, n) / size
-        np.testing.assert_allclose(found, [twin[f"repeated_{n}_grams"] for twin in twins])
+    for n, at, same in fd.repeated_ngrams(words, 10):
+        rule, count = (f"top_{n}_gram", fd.top_ngram_characters) if n < 5 else (
+            f"repeated_{n}_grams", fd.repeated_ngram_characters)
+        np.testing.assert_allclose(count(words, n, at, same) / size, [twin[rule] for twin in twins])
     failed = fd.gopher_repetition(texts, words)
     limits = {"top_2_gram": 0.2, "top_3_gram": 0.18, "top_4_gram": 0.16, "repeated_5_grams": 0.15,
               "repeated_7_grams": 0.13, "repeated_10_grams": 0.1}  # Gopher, Table A1
