@@ -13,8 +13,8 @@ the deep case (a T x T matrix lies between, and a softmax stands in the way), so
 softmax in one pass, attention in tiles, the kernel forward, the kernel backward. Then the fusions:
 decoding, norm, SwiGLU, RoPE, the loss, AdamW, experts, Muon.
 
-Where there is no GPU the kernels run in Triton's interpreter, the very code that a GPU runs, slowly,
-in numpy: `impl="triton"` asks for them, and the tests do. Otherwise CPU tensors take the twins
+Where there is no GPU the kernels run in Triton's interpreter, the very code that a GPU runs, if
+slowly: `impl="triton"` asks for them, and the tests do. Otherwise CPU tensors take the twins
 (`impl="torch"`). Attention's layout is (B, T, H, E), as a projection's output reshapes for free.
 
 FlashAttention (arXiv 2205.14135), FlashAttention-2 (2307.08691), online softmax (1805.02867),
@@ -48,8 +48,8 @@ LOG2E, LN2 = constexpr(1 / math.log(2)), constexpr(math.log(2))  # exp(x) = exp2
 PRECISION = constexpr("tf32x3")  # have exp2. fp32 products: 3 tensor-core ones, good to 2^-22
 
 # (queries BM, keys BN, warps, pipeline stages) by head dimension, rounded up to a power of two. A
-# table and not @triton.autotune: that may choose another tile tomorrow, another tile sums in another
-# order, and a resumed run would not repeat its bits. `bench --tune` prints what your GPU prefers.
+# table and not @triton.autotune: that may choose another tile tomorrow, another tile sums in
+# another order, and a resumed run would not repeat its bits. `bench --tune` prints your GPU's best.
 TILES = {
     "forward": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 128, 8, 3),
                 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
@@ -174,7 +174,7 @@ class FlashAttentionTorch(torch.autograd.Function):
 
     @staticmethod
     def scores(q, k, i, is_causal, tile=32):
-        """Yield ((B, M, N) scaled scores, slice of keys) for the query rows from i, tile by tile."""
+        """Yield ((B, M, N) scaled scores, slice of keys) for queries i .. i + tile."""
         keep = _visible(q.shape[1], k.shape[1], None, 0 if is_causal else None, q.device)
         for j in range(0, k.shape[1], tile):
             s = q[:, i : i + tile] @ k[:, j : j + tile].mT * q.shape[-1] ** -0.5
@@ -218,9 +218,9 @@ class FlashAttentionTorch(torch.autograd.Function):
 
 
 # ---- FlashAttention, forward ---------------------------------------------------------------------
-# One program owns BM queries of one head and walks the keys: 4 BM BN E operations on the 4 BN E bytes
-# of a tile of K and V, so BM = 128 queries give 128 a byte. That is L2's traffic; DRAM sees K and V
-# about once, because the programs of one head run side by side.
+# One program owns BM queries of one head and walks the keys: 4 BM BN E operations on the 4 BN E
+# bytes of a tile of K and V, so BM = 128 queries give 128 a byte. That is L2's traffic; DRAM sees K
+# and V about once, because the programs of one head run side by side.
 #
 # Sequences lie one after another, (rows, heads, E): sequence b starts at row b * T, or at CU[b].
 
@@ -289,7 +289,7 @@ def _key_ranges(m0, Tq, Tk, left, right, LEFT: constexpr, RIGHT: constexpr, BM: 
 
 @triton.jit
 def _online_step(acc, m, l, s, v, scale2, DOT: constexpr):
-    """online_softmax's step for a tile of raw scores s (BM, BN), masked ones -inf, in powers of 2."""
+    """online_softmax's step for a tile of raw scores s (BM, BN), masked ones -inf, in base 2."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale2)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: exp2(-inf - 0) = 0
     p = tl.exp2(s * scale2 - base[:, None])  # a fused multiply-add and an exp2
@@ -463,17 +463,17 @@ def _flash_backward_q(Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, sq, sk, sv, rows,
 
 # ---- FlashAttention, the functions people call ---------------------------------------------------
 
-# B sequences of Tq queries and Tk keys each or, packed, at most; then cu_q, cu_k hold their first rows
-_Problem = namedtuple("_Problem", "B Tq Tk left right softcap scale cu_q cu_k", defaults=(None, None))
+# B sequences of Tq queries and Tk keys or, packed, of at most that and with first rows cu_q, cu_k
+_Problem = namedtuple("_Problem", "B Tq Tk left right softcap scale cu_q cu_k", defaults=[None] * 2)
 
 
 def _scales(scale, softcap):
-    """(before tanh, after it): exp2(after * s) is the exponential of the score scale * s, capped."""
+    """What to multiply a raw score by (before tanh, after it), so that exp2 is its exponential."""
     return (scale / softcap, softcap / math.log(2)) if softcap else (0.0, scale / math.log(2))
 
 
 def _launch_attention(kernel, name, q, k, v, tensors, p, *more):
-    """Launch one of the three kernels with a program for each tile of queries (or keys) and head."""
+    """Launch one of the three kernels: a program for each tile of queries (or keys) and head."""
     tiles, by_keys = _tiles(name, q), name == "backward_kv"
     blocks = triton.cdiv(p.Tk, tiles["BN"]) if by_keys else triton.cdiv(p.Tq, tiles["BM"])
     cu = (q, q) if p.cu_q is None else (p.cu_q, p.cu_k)  # read only if packed
@@ -503,9 +503,10 @@ def _attention_backward(q, k, v, o, lse, do, dlse, problem):
     (rows, H, E), delta = q.shape, torch.empty_like(lse)
     _flash_delta[triton.cdiv(rows, 32), H](o, do, lse, dlse, delta, rows, H, E=E, BM=32,
                                            BE=max(16, triton.next_power_of_2(E)))
-    arguments = problem, problem.scale
-    _launch_attention(_flash_backward_kv, "backward_kv", q, k, v, (do, lse, delta, dk, dv), *arguments)
-    _launch_attention(_flash_backward_q, "backward_q", q, k, v, (do, lse, delta, dq), *arguments)
+    _launch_attention(_flash_backward_kv, "backward_kv", q, k, v, (do, lse, delta, dk, dv), problem,
+                      problem.scale)
+    _launch_attention(_flash_backward_q, "backward_q", q, k, v, (do, lse, delta, dq), problem,
+                      problem.scale)
     return dq, dk, dv
 
 
@@ -600,8 +601,8 @@ def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, *, cu_seqlens_k=None
     """flash_attention over documents packed end to end, none of which sees another.
 
     q (total, H, E), k and v (total, K, E). Document b is rows cu_seqlens[b] to cu_seqlens[b + 1]
-    (integers (documents + 1,), from 0 to total; it may be empty), at most max_seqlen long; keys take
-    cu_seqlens_k and max_seqlen_k if theirs differ. For documents of 2, 0 and 3 tokens: [0, 2, 2, 5].
+    (integers (documents + 1,), from 0 to total), at most max_seqlen, perhaps none: [0, 2, 2, 5] are
+    documents of 2, 0 and 3 tokens. Keys take cu_seqlens_k and max_seqlen_k if theirs differ.
     Returns (total, H, E), and with return_lse also (H, total). The rest as flash_attention.
     """
     _check_attention(q, k, v, 3, scale)
@@ -705,7 +706,7 @@ def flash_decode(q, k_cache, v_cache, cache_seqlens=None, *, window=None, softca
     if cache_seqlens is None:
         cache_seqlens = torch.full((B,), S, dtype=torch.int32, device=q.device)
     if Tq * H // K > 128:
-        raise ValueError(f"{Tq} queries of {H // K} heads a kv head: over 128 rows, use flash_attention")
+        raise ValueError(f"{Tq} queries of {H // K} heads are over 128 rows: use flash_attention")
     k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_cache, v_cache))
     BE, BN = max(16, triton.next_power_of_2(E)), 16 if INTERPRETED else 64
     wanted = triton.cdiv(_programs(q, 2), max(1, B * K)) if num_splits is None else num_splits
@@ -800,8 +801,8 @@ class _RMSNorm(torch.autograd.Function):
                            **_row_tiles(D))
         if x.numel():
             _rms_forward[(triton.cdiv(len(rstd), ctx.options["BR"]),)](
-                x, x if residual is None else residual.contiguous(), x if weight is None else weight,
-                y, total, rstd, len(rstd), eps, **ctx.options)
+                x, x if residual is None else residual.contiguous(),
+                x if weight is None else weight, y, total, rstd, len(rstd), eps, **ctx.options)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
         return y, None if residual is None else total
@@ -910,8 +911,8 @@ def apply_rope_reference(q, k, cos, sin, positions=None, interleaved=False):
 
     def rotate(x):
         a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-        pair = a * cos - b * sin, b * cos + a * sin
-        return (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
+        pair = [(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)]
+        return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
 
     return rotate(q), rotate(k)
 
@@ -990,9 +991,9 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
     B, T, _, E = q.shape
     if E % 2 or cos.shape != sin.shape or cos.shape[-1] != E // 2 or k.shape[:2] != (B, T) or (
             len(cos) < T if positions is None else positions.numel() not in (T, B * T)):
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} need cos and sin (rows, {E // 2}), "
-                         f"a row for each of {T} positions, and positions ({T},) or ({B}, {T}): got "
-                         f"{tuple(cos.shape)}, {None if positions is None else tuple(positions.shape)}")
+        got = tuple(cos.shape), None if positions is None else tuple(positions.shape)
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} need cos and sin ({T} rows or "
+                         f"more, {E // 2}), and positions ({T},) or ({B}, {T}): got {got}")
     if not _use_triton(q, impl):
         return apply_rope_reference(q, k, cos, sin, positions, interleaved)
     positions = None if positions is None else positions.reshape(-1, T).contiguous()
@@ -1006,8 +1007,9 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
 # the loss is a sum, so its gradient is known up to the scalar that arrives later.
 
 
-def linear_cross_entropy_reference(x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0,
-                                   label_smoothing=0.0, reduction="mean", return_logprobs=False):
+def linear_cross_entropy_reference(x, weight, targets, *, ignore_index=-100, z_loss=0.0,
+                                   softcap=0.0, label_smoothing=0.0, reduction="mean",
+                                   return_logprobs=False):
     """What linear_cross_entropy computes, all logits in memory; same arguments."""
     logits = (x @ weight.t()).flatten(0, -2)  # (..., D) -> (N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -1093,14 +1095,15 @@ def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, stride, V, ignore_index, z_
 
 @triton.jit
 def _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP: constexpr):
-    """d loss / d z of raw logits z: p (1 + 2 z_loss lse) - smoothed one-hot, times the cap's slope."""
+    """d loss / d z of raw logits: (p (1 + 2 z_loss lse) - smoothed one-hot) * the cap's slope."""
     slope = 1.0
     if CAP:
         y = _tanh(z / cap)
         slope = 1.0 - y * y
         z = cap * y
     p = tl.exp2((z - lse) * LOG2E)
-    return (p * (1.0 + 2.0 * z_loss * lse) - smoothing / V - tl.where(v == t, 1.0 - smoothing, 0.0)) * slope
+    hot = smoothing / V + tl.where(v == t, 1.0 - smoothing, 0.0)
+    return (p * (1.0 + 2.0 * z_loss * lse) - hot) * slope
 
 
 def _chunk_rows(N, V, x):
@@ -1127,11 +1130,12 @@ def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
         torch.mm(x[c], weight.t(), out=logits)  # (n, D) (D, V) -> (n, V)
         if kernel:
             _loss_rows[(c.stop - i,)](
-                logits, t[c], scale[c], loss[c], logprob[c], buffer.shape[1], V, *opts, CAP=opts[2] > 0,
-                SMOOTH=opts[3] > 0, GRAD=want_x or want_w,
+                logits, t[c], scale[c], loss[c], logprob[c], buffer.shape[1], V, *opts,
+                CAP=opts[2] > 0, SMOOTH=opts[3] > 0, GRAD=want_x or want_w,
                 **_launch(dict(BV=4096), dict(BV=32), num_warps=16))
         else:
-            loss[c], logprob[c] = _loss_rows_reference(logits, t[c], scale[c], opts, want_x or want_w)
+            rows_of = logits, t[c], scale[c], opts, want_x or want_w
+            loss[c], logprob[c] = _loss_rows_reference(*rows_of)
         if want_x:
             torch.mm(logits, weight, out=dx[c])  # (n, V) (V, D) -> (n, D)
         if want_w:
@@ -1158,7 +1162,7 @@ def _fused_loss(X, W, TARGET, LSE, Z_T, TOTAL, N, V, cap, D: constexpr, CAP: con
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t = tl.load(TARGET + n, mask=n < N, other=-1)
     m = tl.full([BN], float("-inf"), tl.float32)
-    l, total, z_t = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    l = total = z_t = tl.zeros([BN], tl.float32)
     for v0 in range(tl.program_id(1) * BV, V, tl.num_programs(1) * BV):
         v = v0 + tl.arange(0, BV)
         z = _logit_tile(X, W, n, v, N, V, D, BD, DOT)
@@ -1178,12 +1182,12 @@ def _fused_loss(X, W, TARGET, LSE, Z_T, TOTAL, N, V, cap, D: constexpr, CAP: con
 
 
 @triton.jit
-def _fused_gradient(OWN, OTHER, TARGET, SCALE, LSE, OUT, N, V, n_own, n_other, z_loss, cap, smoothing,
-                    FOR_W: constexpr, D: constexpr, CAP: constexpr, DOT: constexpr, BN: constexpr,
-                    BV: constexpr, BD: constexpr):
-    """One program owns BN rows of OUT, fp32: dx (OWN is x, OTHER w) or, FOR_W, dw (the reverse), and
-    adds every tile of the others to them. D is too wide for registers, so the sum lives in L2; as it
-    has one writer there are no atomics."""
+def _fused_gradient(OWN, OTHER, TARGET, SCALE, LSE, OUT, N, V, n_own, n_other, z_loss, cap,
+                    smoothing, FOR_W: constexpr, D: constexpr, CAP: constexpr, DOT: constexpr,
+                    BN: constexpr, BV: constexpr, BD: constexpr):
+    """One program owns BN rows of OUT, fp32: dx (OWN is x, OTHER w) or, FOR_W, dw (the reverse).
+    It adds every tile of the others to them. D is too wide for registers, so the sum lives in L2;
+    it has one writer, hence no atomics."""
     own = tl.program_id(0) * BN + tl.arange(0, BN)
     for other0 in range(0, n_other, BV):
         other = other0 + tl.arange(0, BV)
@@ -1300,7 +1304,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, s
 
 
 def adamw_reference(w, g, m, v, *, lr, betas, eps, weight_decay, step):
-    """One step for a tensor w of gradient g, all fp32; m and v change in place. Returns the new w."""
+    """One step for a tensor w of gradient g, all fp32; changes m and v, returns the new w."""
     m.lerp_(g, 1 - betas[0])
     v.lerp_(g.square(), 1 - betas[1])
     m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
@@ -1356,10 +1360,10 @@ def _adamw_owners(lengths, block, device):
 class FusedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101, algorithm 2), one launch for a parameter group (and dtype in it).
 
-    Parameters fp32, bf16 or fp16, contiguous; exp_avg and exp_avg_sq fp32. 16-bit parameters keep an
-    fp32 master copy, or, if stochastic (bf16 only), none, 4 bytes less each: the update is rounded
-    up or down at random. step(grad_scale=...) multiplies the gradients by a scalar tensor (the clip
-    factor) in the same pass, without waiting for the GPU.
+    Parameters fp32, bf16 or fp16, contiguous; exp_avg and exp_avg_sq fp32. 16-bit parameters keep
+    an fp32 master copy, or, if stochastic (bf16 only), none, 4 bytes less each: the update is
+    rounded up or down at random. step(grad_scale=...) multiplies the gradients by a scalar tensor
+    (the clip factor) in the same pass, without waiting for the GPU.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
@@ -1440,7 +1444,7 @@ def grouped_mm_reference(x, w, offsets):
 @triton.jit
 def _grouped_kernel(X, W, Y, ENDS, G, sw_g, sw_d, sw_f, D, FF, DOT: constexpr, BG: constexpr,
                     BM: constexpr, BF: constexpr, BD: constexpr):
-    """y (N, F) = x (N, D) w[group] (D, F): program (i, f) takes the i-th tile of rows of all groups."""
+    """y (N, F) = x (N, D) w[group] (D, F): program (i, f) takes the i-th tile of rows of all."""
     gs = tl.arange(0, BG)
     ends = tl.load(ENDS + gs, mask=gs < G, other=0)
     starts = tl.load(ENDS + gs - 1, mask=(gs > 0) & (gs < G), other=0)
@@ -1533,8 +1537,8 @@ def grouped_mm(x, w, offsets, *, impl=None):
 
 
 # ---- X X' at half the work -----------------------------------------------------------------------
-# Muon's Newton-Schulz needs A = X X' and A A', both symmetric: tiles below the diagonal are computed
-# and stored twice, M^2 K operations in place of 2 M^2 K.
+# Muon's Newton-Schulz needs A = X X' and A A', both symmetric: tiles on and below the diagonal are
+# computed and stored twice, M^2 K operations in place of 2 M^2 K.
 
 
 def symmetric_mm_reference(x):
@@ -1674,8 +1678,9 @@ def _cases(cuda, device, itemsize):
     def loss(x, w, function=linear_cross_entropy, **options):
         return function(x, w, targets[: len(x)] % len(w), **options)
 
-    yield _Case("linear_cross_entropy", (200, 128, 1000), (N, D, V), lambda N, D, V: [(N, D), (V, D)],
-                loss, functools.partial(loss, function=linear_cross_entropy_reference),
+    yield _Case("linear_cross_entropy", (200, 128, 1000), (N, D, V),
+                lambda N, D, V: [(N, D), (V, D)], loss,
+                functools.partial(loss, function=linear_cross_entropy_reference),
                 {"F.cross_entropy": lambda x, w: F.cross_entropy((x @ w.t()).float(), targets)},
                 "FLOP", (0, 0, 6 * N * D * V), 0.2)
 
@@ -1687,14 +1692,15 @@ def _cases(cuda, device, itemsize):
     yield _Case("grouped_mm", (200, 128), (N, M), lambda N, M: [(N, M), (G, M, M)], experts, loop,
                 {"loop": loop}, "FLOP", (2 * N * M * M, 4 * N * M * M, 6 * N * M * M))
     yield _Case("symmetric_mm", (130, 64), (2 * M, 2 * M), lambda M, K: [(M, K)], symmetric_mm,
-                symmetric_mm_reference, {"x @ x.mT": symmetric_mm_reference}, "FLOP", (8 * M**3, 0, 0))
+                symmetric_mm_reference, {"x @ x.mT": symmetric_mm_reference}, "FLOP",
+                (8 * M**3, 0, 0))
 
 
 def _inputs(case, size, device, dtype, seed):
     """Random tensors of the case's shapes: never zeros, which a GPU multiplies faster."""
     torch.manual_seed(seed)
-    shapes = case.shapes(*size)
-    return [(torch.randn(s, device=device) * case.spread).to(dtype).requires_grad_() for s in shapes]
+    inputs = [torch.randn(s, device=device) * case.spread for s in case.shapes(*size)]
+    return [x.to(dtype).requires_grad_() for x in inputs]
 
 
 def _outputs(function, *inputs, **options):
@@ -1784,9 +1790,9 @@ def _bench_case(case, device, dtype, limits):
                 print(f"{case.name}: no {name}: {str(problem).splitlines()[0]}", file=sys.stderr)
                 continue
             rate, share = work / ours / 1e12, work / ours / limits[case.unit]
-            print(f"| {case.name} {mode} | {shape} | {ours * 1e3:.3g} | {name} | {theirs * 1e3:.3g} "
-                  f"| {ours / theirs:.2f} | {rate:.3g} T{case.unit}/s | {share:.0%} | {error:.0e} |",
-                  flush=True)
+            print(f"| {case.name} {mode} | {shape} | {ours * 1e3:.3g} | {name} "
+                  f"| {theirs * 1e3:.3g} | {ours / theirs:.2f} | {rate:.3g} T{case.unit}/s "
+                  f"| {share:.0%} | {error:.0e} |", flush=True)
     if not case.work[0]:  # the loss is about memory
         ours, theirs = (_peak_bytes(lambda f=f: _both(f, *sets[0]), cuda) / 2**20
                         for f in (case.ours, *case.peers.values()))
@@ -1811,7 +1817,7 @@ def _bench_adamw(device, limits):
 
 
 def bench(only="", device=None):
-    """Print the table: each kernel and pass, ours and each peer, and the share of what is possible."""
+    """Print the table: each kernel and pass, ours and each peer, and the share of the limit."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda, dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
     n, numbers = (8192, 1 << 29) if cuda else (1024, 1 << 25)
@@ -1821,9 +1827,10 @@ def bench(only="", device=None):
               "B": 2 * x.nbytes / _seconds(y.copy_, [(x,)], cuda)}
     del a, x, y
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, {dtype}, torch {torch.__version__}, triton {triton.__version__}; measured limits: "
+    print(f"{name}, {dtype}, torch {torch.__version__}, triton {triton.__version__}; measured: "
           f"{limits['FLOP'] / 1e12:.3g} TFLOP/s, copy {limits['B'] / 1e12:.3g} TB/s\n\n"
-          "| kernel | shape | ours ms | peer | ms | ratio | rate | of limit | error |\n" + "|---" * 9 + "|")
+          "| kernel | shape | ours ms | peer | ms | ratio | rate | of limit | error |\n"
+          + "|---" * 9 + "|")
     for case in _cases(cuda, device, dtype.itemsize):
         if only in case.name:
             _bench_case(case, device, dtype, limits)
@@ -1832,10 +1839,11 @@ def bench(only="", device=None):
 
 
 def tune():
-    """Time candidate attention tiles on this GPU; print the entries of TILES that would be fastest."""
+    """Time candidate attention tiles on this GPU; print the fastest entries for TILES."""
     candidates = list(itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)))
     for E, (kernel, tiles) in itertools.product((64, 128, 256), TILES.items()):
-        sets = [[torch.randn(4, 4096, 16, E, device="cuda").bfloat16().requires_grad_() for _ in "qkv"]]
+        shape = 3, 4, 4096, 16, E
+        sets = [[x.requires_grad_() for x in torch.randn(shape, device="cuda").bfloat16().unbind()]]
         before, timed = tiles[E], {}
         for tiles[E] in (before, *candidates):
             mode = "forward" if kernel == "forward" else "backward"
@@ -1884,14 +1892,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("bench", help="time every kernel against its peers")
-    sub.add_argument("--only", default="", help="only kernels whose name contains this (default: all)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU if there is one)")
-    sub.add_argument("--tune", action="store_true", help="time other attention tiles on the GPU instead")
+    sub.add_argument("--only", default="", help="kernels whose name contains this (default: all)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU, if any)")
+    sub.add_argument("--tune", action="store_true", help="time other attention tiles instead")
     sub = commands.add_parser("compile", help="compile every kernel for a GPU that is not here")
     sub.add_argument("--capability", type=int, default=90, help="compute capability (default: 90)")
     args = parser.parse_args(argv)
     try:
-        if args.command == "compile" and INTERPRETED:  # decided when Triton was imported: start again
+        if args.command == "compile" and INTERPRETED:  # settled when Triton was imported: restart
             os.environ["TRITON_INTERPRET"] = "0"
             os.execv(sys.executable, [sys.executable, __file__, *(argv or sys.argv[1:])])
         if args.command == "compile":

@@ -1,4 +1,4 @@
-"""The very kernels that run on a GPU, in Triton's interpreter, against fp64 twins and torch's own."""
+"""The very kernels that a GPU runs, in Triton's interpreter, against fp64 twins and torch's own."""
 
 import math
 import os
@@ -15,7 +15,7 @@ TRITON = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def relative(a, b, floor=0.1):
-    """Largest error over the largest magnitude of the fp64 reference b, or floor if b is smaller."""
+    """Largest error over the largest magnitude of the fp64 b, or over floor if that is larger."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     assert a.shape == b.shape
     assert torch.isfinite(a).all()
@@ -120,7 +120,8 @@ def test_rows_that_see_nothing_are_zero_with_finite_gradients():
 
 def test_attention_gradients_repeat_to_the_bit_and_take_strided_inputs():
     qkv = randn(2, 3, 50, 2, 16).to(TRITON)
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv.unbind(1))
+    heads_first = (x.transpose(1, 2).contiguous() for x in qkv.unbind(1))
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in heads_first)
     runs = [torch.autograd.grad(kernels.flash_attention(q, k, v, impl="triton").square().sum(),
                                 [q, k, v]) for _ in range(2)]
     assert all((a == b).all() for a, b in zip(*runs))
@@ -172,7 +173,8 @@ def test_varlen_with_an_empty_document(options):
         s = torch.einsum("the,she->hts", q, k.repeat_interleave(2, 1)) / 4
         s = 3 * torch.tanh(s / 3) if "softcap" in options else s
         s = s.masked_fill(~keep, -math.inf)
-        return torch.einsum("hts,she->the", s.softmax(-1), v.repeat_interleave(2, 1)), s.logsumexp(-1)
+        v = v.repeat_interleave(2, 1)
+        return torch.einsum("hts,she->the", s.softmax(-1), v), s.logsumexp(-1)
 
     for impl in ("torch", "triton"):
         agree(
@@ -264,7 +266,8 @@ def test_swiglu(F_):
 def test_rope_is_a_complex_rotation(interleaved, positions, impl):
     B, T, H, K, E = 2, 5, 3, 1, 20
     angle = torch.rand(11, E // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    pos = {None: None, "T": torch.randint(0, 11, (T,)), "BT": torch.randint(0, 11, (B, T))}[positions]
+    shape = {"T": (T,), "BT": (B, T)}.get(positions)
+    pos = None if shape is None else torch.randint(0, 11, shape)
     rows = angle[torch.arange(T) if pos is None else pos]  # ([B,] T, E/2)
     turn = torch.polar(torch.ones_like(rows), rows)[..., None, :]
 
@@ -392,7 +395,8 @@ def test_grouped_mm(offsets):
 @pytest.mark.parametrize("shape", [(1, 5), (70, 33), (2, 3, 17, 16)])
 def test_symmetric_mm(shape):
     for impl in ("torch", "triton"):
-        agree(lambda x, i=impl: kernels.symmetric_mm(x, impl=i), lambda x: x @ x.mT, [randn(*shape)])
+        agree(lambda x, i=impl: kernels.symmetric_mm(x, impl=i), lambda x: x @ x.mT,
+              [randn(*shape)])
     x = randn(*shape).to(TRITON)
     y = kernels.symmetric_mm(x.mT, impl="triton")
     assert relative(y, x.double().mT @ x.double()) < 1e-5 and (y == y.mT).all()
@@ -471,21 +475,21 @@ def every_function(impl):
     yield "norm", lambda x: kernels.rms_norm(x, None, 1e-5, x, impl=impl), (q,)
     yield "swiglu", lambda x: kernels.swiglu(x, x, impl=impl), (q,)
     yield "rope", lambda x: kernels.apply_rope(x, x, angle, angle, impl=impl), (q,)
-    yield "loss", lambda x, w: kernels.linear_cross_entropy(x, w, t, impl=impl), (q[0, :, 0], k[0, :, 0])
-    yield "experts", lambda x, w: kernels.grouped_mm(x, w, ends, impl=impl), (q[0, :, 0], randn(3, 24, 5))
+    x, w = q[0, :, 0], k[0, :, 0]
+    yield "loss", lambda x, w: kernels.linear_cross_entropy(x, w, t, impl=impl), (x, w)
+    yield "experts", lambda x, w: kernels.grouped_mm(x, w, ends, impl=impl), (x, randn(3, 24, 5))
     yield "symmetric", lambda x: kernels.symmetric_mm(x, impl=impl), (q[0, :, 0],)
 
 
 def test_gradients_of_the_twins():
     for name, call, inputs in every_function("torch"):
-        inputs = [x[:, :6].double().requires_grad_() if x.dim() == 4 else x.double().requires_grad_()
-                  for x in inputs]
+        inputs = [(x[:, :6] if x.dim() == 4 else x).double().requires_grad_() for x in inputs]
         if name in ("flash", "norm", "swiglu", "symmetric", "experts", "loss"):
             assert torch.autograd.gradcheck(call, inputs, fast_mode=True), name
 
 
 def test_nothing_is_written_outside_or_left_unwritten(monkeypatch):
-    """Outputs are allocated full of NaN between NaNs: none may be left inside, nor touched outside."""
+    """Outputs are laid out full of NaN between NaNs: none may stay inside, none change outside."""
     made = []
 
     def empty(*shape, like=None, dtype=None, device=None, **_):
