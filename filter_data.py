@@ -126,8 +126,10 @@ class ByteStream:
         while not (found := RECORD_START.search(self.buffer)):
             del self.buffer[:-64]
             if not self.fill():
-                counts["damaged_gzip"] += self.damaged
-                if not self.damaged or not self.restart():
+                if not self.damaged:
+                    return False
+                counts["damaged_gzip"] += 1
+                if not self.restart():
                     return False
         del self.buffer[: found.start(1)]
         return True
@@ -233,7 +235,8 @@ def read_warc(path, max_bytes=MAX_BYTES, counts=None):
             elif page := page_of(headers, block, max_bytes, counts):
                 counts["pages"] += 1
                 yield page
-    counts["not_warc"] += records == 0
+    if records == 0:
+        counts["not_warc"] += 1
 
 
 # ---- HTML to text --------------------------------------------------------------------------------
@@ -506,7 +509,7 @@ def mix(x):
 
 
 def code_points(texts):
-    """All texts as one array, a newline before, between and behind: (N,) uint32, (D + 1,) starts."""
+    """All texts as one array, newlines around each: (N,) uint32, and (D + 1,) where they start."""
     joined = "\n".join(["", *texts, ""])
     codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     return codes, np.cumsum([1] + [len(text) + 1 for text in texts])
@@ -538,7 +541,7 @@ def split_words(texts, normalised=False):
     sums S over the whole batch it is (S[end] - S[start]) / BASE**start, one expression for all
     words, equal for equal words wherever they stand.
     """
-    codes, bounds = normal_code_points(texts) if normalised else code_points(texts)  # (N,), (D + 1,)
+    codes, bounds = normal_code_points(texts) if normalised else code_points(texts)  # (N,), (D+1,)
     kinds = None if normalised else character_tables()[0].take(codes)
     inside = codes != 32 if normalised else kinds != 3
     edges = np.flatnonzero(inside[1:] != inside[:-1])
@@ -1421,13 +1424,15 @@ def in_pool(units, processes):
     try:
         for future in concurrent.futures.as_completed([pool.submit(do_unit, *u) for u in units]):
             yield future.result()
-    except concurrent.futures.process.BrokenProcessPool:
-        raise ValueError("a worker process was killed (out of memory?); finished shards are kept: "
-                         "run the same command again, with fewer --processes") from None
-    finally:
+        pool.shutdown()
+    except BaseException as error:
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
         pool.shutdown(cancel_futures=True)
+        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+            raise ValueError("a worker process was killed (out of memory?); finished shards are "
+                             "kept: run the same command with fewer --processes") from None
+        raise
 
 
 def run_units(o, name, units):
@@ -1506,6 +1511,7 @@ def stage_extract(o, inputs):
 
 def stage_filter(o, inputs):
     """Language, quality rules, classifiers, decontamination, personal data."""
+    o.decontaminate = find_inputs(o.decontaminate, "--decontaminate")
     keys = ("languages", "language_model", "language_threshold", "rules", "drop_above", "pii",
             "classify_characters", "decontaminate", *BAD_LABEL)
     folder, _, names = begin_stage(o, "filter", inputs, *keys)
@@ -1561,14 +1567,14 @@ STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines
           "minhash": stage_minhash, "tokenize": stage_tokenize}
 
 
-def find_inputs(specs):
+def find_inputs(specs, flag="--input"):
     """Files, directories and patterns to a sorted list. ValueError: one matches nothing."""
     found = set()
     for spec in specs:
         files = glob.glob(os.path.join(spec, "*") if os.path.isdir(spec) else spec)
         files = [path for path in files if os.path.isfile(path)]
         if not files:
-            raise ValueError(f"--input {spec}: no such file; give files, directories or patterns")
+            raise ValueError(f"{flag} {spec}: no such file; give files, directories or patterns")
         found.update(files)
     return sorted(found)
 
@@ -1657,6 +1663,8 @@ def report(o):
 
 def labelled_texts(o):
     """Yield (label, text) of LABEL=FILE inputs (plain text: each line) or rows with a label."""
+    for pair in (pair for pair in o.labels if "=" not in pair):
+        raise ValueError(f"--labels {pair}: write OLD=NEW, for example 0=toxic")
     names = dict(pair.split("=", 1) for pair in o.labels)
     for spec in o.input:
         label, _, path = spec.rpartition("=")

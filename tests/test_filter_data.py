@@ -27,13 +27,22 @@ SCRIPT = str(Path(fd.__file__).resolve())
 # ---- building WARC files -------------------------------------------------------------------------
 
 
-def record(body=b"<p>hello</p>", url="http://a.example/", kind="response", status="200 OK",
-           headers=b"Content-Type: text/html\r\n", version="1.0", length=None):
+def record(
+    body=b"<p>hello</p>",
+    url="http://a.example/",
+    kind="response",
+    status="200 OK",
+    headers=b"Content-Type: text/html\r\n",
+    version="1.0",
+    length=None,
+):
     """One uncompressed WARC record."""
     if kind == "response":
         body = b"HTTP/1.1 " + status.encode() + b"\r\n" + headers + b"\r\n" + body
-    head = (f"WARC/{version}\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\n"
-            f"Content-Length: {len(body) if length is None else length}\r\n\r\n")
+    head = (
+        f"WARC/{version}\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\n"
+        f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
+    )
     return head.encode() + body + b"\r\n\r\n"
 
 
@@ -45,11 +54,15 @@ def pages(path, data, **kwargs):
 
 
 @pytest.mark.parametrize("version", ["0.18", "1.0", "1.1"])
-@pytest.mark.parametrize("pack", [
-    b"".join,
-    lambda records: b"".join(map(gzip.compress, records)),
-    lambda records: gzip.compress(b"".join(records)),
-], ids=["plain", "gzip per record", "one gzip member"])
+@pytest.mark.parametrize(
+    "pack",
+    [
+        b"".join,
+        lambda records: b"".join(map(gzip.compress, records)),
+        lambda records: gzip.compress(b"".join(records)),
+    ],
+    ids=["plain", "gzip per record", "one gzip member"],
+)
 def test_warc_versions_and_compressions(tmp_path, version, pack):
     records = [record(b"<p>%d</p>" % i, version=version) for i in range(5)]
     records.insert(2, record(b"GET /", kind="request", version=version))
@@ -83,12 +96,16 @@ def test_common_crawl_headers_that_no_longer_hold(tmp_path):
 
 
 def test_only_good_html_and_text_count(tmp_path):
-    data = b"".join([
-        record(status="404 Not Found"), record(status="301 Moved"),
-        record(headers=b"Content-Type: image/png\r\n"), record(headers=b""),
-        record(b"kept", headers=b"content-type: TEXT/PLAIN; charset=utf-8\r\n"),
-        record(b"", kind="metadata"),
-    ])
+    data = b"".join(
+        [
+            record(status="404 Not Found"),
+            record(status="301 Moved"),
+            record(headers=b"Content-Type: image/png\r\n"),
+            record(headers=b""),
+            record(b"kept", headers=b"content-type: TEXT/PLAIN; charset=utf-8\r\n"),
+            record(b"", kind="metadata"),
+        ]
+    )
     found, counts = pages(tmp_path / "x", data)
     assert found == [b"kept"]
     assert counts["not_status_200"] == 2 and counts["not_html_or_text"] == 2
@@ -149,10 +166,17 @@ def test_large_record_is_skipped_without_holding_it(tmp_path):
     assert peak < 8 << 20
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"%PDF-1.7\n" + os.urandom(50_000), gzip.compress(b"%PDF-1.7" + bytes(9999)),
-    b"\x1f\x8b\x08\x00" * 1000, b"\x1f\x8b", b"WARC/1.0\r\n",
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"%PDF-1.7\n" + os.urandom(50_000),
+        gzip.compress(b"%PDF-1.7" + bytes(9999)),
+        b"\x1f\x8b\x08\x00" * 1000,
+        b"\x1f\x8b",
+        b"WARC/1.0\r\n",
+    ],
+)
 def test_not_a_warc_file(tmp_path, data):
     found, counts = pages(tmp_path / "x.warc.gz", data)
     assert found == [] and counts["not_warc"] == 1
@@ -169,29 +193,34 @@ def test_header_that_never_ends(tmp_path):
 META = b'<html><head><meta http-equiv="Content-Type" content="text/html; charset=%s"></head>'
 
 
-@pytest.mark.parametrize("body, header, want", [
-    ("\ufeffüber".encode(), "latin-1", "über"),
-    ("\ufeffüber".encode("utf-16-le"), None, "über"),
-    ("über".encode(), "iso-8859-1", "über"),  # valid UTF-8 beats the header
-    ("über".encode()[:-1] + "é".encode()[:1], None, "übe"),  # cut inside a character
-    ("„über“".encode("cp1252"), "ISO-8859-1", "„über“"),  # a browser's Latin-1 has these quotes
-    ("über".encode("cp1252"), None, "über"),
-    ("über".encode("cp1252"), "no-such-charset", "über"),
-    ("über".encode("cp1252"), "base64", "über"),
-    (META % b"gb2312" + "镕".encode("gbk"), None, "镕"),  # a character GB2312 itself lacks
-    (META % b"shift_jis" + "①".encode("cp932"), "utf-8", "①"),  # header wrong, meta right
-    (META % b"windows-1251" + "привет".encode("cp1251"), None, "привет"),
-    ("日本語".encode("iso2022_jp"), "iso-2022-jp", "日本語"),  # looks like ASCII
-    ("über".encode("utf-16-le"), "utf-16le", "über"),
-    (b"bad \xff byte \xc3\xa9", "utf-8", "bad \ufffd byte é"),
-])
+@pytest.mark.parametrize(
+    "body, header, want",
+    [
+        ("\ufeffüber".encode(), "latin-1", "über"),
+        ("\ufeffüber".encode("utf-16-le"), None, "über"),
+        ("über".encode(), "iso-8859-1", "über"),  # valid UTF-8 beats the header
+        ("über".encode()[:-1] + "é".encode()[:1], None, "übe"),  # cut inside a character
+        ("„über“".encode("cp1252"), "ISO-8859-1", "„über“"),  # a browser's Latin-1 has these quotes
+        ("über".encode("cp1252"), None, "über"),
+        ("über".encode("cp1252"), "no-such-charset", "über"),
+        ("über".encode("cp1252"), "base64", "über"),
+        (META % b"gb2312" + "镕".encode("gbk"), None, "镕"),  # a character GB2312 itself lacks
+        (META % b"shift_jis" + "①".encode("cp932"), "utf-8", "①"),  # header wrong, meta right
+        (META % b"windows-1251" + "привет".encode("cp1251"), None, "привет"),
+        ("日本語".encode("iso2022_jp"), "iso-2022-jp", "日本語"),  # looks like ASCII
+        ("über".encode("utf-16-le"), "utf-16le", "über"),
+        (b"bad \xff byte \xc3\xa9", "utf-8", "bad \ufffd byte é"),
+    ],
+)
 def test_charset(body, header, want):
     assert re.sub("<.*>", "", fd.decode_html(body, header)) == want
 
 
-HTML = ("<!DOCTYPE html><html><head><title>T</title><style>p{}</style></head><body><!-- <p>no</p> -->"
-        "<h1>Fish &amp; chips</h1><p>one<br>two <b>bold</b></p><script>if (a<b) {}</script>"
-        "<SCRIPT>no</SCRIPT><ul><li>x</li></ul></body></html>")
+HTML = (
+    "<!DOCTYPE html><html><head><title>T</title><style>p{}</style></head><body><!-- <p>no</p> -->"
+    "<h1>Fish &amp; chips</h1><p>one<br>two <b>bold</b></p><script>if (a<b) {}</script>"
+    "<SCRIPT>no</SCRIPT><ul><li>x</li></ul></body></html>"
+)
 
 
 def test_extract_text_with_and_without_resiliparse(monkeypatch):
@@ -213,7 +242,7 @@ def test_nothing_to_extract(body):
 
 @pytest.mark.parametrize("piece", ["<a ", "<!--", "<script>", "<a <b", "<", "&", "<a href='", "</"])
 def test_hostile_html_takes_linear_time(piece):
-    html = (piece * (400_000 // len(piece)))
+    html = piece * (400_000 // len(piece))
     began = time.perf_counter()
     fd.plain_text(html)
     fd.extract_text(html.encode())
@@ -222,8 +251,9 @@ def test_hostile_html_takes_linear_time(piece):
 
 # ---- language and classifiers --------------------------------------------------------------------
 
-ENGLISH = "the of and to in that is was for with his they this have from one had word not what".split()
-GERMAN = "der die und das nicht mit ein ist auch sich von dem wie auf sie aber nach wird bei".split()
+ENGLISH = "the of and to in that is was for with his they this have from one had word not what"
+GERMAN = "der die und das nicht mit ein ist auch sich von dem wie auf sie aber nach wird bei"
+ENGLISH, GERMAN = ENGLISH.split(), GERMAN.split()
 
 
 def babble(words, length, seed):
@@ -238,9 +268,21 @@ def model(tmp_path_factory):
     rows = [json.dumps({"text": babble(GERMAN, 400, i)}) for i in range(100)]
     (folder / "de.jsonl").write_text("\n".join(rows))
     path = str(folder / "lid.bin")
-    done = subprocess.run([sys.executable, SCRIPT, "train", "--model", path, "--input",
-                           f"en={folder}/en.txt", f"de={folder}/de.jsonl"],
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            SCRIPT,
+            "train",
+            "--model",
+            path,
+            "--input",
+            f"en={folder}/en.txt",
+            f"de={folder}/de.jsonl",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return path, done.stdout
 
 
@@ -254,7 +296,9 @@ def test_train_does_not_learn_length(model):
     assert fd.identify_language(babble(GERMAN, 10, 1), model[0])[0] == "de"
 
 
-@pytest.mark.parametrize("text", ["", " \n", "\n", "a", "\n\na\n", "\ud800", "\0", "the\ud83d of", "😀"])
+@pytest.mark.parametrize(
+    "text", ["", " \n", "\n", "a", "\n\na\n", "\ud800", "\0", "the\ud83d of", "😀"]
+)
 def test_language_of_odd_texts(model, text):
     label, p = fd.identify_language(text, model[0])
     assert isinstance(label, str) and type(p) is float and 0 <= p <= 1
@@ -316,46 +360,81 @@ def test_area_under_curve():
 # ---- personal data -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, want, count", [
-    ("mail ada@example.org, or bob.b+x@mail.example.co.uk!",
-     "mail |||EMAIL_ADDRESS|||, or |||EMAIL_ADDRESS|||!", 2),
-    ("<a.b@c.de>", "<|||EMAIL_ADDRESS|||>", 1),
-    ("already |||EMAIL_ADDRESS||| and x_y@z.io", "already |||EMAIL_ADDRESS||| and |||EMAIL_ADDRESS|||", 1),
-    ("at @twitter, a@b, x @ y.com, 3@4.5", "at @twitter, a@b, x @ y.com, 3@4.5", 0),
-    ("jürgen@exämple.de.", "|||EMAIL_ADDRESS|||.", 1),
-])
+@pytest.mark.parametrize(
+    "text, want, count",
+    [
+        (
+            "mail ada@example.org, or bob.b+x@mail.example.co.uk!",
+            "mail |||EMAIL_ADDRESS|||, or |||EMAIL_ADDRESS|||!",
+            2,
+        ),
+        ("<a.b@c.de>", "<|||EMAIL_ADDRESS|||>", 1),
+        (
+            "already |||EMAIL_ADDRESS||| and x_y@z.io",
+            "already |||EMAIL_ADDRESS||| and |||EMAIL_ADDRESS|||",
+            1,
+        ),
+        ("at @twitter, a@b, x @ y.com, 3@4.5", "at @twitter, a@b, x @ y.com, 3@4.5", 0),
+        ("jürgen@exämple.de.", "|||EMAIL_ADDRESS|||.", 1),
+    ],
+)
 def test_emails(text, want, count):
     assert fd.mask_emails(text) == (want, count)
 
 
-@pytest.mark.parametrize("number", [
-    "2831823829", "(283)-182-3829", "(283) 182 3829", "283-182-3829", "(283) 182-3829",
-    "283.182.3829", "+1 283 182 3829", "1-283-182-3829", "+44 20 7946 0958", "+49 (30) 901820",
-])
+@pytest.mark.parametrize(
+    "number",
+    [
+        "2831823829",
+        "(283)-182-3829",
+        "(283) 182 3829",
+        "283-182-3829",
+        "(283) 182-3829",
+        "283.182.3829",
+        "+1 283 182 3829",
+        "1-283-182-3829",
+        "+44 20 7946 0958",
+        "+49 (30) 901820",
+    ],
+)
 def test_phone_numbers(number):
     assert fd.mask_phone_numbers(f"call {number}, now") == ("call |||PHONE_NUMBER|||, now", 1)
 
 
-@pytest.mark.parametrize("text", [
-    "2020-08-09 16:54:17", "12345678901234", "3.1415926535", "1,234,567,890", "ISBN 978-3-16-148410-0",
-    "|||PHONE_NUMBER|||", "a 1234567 b", "192.168.100.200", "1999-2004",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2020-08-09 16:54:17",
+        "12345678901234",
+        "3.1415926535",
+        "1,234,567,890",
+        "ISBN 978-3-16-148410-0",
+        "|||PHONE_NUMBER|||",
+        "a 1234567 b",
+        "192.168.100.200",
+        "1999-2004",
+    ],
+)
 def test_not_phone_numbers(text):
     assert fd.mask_phone_numbers(text) == (text, 0)
 
 
-@pytest.mark.parametrize("text, want, count", [
-    ("from 192.0.2.146.", "from |||IP_ADDRESS|||.", 1),
-    ("0.0.0.0 255.255.255.255", "|||IP_ADDRESS||| |||IP_ADDRESS|||", 2),
-    ("256.1.1.1 1.2.3 1.2.3.4.5 v1.2.3.4", "256.1.1.1 1.2.3 1.2.3.4.5 v1.2.3.4", 0),
-    ("|||IP_ADDRESS||| 10.0.0.1:80", "|||IP_ADDRESS||| |||IP_ADDRESS|||:80", 1),
-])
+@pytest.mark.parametrize(
+    "text, want, count",
+    [
+        ("from 192.0.2.146.", "from |||IP_ADDRESS|||.", 1),
+        ("0.0.0.0 255.255.255.255", "|||IP_ADDRESS||| |||IP_ADDRESS|||", 2),
+        ("256.1.1.1 1.2.3 1.2.3.4.5 v1.2.3.4", "256.1.1.1 1.2.3 1.2.3.4.5 v1.2.3.4", 0),
+        ("|||IP_ADDRESS||| 10.0.0.1:80", "|||IP_ADDRESS||| |||IP_ADDRESS|||:80", 1),
+    ],
+)
 def test_ips(text, want, count):
     assert fd.mask_ips(text) == (want, count)
 
 
-@pytest.mark.parametrize("piece", ["a@b-b-b-", "a@", "a.", "b-", "a@b.", "1 ", "1", "(1", "+1 ", "1.",
-                                   "+1 (1) ", "12-"])
+@pytest.mark.parametrize(
+    "piece", ["a@b-b-b-", "a@", "a.", "b-", "a@b.", "1 ", "1", "(1", "+1 ", "1.", "+1 (1) ", "12-"]
+)
 def test_masks_take_linear_time(piece):
     for text in (piece * (90_000 // len(piece)), "a@" + piece * (90_000 // len(piece))):
         began = time.perf_counter()
@@ -386,10 +465,16 @@ def test_split_words_is_str_split():
     assert len(by_hash) == len(set(want))
 
 
-@pytest.mark.parametrize("text, want", [
-    ("Crème  Brûlée,\n50% off!", "creme brulee 50 off"), ("ÀÉÎ ﬁ İstanbul", "aei ﬁ istanbul"),
-    ("well-known it's", "wellknown its"), ("—!?", ""), ("a\u00a0b\u2003c", "a b c"),
-])
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("Crème  Brûlée,\n50% off!", "creme brulee 50 off"),
+        ("ÀÉÎ ﬁ İstanbul", "aei ﬁ istanbul"),
+        ("well-known it's", "wellknown its"),
+        ("—!?", ""),
+        ("a\u00a0b\u2003c", "a b c"),
+    ],
+)
 def test_normalise(text, want):
     assert fd.normalise(text) == want
 
@@ -406,28 +491,44 @@ def test_split_words_normalised_is_normalise():
 
 # ---- quality rules -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, rule", [
-    ("word " * 50, None), ("word " * 49, "words"), ("word " * 100_000, None),
-    ("word " * 100_001, "words"), ("abc " * 60, None), ("ab " * 60, "word_length"),
-    ("ab abcd " * 30, None), ("a" * 10 + " " + "b " * 0, "words"), (("a" * 10 + " ") * 60, None),
-    (("a" * 11 + " ") * 60, "word_length"),
-    ("good words end here...\n" * 3 + "good words end here\n" * 37, None),
-    ("good words end here...\n" * 30 + "good words end here\n" * 70, None),
-    ("good words end here…\n" * 31 + "good words end here\n" * 69, "ellipsis_lines"),
-    ("word " * 80 + "1234 " * 20, None), ("word " * 79 + "1234 " * 21, "alphabetic"), ("", "words"),
-])
+
+@pytest.mark.parametrize(
+    "text, rule",
+    [
+        ("word " * 50, None),
+        ("word " * 49, "words"),
+        ("word " * 100_000, None),
+        ("word " * 100_001, "words"),
+        ("abc " * 60, None),
+        ("ab " * 60, "word_length"),
+        ("ab abcd " * 30, None),
+        ("a" * 10 + " " + "b " * 0, "words"),
+        (("a" * 10 + " ") * 60, None),
+        (("a" * 11 + " ") * 60, "word_length"),
+        ("good words end here...\n" * 3 + "good words end here\n" * 37, None),
+        ("good words end here...\n" * 30 + "good words end here\n" * 70, None),
+        ("good words end here…\n" * 31 + "good words end here\n" * 69, "ellipsis_lines"),
+        ("word " * 80 + "1234 " * 20, None),
+        ("word " * 79 + "1234 " * 21, "alphabetic"),
+        ("", "words"),
+    ],
+)
 def test_course_gopher_rules(text, rule):
     failed = fd.gopher_quality([text], fd.split_words([text]))
-    assert [name for name in fd.COURSE_RULES if failed[name][0]] [:1] == ([rule] if rule else [])
+    assert [name for name in fd.COURSE_RULES if failed[name][0]][:1] == ([rule] if rule else [])
     assert fd.gopher_quality_filter(text) is (rule is None)
 
 
-@pytest.mark.parametrize("rule, good, bad", [
-    ("symbols", "word " * 91 + "# " * 9, "word " * 90 + "# " * 10 + "#"),
-    ("symbols", "word " * 91 + "... " * 9, "word " * 89 + "… " * 11),
-    ("bullet_lines", "- a b\n" * 90 + "a b\n" * 10, "- a b\n" * 91 + "a b\n" * 9),
-    ("stop_words", "the x of", "the x the"), ("stop_words", "have to", "have The"),
-])
+@pytest.mark.parametrize(
+    "rule, good, bad",
+    [
+        ("symbols", "word " * 91 + "# " * 9, "word " * 90 + "# " * 10 + "#"),
+        ("symbols", "word " * 91 + "... " * 9, "word " * 89 + "… " * 11),
+        ("bullet_lines", "- a b\n" * 90 + "a b\n" * 10, "- a b\n" * 91 + "a b\n" * 9),
+        ("stop_words", "the x of", "the x the"),
+        ("stop_words", "have to", "have The"),
+    ],
+)
 def test_other_gopher_rules(rule, good, bad):
     failed = fd.gopher_quality([good, bad], fd.split_words([good, bad]))
     assert failed[rule].tolist() == [False, True]
@@ -456,7 +557,7 @@ def twin_of_repetition(text):
 def test_ngram_repetition_is_its_twin():
     rng = random.Random(0)
     texts = []
-    for i in range(60):
+    for _ in range(60):
         vocabulary = ["w" * rng.randint(1, 5) + str(j) for j in range(rng.choice([3, 10, 100]))]
         parts = [" ".join(rng.choices(vocabulary, k=rng.randint(1, 15))) for _ in range(4)]
         texts.append(" ".join(rng.choices(parts, k=rng.randint(1, 9))))
@@ -465,12 +566,21 @@ def test_ngram_repetition_is_its_twin():
     size = np.array([len(text) for text in texts])
     twins = [twin_of_repetition(text) for text in texts]
     for n, at, same in fd.repeated_ngrams(words, 10):
-        rule, count = (f"top_{n}_gram", fd.top_ngram_characters) if n < 5 else (
-            f"repeated_{n}_grams", fd.repeated_ngram_characters)
+        rule, count = (
+            (f"top_{n}_gram", fd.top_ngram_characters)
+            if n < 5
+            else (f"repeated_{n}_grams", fd.repeated_ngram_characters)
+        )
         np.testing.assert_allclose(count(words, n, at, same) / size, [twin[rule] for twin in twins])
     failed = fd.gopher_repetition(texts, words)
-    limits = {"top_2_gram": 0.2, "top_3_gram": 0.18, "top_4_gram": 0.16, "repeated_5_grams": 0.15,
-              "repeated_7_grams": 0.13, "repeated_10_grams": 0.1}  # Gopher, Table A1
+    limits = {
+        "top_2_gram": 0.2,
+        "top_3_gram": 0.18,
+        "top_4_gram": 0.16,
+        "repeated_5_grams": 0.15,
+        "repeated_7_grams": 0.13,
+        "repeated_10_grams": 0.1,
+    }  # Gopher, Table A1
     for rule, limit in limits.items():
         assert failed[rule].tolist() == [twin[rule] > limit for twin in twins]
         assert 0 < failed[rule].sum() < len(texts)
@@ -488,12 +598,16 @@ def test_copied_lines_and_paragraphs():
 
 
 def test_c4():
-    text = "This line has five words.\nJust four words here\nPlease enable JavaScript to see this.\n\n" \
-           "We use cookies, see our Cookie Policy now.\nAnother line that is good enough!"
+    text = (
+        "This line has five words.\nJust four words here\nPlease enable JavaScript to see this.\n\n"
+        "We use cookies, see our Cookie Policy now.\nAnother line that is good enough!"
+    )
     want = "This line has five words.\n\nAnother line that is good enough!"
     assert fd.c4_clean(text) == want
-    assert fd.c4_clean("It ends without a mark\nIt ends with a mark.", terminal_punctuation=True) \
+    assert (
+        fd.c4_clean("It ends without a mark\nIt ends with a mark.", terminal_punctuation=True)
         == "It ends with a mark."
+    )
     failed = fd.c4_quality([want, "A. B. C", "A. B! C?", "A. B. C. Lorem Ipsum.", "A. B. {C}."])
     assert failed["sentences"].tolist() == [True, True, False, False, False]
     assert failed["lorem_ipsum"].tolist() == [False, False, False, True, False]
@@ -506,10 +620,15 @@ def test_fineweb():
     def number(line, count):
         return [f"{i} {line}" for i in range(count)]
 
-    texts = ["\n".join(number(long, 88) + number(dot, 12)), "\n".join(number(long, 87) + number(dot, 13)),
-             "\n".join(number("short.", 67) + number(dot, 33)),
-             "\n".join(number("short.", 66) + number(dot, 34)),
-             "\n".join(number(dot, 16) + [dot] * 4), "\n".join(number(dot, 18) + [dot] * 2), ""]
+    texts = [
+        "\n".join(number(long, 88) + number(dot, 12)),
+        "\n".join(number(long, 87) + number(dot, 13)),
+        "\n".join(number("short.", 67) + number(dot, 33)),
+        "\n".join(number("short.", 66) + number(dot, 34)),
+        "\n".join(number(dot, 16) + [dot] * 4),
+        "\n".join(number(dot, 18) + [dot] * 2),
+        "",
+    ]
     failed = fd.fineweb_quality(texts)
     assert failed["line_punctuation"].tolist() == [True, False, False, False, False, False, True]
     assert failed["short_lines"].tolist() == [False, False, True, False, False, False, True]
@@ -517,11 +636,22 @@ def test_fineweb():
 
 
 def test_failed_rules_names_the_first():
-    good = "\n".join(" ".join([*random.Random(i).sample(ENGLISH + GERMAN, 14)]) + "." for i in range(9))
+    good = "\n".join(
+        " ".join([*random.Random(i).sample(ENGLISH + GERMAN, 14)]) + "." for i in range(9)
+    )
     texts = [good, "too short", good + " {", "\n".join([good.split("\n")[0]] * 9)]
-    assert fd.failed_rules(texts) == [None, "gopher: words", "c4: curly_bracket",
-                                      "repetition: copied_lines"]
-    assert fd.failed_rules(texts, rules=["c4"]) == [None, "c4: sentences", "c4: curly_bracket", None]
+    assert fd.failed_rules(texts) == [
+        None,
+        "gopher: words",
+        "c4: curly_bracket",
+        "repetition: copied_lines",
+    ]
+    assert fd.failed_rules(texts, rules=["c4"]) == [
+        None,
+        "c4: sentences",
+        "c4: curly_bracket",
+        None,
+    ]
 
 
 # ---- line deduplication --------------------------------------------------------------------------
@@ -569,8 +699,16 @@ def word_sets(texts, n):
 
 
 def test_shingles_are_their_twin():
-    texts = ["", "!!", "one", "One two", "one two three", "one two three four five six",
-             *(babble(ENGLISH[:4], k, k) for k in range(1, 30)), "Ünï cödé, wörds hére too yes"]
+    texts = [
+        "",
+        "!!",
+        "one",
+        "One two",
+        "one two three",
+        "one two three four five six",
+        *(babble(ENGLISH[:4], k, k) for k in range(1, 30)),
+        "Ünï cödé, wörds hére too yes",
+    ]
     for n in (1, 3, 5):
         hashes, first = fd.shingles(texts, n)
         want = word_sets(texts, n)
@@ -584,14 +722,20 @@ def test_shingles_are_their_twin():
 
 def pairs_of_similarity(similarity, count, size, seed):
     """Texts, two and two, that share this fraction of their words (one word is one shingle)."""
-    rng, texts, common = np.random.default_rng(seed), [], round(size * 2 * similarity / (1 + similarity))
+    rng, texts, common = (
+        np.random.default_rng(seed),
+        [],
+        round(size * 2 * similarity / (1 + similarity)),
+    )
     for _ in range(count):
         words = [f"w{number}" for number in rng.integers(0, 2**40, 2 * size - common)]
         texts += [" ".join(words[:size]), " ".join(words[size - common :])]
     return texts, common / (2 * size - common)
 
 
-@pytest.mark.parametrize("similarity, size", [(0.5, 200), (0.8, 200), (0.9, 1000), (0.5, 12), (0.8, 9)])
+@pytest.mark.parametrize(
+    "similarity, size", [(0.5, 200), (0.8, 200), (0.9, 1000), (0.5, 12), (0.8, 9)]
+)
 def test_minhash_error_is_that_of_theory(similarity, size):
     texts, true = pairs_of_similarity(similarity, 600, size, seed=size)
     signatures = fd.minhash_signatures(texts, 112, ngrams=1)
@@ -613,14 +757,29 @@ def test_lsh_recall_follows_the_s_curve(bands, rows, similarity, size):
     assert len(pairs) == found  # unrelated pairs never meet
 
 
+def test_recall_with_nine_thousand_hashes():
+    texts, true = pairs_of_similarity(0.9934, 150, 300, seed=7)
+    pairs = fd.candidate_pairs(fd.minhash_signatures(texts, 9000, ngrams=1), 20)
+    want = 1 - (1 - true**450) ** 20
+    assert 0.1 < want < 0.9
+    assert abs(len(pairs) / 150 - want) < 4 * np.sqrt(want * (1 - want) / 150)
+
+
 def test_candidates_are_all_pairs_that_share_a_band():
     signatures = np.random.default_rng(0).integers(0, 3, (40, 6)).astype(np.uint32)
     signatures[5] = signatures[9] = fd.EMPTY
-    want = [(i, j) for i, j in combinations(range(40), 2) if i not in (5, 9) and j not in (5, 9)
-            and any((signatures[i, b : b + 2] == signatures[j, b : b + 2]).all() for b in (0, 2, 4))]
+    want = [
+        (i, j)
+        for i, j in combinations(range(40), 2)
+        if i not in (5, 9)
+        and j not in (5, 9)
+        and any((signatures[i, b : b + 2] == signatures[j, b : b + 2]).all() for b in (0, 2, 4))
+    ]
     found = {tuple(pair) for pair in fd.candidate_pairs(signatures, 3).tolist()}
     assert found <= set(want)
-    near = np.unique(np.concatenate([fd.band_pairs(signatures[:, b : b + 2], near=40) for b in (0, 2, 4)]))
+    near = np.unique(
+        np.concatenate([fd.band_pairs(signatures[:, b : b + 2], near=40) for b in (0, 2, 4)])
+    )
     assert [(int(code) >> 32, int(code) & 0xFFFFFFFF) for code in near] == want
 
 
@@ -642,7 +801,10 @@ def test_clusters_are_their_twin():
         for group in groups.values():
             assert len(group - dropped) == 1
         assert np.array_equal(fd.all_but_one(edges), fd.all_but_one(edges[::-1]))
-    kept = {next(iter({0, 1} - set(fd.all_but_one(np.array([[0, 1]]), seed).tolist()))) for seed in range(20)}
+    kept = {
+        next(iter({0, 1} - set(fd.all_but_one(np.array([[0, 1]]), seed).tolist())))
+        for seed in range(20)
+    }
     assert kept == {0, 1}  # the seed decides
 
 
@@ -655,8 +817,19 @@ def write_files(folder, texts):
 
 def test_minhash_deduplication_of_files(tmp_path):
     a, b = babble(ENGLISH * 3 + GERMAN, 300, 1), babble(ENGLISH * 3 + GERMAN, 300, 2)
-    texts = [a, b, a.upper() + "!!\r\n", a.replace(" ", "  ") + " tail end", "short", "Short.", "other",
-             "", "!!", b[: len(b) // 2], "short text"]
+    texts = [
+        a,
+        b,
+        a.upper() + "!!\r\n",
+        a.replace(" ", "  ") + " tail end",
+        "short",
+        "Short.",
+        "other",
+        "",
+        "!!",
+        b[: len(b) // 2],
+        "short text",
+    ]
     files = write_files(tmp_path / "in", texts)
     fd.minhash_deduplication(files, 112, 14, 5, 0.8, tmp_path / "out")
     kept = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -694,7 +867,12 @@ def test_decontamination(tmp_path):
     evaluation, short = fd.evaluation_ngrams((str(tmp_path / "eval.jsonl"),))
     assert len(evaluation) == 8 and short == 1
     words = question.split()
-    texts = [f"intro {' '.join(words[3:16]).upper()}! outro", f"x {' '.join(words[3:15])} y", "too short", ""]
+    texts = [
+        f"intro {' '.join(words[3:16]).upper()}! outro",
+        f"x {' '.join(words[3:15])} y",
+        "too short",
+        "",
+    ]
     assert fd.contaminated(texts, evaluation).tolist() == [True, False, False, False]
 
 
@@ -728,26 +906,53 @@ def crawl(tmp_path_factory):
     wet = [record(text.encode(), kind="conversion") for text in wet]
     (folder / "b.wet.gz").write_bytes(b"".join(map(gzip.compress, wet)))
     rows = [{"text": good_text(30 + i)} for i in range(40)] + [{"text": 3}]
-    (folder / "c.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnot json\n" + "x" * 17_000_000
-                                    + "\n" + json.dumps({"text": good_text(99)}))
+    (folder / "c.jsonl").write_text(
+        "\n".join(map(json.dumps, rows))
+        + "\nnot json\n"
+        + "x" * 17_000_000
+        + "\n"
+        + json.dumps({"text": good_text(99)})
+    )
     (folder / "d.warc.gz").write_bytes(b"%PDF-1.7 nothing of a crawl")
     return folder
 
 
 def arguments(crawl, model, out, *more):
-    return ["run", "--input", str(crawl), "--out", str(out), "--language-model", model[0],
-            "--vocab-size", "300", "--val-fraction", "0.2", "--processes", "1", *more]
+    return [
+        "run",
+        "--input",
+        str(crawl),
+        "--out",
+        str(out),
+        "--language-model",
+        model[0],
+        "--vocab-size",
+        "300",
+        "--val-fraction",
+        "0.2",
+        "--processes",
+        "1",
+        *more,
+    ]
 
 
 def start(args, **env):
-    return subprocess.Popen([sys.executable, SCRIPT, *args], env={**os.environ, **env}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *args],
+        env={**os.environ, **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def all_files(out):
     """{path: bytes} of what must be the same in every run: all but times and the report."""
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*"))
-            if path.is_file() and path.relative_to(out).parts[0] != "seconds" and path.parent != out}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.relative_to(out).parts[0] != "seconds" and path.parent != out
+    }
 
 
 @pytest.fixture(scope="module")
@@ -758,7 +963,9 @@ def finished(crawl, model, tmp_path_factory):
 
 
 def documents(folder):
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl.gz")) for line in gzip.open(path)]
+    return [
+        json.loads(line) for path in sorted(folder.glob("*.jsonl.gz")) for line in gzip.open(path)
+    ]
 
 
 def test_run_keeps_the_good_and_accounts_for_the_rest(finished):
@@ -774,8 +981,15 @@ def test_run_keeps_the_good_and_accounts_for_the_rest(finished):
     total = fd.collect_books(str(finished))
     reasons = {name: dict(row["reasons"]) for name, row in total["filters"].items()}
     assert reasons == {
-        "extract": {}, "language": {"de": 1}, "gopher": {"gopher: words": 1}, "c4": {}, "fineweb": {},
-        "pii": {}, "lines": {}, "minhash": {"near-duplicate of another": 1}}
+        "extract": {},
+        "language": {"de": 1},
+        "gopher": {"gopher: words": 1},
+        "c4": {},
+        "fineweb": {},
+        "pii": {},
+        "lines": {},
+        "minhash": {"near-duplicate of another": 1},
+    }
     counts = total["counts"]
     assert counts["bad_rows"] == 1 and counts["too_large"] == 1 and counts["not_warc"] == 1
     assert counts["truncated"] == 1 and counts["emails masked"] == 1 and counts["no_text"] == 1
@@ -801,7 +1015,9 @@ def test_tokens_are_the_documents(finished):
     coder = tokenizer.Tokenizer.load(str(finished / "tokenize" / "tokenizer.json"))
     found = {}
     for side in ("train", "val"):
-        ids = np.concatenate([np.load(path) for path in (finished / "tokenize" / side).glob("*.npy")])
+        ids = np.concatenate(
+            [np.load(path) for path in (finished / "tokenize" / side).glob("*.npy")]
+        )
         assert ids.dtype == np.uint16 and ids[-1] == coder.eot_id
         found[side] = coder.decode(ids.tolist()).split("<|endoftext|>")[:-1]
     texts = [doc["text"] for doc in documents(finished / "minhash")]
@@ -856,8 +1072,11 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
 
 def test_other_settings_or_files_are_refused(crawl, model, finished, capsys):
     before = all_files(finished)
-    for more, flag in ((["--languages", "de"], "--languages"), (["--jaccard", "0.7"], "--jaccard"),
-                       (["--input", str(crawl / "c.jsonl")], "--input")):
+    for more, flag in (
+        (["--languages", "de"], "--languages"),
+        (["--jaccard", "0.7"], "--jaccard"),
+        (["--input", str(crawl / "c.jsonl")], "--input"),
+    ):
         assert fd.main(arguments(crawl, model, finished, *more)) == 2
         [line] = capsys.readouterr().err.strip().split("\n")[-1:]
         assert flag in line and "was begun with" in line
@@ -866,8 +1085,12 @@ def test_other_settings_or_files_are_refused(crawl, model, finished, capsys):
 
 def test_full_disk_is_one_line_and_the_run_can_go_on(crawl, model, finished, tmp_path):
     args = arguments(crawl, model, tmp_path / "out")
-    done = subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *args],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cannot write" in done.stderr.strip().split("\n")[-1]
     assert not list((tmp_path / "out").rglob("*.tmp"))
@@ -876,11 +1099,16 @@ def test_full_disk_is_one_line_and_the_run_can_go_on(crawl, model, finished, tmp
 
 
 def test_one_stage_alone(tmp_path, capsys):
-    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": TWIN + t}) for t in ("", "", " x")))
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(json.dumps({"text": TWIN + t}) for t in ("", "", " x"))
+    )
     out = str(tmp_path / "out")
     assert fd.main(["minhash", "--input", str(tmp_path / "x.jsonl"), "--out", out]) == 0
     assert len(documents(tmp_path / "out" / "minhash")) == 1
-    assert fd.main(["lines", "--input", str(tmp_path / "x.jsonl"), "--out", out, "--keep", "first"]) == 0
+    assert (
+        fd.main(["lines", "--input", str(tmp_path / "x.jsonl"), "--out", out, "--keep", "first"])
+        == 0
+    )
     assert [doc["text"] for doc in documents(tmp_path / "out" / "lines")] == [TWIN]
     assert fd.main(["filter", "--out", out]) == 2
     assert "extract" in capsys.readouterr().err
@@ -892,19 +1120,92 @@ def test_filter_with_classifier_and_decontamination(model, tmp_path):
     (tmp_path / "eval.txt").write_text(" ".join(texts[1].split()[20:40]))
     renamed = str(tmp_path / "toxic.bin")
     (tmp_path / "en.txt").write_text("\n".join(babble(ENGLISH, 10, i) for i in range(200)))
-    (tmp_path / "de.csv").write_text("tweet,class\n" + "\n".join(f"{babble(GERMAN, 9, i)},0" for i in range(200)))
-    assert fd.main(["train", "--model", renamed, "--input", f"fine={tmp_path}/en.txt", f"{tmp_path}/de.csv",
-                    "--text-key", "tweet", "--label-key", "class", "--labels", "0=toxic"]) == 2
-    assert fd.main(["train", "--model", renamed, "--input", f"fine={tmp_path}/en.txt",
-                    f"toxic={tmp_path}/en.txt", f"{tmp_path}/de.csv"]) == 2  # neither column is there
-    (tmp_path / "both.csv").write_text("tweet,class\n" + "\n".join(
-        f"{babble(words, 9, i)},{label}" for i in range(200) for label, words in enumerate((GERMAN, ENGLISH))))
-    assert fd.main(["train", "--model", renamed, "--input", f"{tmp_path}/both.csv", "--text-key", "tweet",
-                    "--label-key", "class", "--labels", "0=toxic", "1=fine"]) == 0
-    assert fd.main(["filter", "--input", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "out"), "--rules",
-                    "--languages", "--toxic", renamed, "--decontaminate", str(tmp_path / "eval.txt")]) == 0
+    (tmp_path / "de.csv").write_text(
+        "tweet,class\n" + "\n".join(f"{babble(GERMAN, 9, i)},0" for i in range(200))
+    )
+    assert (
+        fd.main(
+            [
+                "train",
+                "--model",
+                renamed,
+                "--input",
+                f"fine={tmp_path}/en.txt",
+                f"{tmp_path}/de.csv",
+                "--text-key",
+                "tweet",
+                "--label-key",
+                "class",
+                "--labels",
+                "0=toxic",
+            ]
+        )
+        == 2
+    )
+    assert (
+        fd.main(
+            [
+                "train",
+                "--model",
+                renamed,
+                "--input",
+                f"fine={tmp_path}/en.txt",
+                f"toxic={tmp_path}/en.txt",
+                f"{tmp_path}/de.csv",
+            ]
+        )
+        == 2
+    )  # neither column is there
+    (tmp_path / "both.csv").write_text(
+        "tweet,class\n"
+        + "\n".join(
+            f"{babble(words, 9, i)},{label}"
+            for i in range(200)
+            for label, words in enumerate((GERMAN, ENGLISH))
+        )
+    )
+    assert (
+        fd.main(
+            [
+                "train",
+                "--model",
+                renamed,
+                "--input",
+                f"{tmp_path}/both.csv",
+                "--text-key",
+                "tweet",
+                "--label-key",
+                "class",
+                "--labels",
+                "0=toxic",
+                "1=fine",
+            ]
+        )
+        == 0
+    )
+    assert (
+        fd.main(
+            [
+                "filter",
+                "--input",
+                str(tmp_path / "x.jsonl"),
+                "--out",
+                str(tmp_path / "out"),
+                "--rules",
+                "--languages",
+                "--toxic",
+                renamed,
+                "--decontaminate",
+                str(tmp_path / "eval.txt"),
+            ]
+        )
+        == 0
+    )
     assert [doc["text"] for doc in documents(tmp_path / "out" / "filter")] == texts[:1]
-    reasons = {k: sum(v["reasons"].values()) for k, v in fd.collect_books(str(tmp_path / "out"))["filters"].items()}
+    reasons = {
+        k: sum(v["reasons"].values())
+        for k, v in fd.collect_books(str(tmp_path / "out"))["filters"].items()
+    }
     assert reasons == {"toxic": 1, "decontaminate": 1, "pii": 0}
 
 
@@ -915,18 +1216,25 @@ def test_score_prints_one_object_a_document(model, tmp_path, capsys):
     assert [row["label"] for row in rows] == ["de", "en"]
 
 
-@pytest.mark.parametrize("args, words", [
-    (["run"], "--input"), (["run", "--input", "/nowhere/*.gz"], "--input /nowhere"),
-    (["minhash", "--num-bands", "13", "--input", SCRIPT], "--num-bands 13"),
-    (["report", "--out", "/nowhere"], "--out /nowhere"),
-    (["score", "--model", "/nowhere/m.bin", "--input", SCRIPT], "/nowhere/m.bin"),
-    (["train", "--model", "m.bin", "--input", "a=/nowhere"], "a=/nowhere"),
-    (["train", "--model", "m.bin", "--input", f"a={SCRIPT}"], "labels"),
-    (["filter", "--input", SCRIPT, "--language-model", "/nowhere/lid"], "/nowhere/lid"),
-    (["filter", "--input", SCRIPT, "--toxic", "/nowhere/t"], "/nowhere/t"),
-    (["filter", "--input", SCRIPT, "--languages", "--decontaminate", "/nowhere/e"], "/nowhere/e"),
-    (["tokenize", "--input", SCRIPT, "--tokenizer", "/nowhere/t"], "/nowhere/t"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["run"], "--input"),
+        (["run", "--input", "/nowhere/*.gz"], "--input /nowhere"),
+        (["minhash", "--num-bands", "13", "--input", SCRIPT], "--num-bands 13"),
+        (["report", "--out", "/nowhere"], "--out /nowhere"),
+        (["score", "--model", "/nowhere/m.bin", "--input", SCRIPT], "/nowhere/m.bin"),
+        (["train", "--model", "m.bin", "--input", "a=/nowhere"], "a=/nowhere"),
+        (["train", "--model", "m.bin", "--input", f"a={SCRIPT}"], "labels"),
+        (["filter", "--input", SCRIPT, "--language-model", "/nowhere/lid"], "/nowhere/lid"),
+        (["filter", "--input", SCRIPT, "--toxic", "/nowhere/t"], "/nowhere/t"),
+        (
+            ["filter", "--input", SCRIPT, "--languages", "--decontaminate", "/nowhere/e"],
+            "--decontaminate /nowhere/e",
+        ),
+        (["tokenize", "--input", SCRIPT, "--tokenizer", "/nowhere/t"], "/nowhere/t"),
+    ],
+)
 def test_mistakes_end_in_one_line(args, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert fd.main(args) == 2
@@ -941,7 +1249,9 @@ def test_bad_numbers_are_refused_by_the_flag(args, capsys):
 
 
 def test_cut_off_jsonl_and_odd_rows(tmp_path):
-    data = gzip.compress("\n".join(json.dumps({"text": f"{i} é\ud800"}) for i in range(2000)).encode())
+    data = gzip.compress(
+        "\n".join(json.dumps({"text": f"{i} é\ud800"}) for i in range(2000)).encode()
+    )
     (tmp_path / "x.jsonl.gz").write_bytes(data[:-30])
     counts = Counter()
     found = list(fd.read_rows(str(tmp_path / "x.jsonl.gz"), counts))
@@ -949,7 +1259,7 @@ def test_cut_off_jsonl_and_odd_rows(tmp_path):
     (tmp_path / "y.tsv").write_text("id\ttext\n7\tone\ttwo\n8\n")
     rows = list(fd.read_documents(str(tmp_path / "y.tsv"), counts=counts))
     assert [(row["id"], row["text"]) for row in rows] == [("7", "one")] and counts["no_text"] == 1
-    (tmp_path / "z.jsonl").write_text("[" * 100_000 + "\n[1]\n{\"text\": \"ok\"}\n")
+    (tmp_path / "z.jsonl").write_text("[" * 100_000 + '\n[1]\n{"text": "ok"}\n')
     assert list(fd.read_rows(str(tmp_path / "z.jsonl"), counts)) == [{"text": "ok"}]
     assert counts["bad_rows"] == 2
 
