@@ -72,24 +72,25 @@ class ModelConfig:
         self.num_kv_heads = self.num_kv_heads or self.num_heads
         self.d_head = self.d_head or self.d_model // self.num_heads
         if self.d_ff is None:  # SwiGLU has three matrices where the others have two
-            self.d_ff = -(-self.d_model * 8 // 3 // 64) * 64 if self.ffn == "swiglu" else (
-                4 * self.d_model)
-        choices = {"ffn": ("swiglu", "silu", "gelu", "relu2"), "norm_type": ("rms", "layer"),
-                   "norm": ("pre", "post", "output", "none"),
-                   "position": ("rope", "learned", "none"),
-                   "attention": ("sdpa", "flash", "naive"), "qk_norm": (True, False, "full"),
-                   "balance": ("loss", "bias")}
-        for name, allowed in choices.items():
+            third = -(-self.d_model * 8 // 3 // 64) * 64
+            self.d_ff = third if self.ffn == "swiglu" else 4 * self.d_model
+        for name, allowed in {
+                "ffn": ("swiglu", "silu", "gelu", "relu2"), "norm_type": ("rms", "layer"),
+                "norm": ("pre", "post", "output", "none"), "position": ("rope", "learned", "none"),
+                "attention": ("sdpa", "flash", "naive"), "qk_norm": (True, False, "full"),
+                "balance": ("loss", "bias")}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is not a multiple of "
-                             f"num_kv_heads={self.num_kv_heads}")
-        if self.value_embeddings * 2 > self.num_layers:
-            raise ValueError(f"value_embeddings={self.value_embeddings} tables need twice as many "
-                             f"layers, not num_layers={self.num_layers}")
-        if self.kv_rank and (self.qk_norm or self.value_embeddings):
-            raise ValueError("kv_rank (latent attention) goes without qk_norm and value_embeddings")
+        for wrong, message in (
+                (self.num_heads % self.num_kv_heads,
+                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads"),
+                (self.value_embeddings * 2 > self.num_layers,
+                 f"value_embeddings={self.value_embeddings} need twice as many layers"),
+                (self.kv_rank and (self.qk_norm or self.value_embeddings),
+                 "kv_rank (latent attention) goes without qk_norm and value_embeddings"),
+                (self.num_experts and self.ffn != "swiglu", "num_experts needs ffn='swiglu'")):
+            if wrong:
+                raise ValueError(message)
 
 
 # ---- layers ------------------------------------------------------------------------------------
@@ -330,7 +331,33 @@ class FusedCrossEntropy(torch.autograd.Function):
         return d_hidden * grad, d_weight * grad, None, None, None, None, None
 
 
-# ---- the model ---------------------------------------------------------------------------------
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
+
+    def __init__(self, d_model, d_ff, bias=False):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, bias=bias)
+        self.w3 = Linear(d_model, d_ff, bias=bias)
+        self.w2 = Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class MLP(nn.Module):
+    """w2(f(w1 x)) with f SiLU, GELU (the tanh form of GPT-2) or ReLU^2 (So et al. 2021)."""
+
+    def __init__(self, d_model, d_ff, kind="gelu", bias=False):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, bias=bias)
+        self.w2 = Linear(d_ff, d_model, bias=bias)
+        self.kind = kind
+
+    def forward(self, x):
+        h = self.w1(x)
+        if self.kind == "relu2":
+            return self.w2(F.relu(h).square())
+        return self.w2(F.silu(h) if self.kind == "silu" else F.gelu(h, approximate="tanh"))
 
 
 def blocked_attention(q, k, v, block=256):
@@ -349,15 +376,19 @@ def blocked_attention(q, k, v, block=256):
     return torch.cat(out, dim=2)
 
 
+# ---- the model ---------------------------------------------------------------------------------
+
+
 def attend(q, k, v, mask, config):
     """Attention of q (B, T, H, E) over k, v (B, S, K, E), by the kernel the config names.
 
     mask is (B or 1, 1, T, S) True = attend; None means causal when T == S, everything when T == 1.
     """
     causal = mask is None and q.shape[1] > 1
-    if config.attention == "flash" and mask is None:
+    if config.attention == "flash" and mask is None and q.shape[-1] == v.shape[-1]:
         from kernels import flash_attention
-        return flash_attention(q, k, v, causal=causal)
+        return flash_attention(q, k, v, window=config.sliding_window,
+                               softcap=config.attention_softcap)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, E)
     if config.attention != "naive" and not config.attention_softcap:
         if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -409,128 +440,6 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, S, K, E)
         y = attend(q, k, v, mask, self.config)
         return self.o(y.reshape(B, T, -1))  # (B, T, H, E) -> (B, T, H E) -> (B, T, D)
-
-
-class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, Liu et al. 2024).
-
-    Keys and values of all heads are made from one latent of kv_rank numbers a token, and only that
-    and d_rope rotated numbers are cached. R is kv_rank, P is d_rope.
-    """
-
-    def __init__(self, config, layer=0):
-        super().__init__()
-        D, H, E, R, P = (config.d_model, config.num_heads, config.d_head, config.kv_rank,
-                         config.d_rope)
-        self.config, self.layer = config, layer
-        self.q = Linear(D, H * (E + P))
-        self.down = Linear(D, R + P)
-        self.norm = RMSNorm(R, config.norm_eps)
-        self.up = Linear(R, H * 2 * E)  # every head's key, then its value
-        self.o = Linear(H * E, D)
-
-    def forward(self, x, rope=None, mask=None, cache=None, values=None):
-        B, T, _ = x.shape
-        c, E = self.config, self.config.d_head
-        q, q_rope = self.q(x).view(B, T, -1, E + c.d_rope).split([E, c.d_rope], -1)
-        latent, k_rope = self.down(x)[:, :, None].split([c.kv_rank, c.d_rope], -1)  # (B, T, 1, .)
-        latent = self.norm(latent)
-        if rope is not None:
-            q_rope, k_rope = rotate(q_rope, *rope), rotate(k_rope, *rope)
-        if cache is not None:
-            latent, k_rope = cache.update(self.layer, latent, k_rope)  # (B, S, 1, R or P)
-            return self.o(self.absorbed(q, q_rope, latent, k_rope, mask).reshape(B, T, -1))
-        k, v = self.up(latent).view(B, T, -1, 2 * E).chunk(2, -1)  # (B, T, H, E)
-        q = torch.cat((q, q_rope), -1)
-        k = torch.cat((k, k_rope.expand(-1, -1, k.shape[2], -1)), -1)
-        return self.o(attend(q, k, v, mask, c).reshape(B, T, -1))
-
-    def absorbed(self, q, q_rope, latent, k_rope, mask):
-        """The same numbers without ever making a key or value: `up` moves to the query's side.
-
-        q . (W_k latent) = (W_k^T q) . latent, so H queries of width R + P share one key a token.
-        """
-        c = self.config
-        w_k, w_v = self.up.weight.view(-1, 2 * c.d_head, c.kv_rank).chunk(2, 1)  # (H, E, R)
-        q = torch.cat((torch.einsum("bthe,her->bthr", q, w_k), q_rope), -1)
-        q = q * math.sqrt(q.shape[-1] / (c.d_head + c.d_rope))  # attend divides by the wider root
-        y = attend(q, torch.cat((latent, k_rope), -1), latent, mask, c)  # (B, T, H, R)
-        return torch.einsum("bthr,her->bthe", y, w_v)
-
-
-class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
-
-    def __init__(self, d_model, d_ff, bias=False):
-        super().__init__()
-        self.w1 = Linear(d_model, d_ff, bias=bias)
-        self.w3 = Linear(d_model, d_ff, bias=bias)
-        self.w2 = Linear(d_ff, d_model, bias=bias)
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class MLP(nn.Module):
-    """w2(f(w1 x)) with f SiLU, GELU (the tanh form of GPT-2) or ReLU^2 (So et al. 2021)."""
-
-    def __init__(self, d_model, d_ff, kind="gelu", bias=False):
-        super().__init__()
-        self.w1 = Linear(d_model, d_ff, bias=bias)
-        self.w2 = Linear(d_ff, d_model, bias=bias)
-        self.kind = kind
-
-    def forward(self, x):
-        h = self.w1(x)
-        if self.kind == "relu2":
-            return self.w2(F.relu(h).square())
-        return self.w2(F.silu(h) if self.kind == "silu" else F.gelu(h, approximate="tanh"))
-
-
-class MoE(nn.Module):
-    """Mixture of experts: each token passes the k experts its router likes best, weighted by it.
-
-    balance="loss" adds num_experts * sum(share of tokens * mean probability) over the experts, 1
-    when even (Switch, Fedus et al. 2021). balance="bias" has no loss: balance() raises a bias on
-    the choice, not the weight, of experts that got too few tokens (Wang et al. 2024).
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        n, D = config.num_experts, config.d_model
-        self.config, self.aux = config, 0.0
-        self.router = Linear(D, n)
-        self.experts = nn.ModuleList(SwiGLU(D, config.d_ff) for _ in range(n))
-        if config.num_shared_experts:
-            self.shared = SwiGLU(D, config.d_ff * config.num_shared_experts)
-        if config.balance == "bias":
-            self.register_buffer("bias", torch.zeros(n))
-        self.register_buffer("load", torch.zeros(n), persistent=False)  # tokens since balance()
-
-    def forward(self, x):
-        c, flat = self.config, x.flatten(0, -2)  # (N, D)
-        scores = self.router(flat)
-        p = softmax(scores.to(wide(scores)))  # (N, num_experts)
-        chosen = (p + self.bias if c.balance == "bias" else p).topk(c.experts_per_token).indices
-        weight = p.gather(-1, chosen)  # (N, k)
-        if c.normalize_router:
-            weight = weight / weight.sum(-1, keepdim=True)
-        y = self.shared(flat) if c.num_shared_experts else torch.zeros_like(flat)
-        for e, expert in enumerate(self.experts):
-            token, place = (chosen == e).nonzero(as_tuple=True)
-            out = expert(flat[token]) * weight[token, place, None]
-            y = y.index_add(0, token, out.to(y.dtype))
-        share = F.one_hot(chosen, c.num_experts).sum((0, 1)).to(p.dtype)
-        if self.training:
-            self.load += share.detach()
-        self.aux = c.num_experts * (share / chosen.numel() * p.mean(0)).sum()
-        return y.view_as(x)
-
-    @torch.no_grad()
-    def balance(self, rate=1e-3):
-        """Move the bias towards an even load; call it after each optimizer step."""
-        self.bias += rate * torch.sign(self.load.mean() - self.load)
-        self.load.zero_()
 
 
 class Block(nn.Module):
@@ -608,7 +517,7 @@ class Transformer(nn.Module):
             if c.context_length < T:
                 raise ValueError(f"{T} tokens do not fit context_length={c.context_length}")
             positions, mask = torch.arange(T, device=ids.device), None
-            if c.sliding_window and c.sliding_window < T:
+            if c.sliding_window and c.sliding_window < T and c.attention != "flash":
                 gap = positions[:, None] - positions
                 mask = ((gap >= 0) & (gap < c.sliding_window))[None, None]  # (1, 1, T, T)
         else:
@@ -700,22 +609,24 @@ class Transformer(nn.Module):
         what it draws does not depend on the batch it happens to run in.
         """
         check_prompts(prompts, max_new_tokens, self.config)
-        queue = deque(Row(i, list(prompts[i // n])) for i in range(len(prompts) * n))
+        queue = deque(Row(i, len(prompts[i // n]), list(prompts[i // n]))
+                      for i in range(len(prompts) * n))
         k, filters = draft_tokens if draft else 0, (temperature, top_k, top_p, min_p)
         uniform = torch.rand(len(queue), max_new_tokens + k, 3,
                              generator=torch.Generator().manual_seed(seed))
         limit = min(max(map(len, prompts)) + max_new_tokens, self.config.context_length)
         batch_size, rows = min(batch_size, len(queue)), []
-        engine = Engine(self, batch_size, limit + k)
-        helper = Engine(draft, batch_size, limit + k) if isinstance(draft, Transformer) else None
+        models = [self, draft] if isinstance(draft, Transformer) else [self]
+        engines = [Engine(model, batch_size, limit + k) for model in models]
         while queue or rows:
             while queue and len(rows) < batch_size:  # continuous batching: a free place is refilled
                 rows.append(queue.popleft())
-            engine.prefill(rows)
+            for engine in engines:
+                engine.prefill(rows)
             u = torch.stack([uniform[r.sample, len(r.ids) - r.prompt:][:k + 1] for r in rows])
             u = u.to(engine.device)  # (B, k + 1, 3)
-            guess, q = propose(draft, helper, rows, k, filters, u, self.config.vocab_size)
-            logits = engine.step(rows, guess).float()  # (B, k + 1, V)
+            guess, q = propose(engines[1:], rows, k, filters, u, self.config.vocab_size)
+            logits = engines[0].step(rows, guess).float()  # (B, k + 1, V)
             tokens, count = accept(distribution(logits, *filters), q, guess, u)
             scores = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
             for row, new, m, score in zip(rows, tokens.tolist(), count, scores.tolist()):
@@ -727,22 +638,20 @@ class Transformer(nn.Module):
                         break
             kept = [i for i, row in enumerate(rows) if not row.reason]
             rows = [rows[i] for i in kept]
-            for e in (engine, helper) if helper else (engine,):
-                e.keep(kept)
+            for engine in engines:
+                engine.keep(kept)
 
-    def generate(self, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0,
-                 min_p=0.0, stop=(), seed=0, n=1, tokenizer=None, **options):
+    def generate(self, prompts, max_new_tokens=128, *args, n=1, tokenizer=None, **options):
         """Continue each prompt, a list of ids, n times; returns len(prompts) * n Completions.
 
-        stop holds token ids, and strings if a tokenizer is given. More samples than batch_size
-        queue, and take the place of those that finish. draft, a smaller Transformer or "ngram"
-        (what followed the last two tokens before), proposes draft_tokens tokens that one pass of
-        this model checks (Leviathan et al. 2023); the distribution stays the model's own.
+        Arguments as in stream. stop holds ids, and strings if a tokenizer is given. Samples over
+        batch_size queue, and take the place of those that finish. draft, a smaller Transformer or
+        "ngram" (what followed the last two tokens before), proposes draft_tokens tokens that one
+        pass of this model checks (Leviathan et al. 2023); the distribution stays the model's own.
         """
         done = [Completion(i // n, [], [], "", "") for i in range(len(prompts) * n)]
-        for i, token, logprob, reason in self.stream(
-                prompts, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, n,
-                tokenizer=tokenizer, **options):
+        for i, token, logprob, reason in self.stream(prompts, max_new_tokens, *args, n=n,
+                                                     tokenizer=tokenizer, **options):
             done[i].tokens.append(token)
             done[i].logprobs.append(logprob)
             done[i].reason = reason
@@ -760,13 +669,100 @@ class Transformer(nn.Module):
         return load_pretrained(cls, directory, dtype, device)
 
 
-def part_of(name):
-    """The line of the account a parameter or module belongs to."""
-    for part, marks in {"norms": ("norm",), "attention": (".attn",), "feed-forward": (".ffn",),
-                        "head": ("lm_head",), "tables": ("embed", "pos", "value_tables")}.items():
-        if any(mark in name for mark in marks):
-            return part
-    return "scalars"
+# ---- larger variants ---------------------------------------------------------------------------
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, Liu et al. 2024).
+
+    Keys and values of all heads are made from one latent of kv_rank numbers a token, and only that
+    and d_rope rotated numbers are cached. R is kv_rank, P is d_rope.
+    """
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        D, H, E, R, P = (config.d_model, config.num_heads, config.d_head, config.kv_rank,
+                         config.d_rope)
+        self.config, self.layer = config, layer
+        self.q = Linear(D, H * (E + P))
+        self.down = Linear(D, R + P)
+        self.norm = RMSNorm(R, config.norm_eps)
+        self.up = Linear(R, H * 2 * E)  # every head's key, then its value
+        self.o = Linear(H * E, D)
+
+    def forward(self, x, rope=None, mask=None, cache=None, values=None):
+        B, T, _ = x.shape
+        c, E = self.config, self.config.d_head
+        q, q_rope = self.q(x).view(B, T, -1, E + c.d_rope).split([E, c.d_rope], -1)
+        latent, k_rope = self.down(x)[:, :, None].split([c.kv_rank, c.d_rope], -1)  # (B, T, 1, .)
+        latent = self.norm(latent)
+        if rope is not None:
+            q_rope, k_rope = rotate(q_rope, *rope), rotate(k_rope, *rope)
+        if cache is not None:
+            latent, k_rope = cache.update(self.layer, latent, k_rope)  # (B, S, 1, R or P)
+            return self.o(self.absorbed(q, q_rope, latent, k_rope, mask).reshape(B, T, -1))
+        k, v = self.up(latent).view(B, T, -1, 2 * E).chunk(2, -1)  # (B, T, H, E)
+        q = torch.cat((q, q_rope), -1)
+        k = torch.cat((k, k_rope.expand(-1, -1, k.shape[2], -1)), -1)
+        return self.o(attend(q, k, v, mask, c).reshape(B, T, -1))
+
+    def absorbed(self, q, q_rope, latent, k_rope, mask):
+        """The same numbers without ever making a key or value: `up` moves to the query's side.
+
+        q . (W_k latent) = (W_k^T q) . latent, so H queries of width R + P share one key a token.
+        """
+        c = self.config
+        w_k, w_v = self.up.weight.view(-1, 2 * c.d_head, c.kv_rank).chunk(2, 1)  # (H, E, R)
+        q = torch.cat((torch.einsum("bthe,her->bthr", q, w_k), q_rope), -1)
+        q = q * math.sqrt(q.shape[-1] / (c.d_head + c.d_rope))  # attend divides by the wider root
+        y = attend(q, torch.cat((latent, k_rope), -1), latent, mask, c)  # (B, T, H, R)
+        return torch.einsum("bthr,her->bthe", y, w_v)
+
+
+class MoE(nn.Module):
+    """Mixture of experts: each token passes the k experts its router likes best, weighted by it.
+
+    balance="loss" adds num_experts * sum(share of tokens * mean probability) over the experts, 1
+    when even (Switch, Fedus et al. 2021). balance="bias" has no loss: balance() raises a bias on
+    the choice, not the weight, of experts that got too few tokens (Wang et al. 2024).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        n, D = config.num_experts, config.d_model
+        self.config, self.aux = config, 0.0
+        self.router = Linear(D, n)
+        self.experts = nn.ModuleList(SwiGLU(D, config.d_ff) for _ in range(n))
+        if config.num_shared_experts:
+            self.shared = SwiGLU(D, config.d_ff * config.num_shared_experts)
+        if config.balance == "bias":
+            self.register_buffer("bias", torch.zeros(n))
+        self.register_buffer("load", torch.zeros(n), persistent=False)  # tokens since balance()
+
+    def forward(self, x):
+        c, flat = self.config, x.flatten(0, -2)  # (N, D)
+        scores = self.router(flat)
+        p = softmax(scores.to(wide(scores)))  # (N, num_experts)
+        chosen = (p + self.bias if c.balance == "bias" else p).topk(c.experts_per_token).indices
+        weight = p.gather(-1, chosen)  # (N, k)
+        if c.normalize_router:
+            weight = weight / weight.sum(-1, keepdim=True)
+        y = self.shared(flat) if c.num_shared_experts else torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, place = (chosen == e).nonzero(as_tuple=True)
+            out = expert(flat[token]) * weight[token, place, None]
+            y = y.index_add(0, token, out.to(y.dtype))
+        share = F.one_hot(chosen, c.num_experts).sum((0, 1)).to(p.dtype)
+        if self.training:
+            self.load += share.detach()
+        self.aux = c.num_experts * (share / chosen.numel() * p.mean(0)).sum()
+        return y.view_as(x)
+
+    @torch.no_grad()
+    def balance(self, rate=1e-3):
+        """Move the bias towards an even load; call it after each optimizer step."""
+        self.bias += rate * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()
 
 
 # ---- generation --------------------------------------------------------------------------------
@@ -824,11 +820,9 @@ class Row:
     """One sample on its way through the batch."""
 
     sample: int
-    ids: list
+    prompt: int  # its length
+    ids: list  # of the prompt and what was generated
     reason: str | None = None
-
-    def __post_init__(self):
-        self.prompt = len(self.ids)
 
 
 @dataclass
@@ -901,13 +895,14 @@ class Engine:
         self.running = len(kept)
 
 
-def propose(draft, helper, rows, k, filters, u, vocab_size):
+def propose(helpers, rows, k, filters, u, vocab_size):
     """Guesses (B, k) of the next tokens and the distributions (B, k, V) they were drawn from."""
-    if helper is None:
+    if not helpers:
         guess = torch.tensor([lookup(row.ids, k) for row in rows], device=u.device).long()
         return guess, F.one_hot(guess, vocab_size).float() if k else None
     # Two tokens back, because the last pass never fed its final guess. A prompt of one token may
     # leave a gap in the draft's cache: that costs a guess, not correctness.
+    helper = helpers[0]
     logits = helper.step(rows, back=2 if min(len(r.ids) for r in rows) > 1 else 1)
     guess, q = [], []
     for j in range(k):
@@ -1238,6 +1233,16 @@ def load_pretrained(cls, directory, dtype=None, device=None):
 
 # ---- accounting --------------------------------------------------------------------------------
 
+
+def part_of(name):
+    """The line of the account a parameter or module belongs to."""
+    for part, marks in {"norms": ("norm",), "attention": (".attn",), "feed-forward": (".ffn",),
+                        "head": ("lm_head",), "tables": ("embed", "pos", "value_tables")}.items():
+        if any(mark in name for mark in marks):
+            return part
+    return "scalars"
+
+
 GPT2_SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20),
               "gpt2-xl": (1600, 48, 25)}
 
@@ -1311,7 +1316,7 @@ def timed(functions, repeats=5):
 def import_transformers():
     """transformers if installed. It looks for a package named kernels: not to find ours, it is
     imported from a path without this directory."""
-    here, path = Path(__file__).resolve().parent, sys.path[:]
+    here, path, ours = Path(__file__).resolve().parent, sys.path[:], sys.modules.pop("kernels", 0)
     sys.path[:] = [p for p in path if Path(p).resolve() != here]
     try:
         import transformers
@@ -1321,6 +1326,8 @@ def import_transformers():
         return None
     finally:
         sys.path[:] = path
+        if ours:
+            sys.modules["kernels"] = ours
 
 
 def run_bench(args):
@@ -1350,18 +1357,15 @@ def run_bench(args):
         row(f"forward + backward, 8 x 256, {str(dtype)[6:]}",
             lambda d=dtype: train(lambda x: ours.loss(x[:, :-1], x[:, 1:]), d),
             lambda d=dtype: train(lambda x: theirs(x, labels=x).loss, d), 8 * 255, "tokens/s")
-    for batch in (16, 1):
+    for batch, kind in ((16, "float32"), (1, "float32"), (1, "ours int8")):
         prompt = ids[:batch, :32]
-        row(f"generate, {batch} x 128 tokens, float32",
+        if kind != "float32":
+            quantize(ours)
+        row(f"generate, {batch} x 128 tokens, {kind}",
             lambda p=prompt: ours.generate(p.tolist(), 128, temperature=0),
             lambda p=prompt: theirs.generate(p, attention_mask=torch.ones_like(p), do_sample=False,
                                              max_new_tokens=128, eos_token_id=none, pad_token_id=0),
             batch * 128, "tokens/s")
-    quantize(ours)
-    row("generate, 1 x 128 tokens, ours int8", lambda: ours.generate(
-        ids[:1, :32].tolist(), 128, temperature=0), lambda: theirs.generate(
-        ids[:1, :32], do_sample=False, max_new_tokens=128, eos_token_id=none, pad_token_id=0),
-        128, "tokens/s")
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -1412,18 +1416,11 @@ def run_chat(args):
     model, tokenizer, options = load(args)
     messages = []
     print("Empty line or Ctrl-D ends the conversation.")
-    while line := read_line("> "):
+    while line := input("> "):
         messages.append({"role": "user", "content": line})
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         answer = show(model, tokenizer, tokenizer.encode(text), options)
         messages.append({"role": "assistant", "content": answer})
-
-
-def read_line(prompt):
-    try:
-        return input(prompt)
-    except EOFError:
-        return ""
 
 
 def parser():
@@ -1466,6 +1463,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"model.py: {error}", file=sys.stderr)
         return 2
+    except EOFError:  # Ctrl-D
+        print()
     except KeyboardInterrupt:
         return 130
     return 0

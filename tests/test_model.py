@@ -264,6 +264,17 @@ def test_cached_generation_is_the_uncached_loop(name):
         assert {d.reason for d in done} == {"length"}
 
 
+def test_speculation_needs_fewer_passes_when_guesses_are_good():
+    model, passes = tiny(), []
+    run = model.hidden
+    model.hidden = lambda ids, *rest: passes.append(tuple(ids.shape)) or run(ids, *rest)
+    model.generate([[1, 2, 3]], 16, temperature=0, draft=tiny(), draft_tokens=3)
+    assert passes == [(1, 2)] + [(1, 4)] * 4  # a twin as draft: four tokens a pass
+    passes.clear()
+    model.generate([[1, 2, 3]] * 2 + [[4, 5]], 3, n=5)
+    assert passes == [(2, 2)] + [(15, 1)] * 3  # one prefill a prompt, however many samples
+
+
 def greedy(model, prompt, steps):
     ids = list(prompt)
     with torch.no_grad():
