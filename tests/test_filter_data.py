@@ -1248,6 +1248,12 @@ def test_bad_numbers_are_refused_by_the_flag(args, capsys):
     assert error.value.code == 2 and args[0] in capsys.readouterr().err
 
 
+def test_a_missing_package_is_one_line(finished, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert fd.main(["report", "--out", str(finished)]) == 2
+    assert "matplotlib" in capsys.readouterr().err.strip().split("\n")[-1]
+
+
 def test_cut_off_jsonl_and_odd_rows(tmp_path):
     data = gzip.compress(
         "\n".join(json.dumps({"text": f"{i} é\ud800"}) for i in range(2000)).encode()
@@ -1259,6 +1265,8 @@ def test_cut_off_jsonl_and_odd_rows(tmp_path):
     (tmp_path / "y.tsv").write_text("id\ttext\n7\tone\ttwo\n8\n")
     rows = list(fd.read_documents(str(tmp_path / "y.tsv"), counts=counts))
     assert [(row["id"], row["text"]) for row in rows] == [("7", "one")] and counts["no_text"] == 1
+    (tmp_path / "s.jsonl").write_text('{"text": "a\\ud800b"}')
+    assert [row["text"] for row in fd.read_documents(tmp_path / "s.jsonl")] == ["a?b"]
     (tmp_path / "z.jsonl").write_text("[" * 100_000 + '\n[1]\n{"text": "ok"}\n')
     assert list(fd.read_rows(str(tmp_path / "z.jsonl"), counts)) == [{"text": "ok"}]
     assert counts["bad_rows"] == 2
