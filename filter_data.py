@@ -926,9 +926,9 @@ def band_pairs(rows, near=8):
     """Pairs i < j of documents that agree in one band: (D, R) uint32 -> (P,) int64, i << 32 | j.
 
     Sorting the hashes of the rows, with the document's number in their low bits, puts equal ones
-    side by side (what is left of the hash may collide; pairs are verified later). In a bucket of B
-    documents each is paired with the next `near` and with the first: all pairs while B <= near + 1,
-    and some times B rather than B**2 where ten thousand copies share a band.
+    side by side (what is left of the hash may collide; pairs are verified later). Each document is
+    paired with the next `near` of its bucket: all pairs of a small bucket, and of ten thousand
+    copies a chain rather than fifty million pairs.
     """
     keys = np.zeros(len(rows), np.uint64)
     for column in np.ascontiguousarray(rows.T):
@@ -937,11 +937,7 @@ def band_pairs(rows, near=8):
     order = np.flatnonzero((rows != EMPTY).any(1))  # texts without words resemble nothing
     keys = np.sort(mix(keys[order]) >> bits << bits | order.astype(np.uint64))
     order, keys = (keys & ~(~np.uint64(0) << bits)).astype(np.int64), keys >> bits
-    new = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
-    head = np.maximum.accumulate(np.where(new, np.arange(len(keys)), 0))
-    far = np.flatnonzero(np.arange(len(keys)) - head > near)
-    pairs = [order[head[far]] << 32 | order[far]]
-    left = np.flatnonzero(~new) - 1  # equal to the next one
+    left, pairs = np.arange(len(keys)), []
     for step in range(1, near + 1):
         left = left[left + step < len(keys)]
         left = left[keys[left] == keys[left + step]]

@@ -290,6 +290,22 @@ def test_train_reports_what_it_learned(model):
     assert "accuracy 1.000" in model[1] and "AUC de 1.000" in model[1]
 
 
+def test_train_sees_as_many_crops_of_the_same_lengths(tmp_path, monkeypatch):
+    rows = [{"text": babble(ENGLISH, 300, i), "label": "en"} for i in range(60)]
+    rows += [{"text": babble(GERMAN, 3000, i), "label": "de"} for i in range(300)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    seen = []
+    monkeypatch.setattr(fd, "fit_fasttext", lambda lines, o: seen.extend(lines))
+    model = str(tmp_path / "m")
+    assert fd.main(["train", "--input", str(tmp_path / "x.jsonl"), "--model", model]) == 2
+    sizes = {"en": [], "de": []}
+    for label, *words in map(str.split, seen):
+        sizes[label.removeprefix("__label__")].append(len(words))
+    assert len(sizes["en"]) == len(sizes["de"]) > 240
+    assert all(8 <= size <= 256 for part in sizes.values() for size in part)
+    assert 0.6 < np.median(sizes["en"]) / np.median(sizes["de"]) < 1.6
+
+
 def test_train_does_not_learn_length(model):
     """Trained on 10-word English and 400-word German, it must know the converse too."""
     assert fd.identify_language(babble(ENGLISH, 400, 1), model[0])[0] == "en"
@@ -678,6 +694,14 @@ def test_line_deduplication_is_its_twin(tmp_path, keep, num_parts):
     assert sorted(os.listdir(tmp_path / "out")) == sorted([*lines, "empty.txt"])
 
 
+def test_repeated_lines_holds_each_once_and_the_place_of_the_first(tmp_path):
+    for source, hashes in enumerate(([7, 5, 7, 9], [5, 7, 1])):
+        fd.sort_lines(np.array(hashes, np.uint64), source, str(tmp_path / f"{source}.npy"))
+    tables = [str(tmp_path / "0.npy"), str(tmp_path / "1.npy")]
+    fd.repeated_lines(tables, str(tmp_path / "out.npy"))
+    assert np.load(tmp_path / "out.npy").tolist() == [[5, 7], [1, 0]]
+
+
 def test_inputs_of_one_name_are_refused(tmp_path):
     for folder in "ab":
         (tmp_path / folder).mkdir()
@@ -905,7 +929,8 @@ def crawl(tmp_path_factory):
     wet = [good_text(20) + f"\n{MENU}", good_text(21), TWIN.replace(".", "!") + " Tail."]
     wet = [record(text.encode(), kind="conversion") for text in wet]
     (folder / "b.wet.gz").write_bytes(b"".join(map(gzip.compress, wet)))
-    rows = [{"text": good_text(30 + i)} for i in range(40)] + [{"text": 3}]
+    forged = good_text(98) + "\nThe text <|endoftext|> is only a text of some characters."
+    rows = [{"text": good_text(30 + i)} for i in range(40)] + [{"text": forged}] + [{"text": 3}]
     (folder / "c.jsonl").write_text(
         "\n".join(map(json.dumps, rows))
         + "\nnot json\n"
@@ -969,10 +994,10 @@ def documents(folder):
 
 
 def test_run_keeps_the_good_and_accounts_for_the_rest(finished):
-    assert len(documents(finished / "extract")) == 9 + 3 + 41
+    assert len(documents(finished / "extract")) == 9 + 3 + 42
     texts = [doc["text"] for doc in documents(finished / "minhash")]
     kept = {good_text(seed) for seed in [0, *range(2, 6), 20, 21, *range(30, 70), 99]}
-    assert kept < set(texts) and len(texts) == len(kept) + 2  # the masked page and one of the twins
+    assert kept < set(texts) and len(texts) == len(kept) + 3  # masked, forged, a twin
     assert (TWIN in texts) + (TWIN.replace(".", "!") + " Tail." in texts) == 1
     assert not any(MENU in text for text in texts)
     [masked] = [text for text in texts if "|||" in text]
@@ -993,7 +1018,7 @@ def test_run_keeps_the_good_and_accounts_for_the_rest(finished):
     counts = total["counts"]
     assert counts["bad_rows"] == 1 and counts["too_large"] == 1 and counts["not_warc"] == 1
     assert counts["truncated"] == 1 and counts["emails masked"] == 1 and counts["no_text"] == 1
-    assert total["languages"] == {"en": 53, "de": 1}
+    assert total["languages"] == {"en": 54, "de": 1}
     row = total["filters"]["minhash"]
     assert row["documents"] == row["kept"] + 1 == len(texts) + 1
     assert row["kept_words"] == sum(len(text.split()) for text in texts)
@@ -1003,7 +1028,7 @@ def test_run_keeps_the_good_and_accounts_for_the_rest(finished):
 def test_report_shows_the_funnel(finished, capsys):
     assert fd.main(["report", "--out", str(finished)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"minhash +51 +50 .* 33\.3%", printed) and "languages: en 53, de 1" in printed
+    assert re.search(r"minhash +52 +51 .* 33\.3%", printed) and "languages: en 54, de 1" in printed
     text = (finished / "report.txt").read_text()
     assert printed.strip() in text and "minhash, dropped:" in text
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -1019,7 +1044,8 @@ def test_tokens_are_the_documents(finished):
             [np.load(path) for path in (finished / "tokenize" / side).glob("*.npy")]
         )
         assert ids.dtype == np.uint16 and ids[-1] == coder.eot_id
-        found[side] = coder.decode(ids.tolist()).split("<|endoftext|>")[:-1]
+        parts = np.split(ids, np.flatnonzero(ids == coder.eot_id) + 1)[:-1]
+        found[side] = [coder.decode(part[:-1].tolist()) for part in parts]
     texts = [doc["text"] for doc in documents(finished / "minhash")]
     assert sorted(found["train"] + found["val"]) == sorted(texts)
     assert 0 < len(found["val"]) < len(texts) / 2
@@ -1103,6 +1129,11 @@ def test_one_stage_alone(tmp_path, capsys):
         "\n".join(json.dumps({"text": TWIN + t}) for t in ("", "", " x"))
     )
     out = str(tmp_path / "out")
+    spaced = TWIN.replace("\n", "\n\n") + "\n\nNot to be found elsewhere."
+    (tmp_path / "y.jsonl").write_text(json.dumps({"text": spaced}))
+    args = ["lines", "--input", str(tmp_path / "y.jsonl"), "--out", out + "2", "--min-words", "0"]
+    assert fd.main(args) == 0
+    assert [doc["text"] for doc in documents(tmp_path / "out2" / "lines")] == [spaced]
     assert fd.main(["minhash", "--input", str(tmp_path / "x.jsonl"), "--out", out]) == 0
     assert len(documents(tmp_path / "out" / "minhash")) == 1
     assert (
