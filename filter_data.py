@@ -1147,7 +1147,7 @@ def read_pages(path, main_content, counts):
 
 
 def read_documents(path, text_key="text", main_content=False, counts=None):
-    """Documents {"id", "url", "text", "words"} of a crawl file (.warc, .wet) or of rows of text."""
+    """Documents {"id", "text", "words", ...} of a crawl file (.warc, .wet) or of rows of text."""
     counts, name = Counter() if counts is None else counts, os.path.basename(path)
     crawl = re.search(r"\.(warc|wet)\b", name)
     rows = read_pages(path, main_content, counts) if crawl else read_rows(path, counts)
@@ -1155,8 +1155,8 @@ def read_documents(path, text_key="text", main_content=False, counts=None):
         text = row.get(text_key, row.get("text"))
         if isinstance(text, str) and text.strip() and "\0" not in text:
             text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be written
-            yield {"id": str(row.get("id") or f"{name}/{number}"), "url": row.get("url", ""),
-                   "text": text, "words": len(text.split())}
+            yield {**row, "id": str(row.get("id") or f"{name}/{number}"), "text": text,
+                   "words": len(text.split())}
         else:
             counts["no_text"] += 1
 
@@ -1502,10 +1502,9 @@ def begin_stage(o, stage, inputs, *keys):
                              f"the same, another --out, or delete {folder} and the stages behind")
     if o.rank == 0:
         save(path, settings)
-    pattern = r"\.(gz|jsonl|warc|wet|txt|csv|tsv)\b"
+    pattern = r"^\d{5}-|\.(gz|jsonl|warc|wet|txt|csv|tsv)\b"  # numbered, so that no two are equal
     names = [re.sub(pattern, "", os.path.basename(path)) for path in inputs]
-    if len(set(names)) < len(names):
-        names = [f"{i:05d}-{name}" for i, name in enumerate(names)]
+    names = [f"{i:05d}-{name}" for i, name in enumerate(names)]
     return folder, os.path.join(folder, "work"), names
 
 

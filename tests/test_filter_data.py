@@ -997,6 +997,7 @@ def test_run_keeps_the_good_and_accounts_for_the_rest(finished):
     assert len(documents(finished / "extract")) == 9 + 3 + 42
     texts = [doc["text"] for doc in documents(finished / "minhash")]
     kept = {good_text(seed) for seed in [0, *range(2, 6), 20, 21, *range(30, 70), 99]}
+    assert all(doc["language"] == "en" for doc in documents(finished / "minhash"))
     assert kept < set(texts) and len(texts) == len(kept) + 3  # masked, forged, a twin
     assert (TWIN in texts) + (TWIN.replace(".", "!") + " Tail." in texts) == 1
     assert not any(MENU in text for text in texts)
@@ -1143,6 +1144,16 @@ def test_one_stage_alone(tmp_path, capsys):
     assert [doc["text"] for doc in documents(tmp_path / "out" / "lines")] == [TWIN]
     assert fd.main(["filter", "--out", out]) == 2
     assert "extract" in capsys.readouterr().err
+
+
+def test_file_names_that_the_stages_use_themselves(tmp_path):
+    for i, name in enumerate(("settings", "tokenizer", "dropped", "part-000", "a/x", "b/x")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": good_text(i)}))
+    args = ["--input", str(tmp_path / "*.jsonl"), str(tmp_path / "*" / "x.jsonl"), "--out"]
+    for stage in ("extract", "lines", "minhash"):
+        assert fd.main([stage, *args, str(tmp_path / "out")]) == 0
+        assert len(documents(tmp_path / "out" / stage)) == 6
 
 
 def test_filter_with_classifier_and_decontamination(model, tmp_path):
