@@ -208,6 +208,20 @@ def test_a_single_file_is_split_at_a_line(tmp_path):
     assert 0.04 < len(parts[True]) / len(text) < 0.06
 
 
+def test_token_files_hold_every_document_and_its_end(tmp_path):
+    import tokenizer
+    docs = ["first " * 50, "second", "a\nthird\n"]
+    vocab, merges = tokenizer.train_bpe(docs, 270, [tokenizer.EOT])
+    tok = tokenizer.Tokenizer(vocab, merges, [tokenizer.EOT])
+    for size in (1, 10**6):  # pieces of one document, and all in one
+        pieces = list(train.join_documents(docs, size))
+        assert "".join(pieces) == tokenizer.EOT.join([*docs, ""])
+    assert train.write_tokens(tmp_path / "t.npy", docs, tok) == len(np.load(tmp_path / "t.npy"))
+    ids = train.load_tokens(tmp_path / "t.npy")
+    assert tok.decode(ids.tolist()) == tokenizer.EOT.join([*docs, ""])
+    assert ids.dtype == np.uint16 and (ids == tok.eot_id).sum() == 3
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 
