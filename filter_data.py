@@ -42,6 +42,7 @@ import urllib.request
 import zlib
 from collections import Counter
 from html import unescape
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -151,10 +152,11 @@ class ByteStream:
         return parse_headers(self.take(end.end()))
 
     def at_boundary(self):
-        """Whether a record ends here: only newlines, then the next record or the end."""
+        """Whether a record ends here: two newlines, or any number before the next or the end."""
         while len(self.buffer) < 16 and self.fill():
             pass
-        return self.buffer[:16].lstrip(b"\r\n")[:5] in (b"", b"WARC/")
+        rest = self.buffer[:16]
+        return rest.startswith(b"\r\n\r\n") or rest.lstrip(b"\r\n")[:5] in (b"", b"WARC/")
 
 
 def parse_headers(block):
@@ -730,11 +732,11 @@ def c4_quality(texts):
 
     lorem_ipsum: contains it. curly_bracket: contains one. sentences: fewer than 3.
     """
-    sentence = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]")
+    ends = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]").finditer
     return {
         "lorem_ipsum": np.array(["lorem ipsum" in text.lower() for text in texts]),
         "curly_bracket": np.array(["{" in text for text in texts]),
-        "sentences": np.array([len(sentence.findall(text)) < 3 for text in texts]),
+        "sentences": np.array([len(list(islice(ends(text), 3))) < 3 for text in texts]),
     }
 
 

@@ -152,6 +152,12 @@ def test_wrong_content_length_costs_one_record(tmp_path, length, pack):
     assert sum(counts[reason] for reason in reasons) == 1
 
 
+def test_unreadable_header_costs_one_record(tmp_path):
+    records = [record(body) for body in LONG]
+    records[2] = b"?" * 8 + records[2][8:]
+    assert pages(tmp_path / "x", b"".join(records))[0] == [LONG[i] for i in (0, 1, 3, 4)]
+
+
 def test_large_record_is_skipped_without_holding_it(tmp_path):
     path = tmp_path / "x.warc.gz"
     with open(path, "wb") as file:
