@@ -42,7 +42,7 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 CL100K_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
-                  r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+                  r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K_PATTERN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}"
@@ -135,10 +135,10 @@ def encode_plain(tokenizer, text):
             ids.append(tokenizer.special_tokens[part])
             continue
         for word in regex.findall(tokenizer.pattern, tokenizer.normalize(part)):
-            word = word.encode()
-            whole = tokenizer.ignore_merges and word in tokenizer.token_ids
-            tokens = [word] if whole else merge_word(word, tokenizer.ranks)
-            ids += map(tokenizer.token_ids.get, tokens)
+            tokens = merge_word(word.encode(), tokenizer.ranks)
+            if tokenizer.ignore_merges and word.encode() in tokenizer.token_ids:
+                tokens = [word.encode()]
+            ids += [tokenizer.token_ids[token] for token in tokens]
     return ids
 
 
@@ -720,6 +720,7 @@ class Tokenizer:
                  normalizer=None, ignore_merges=False):
         self.vocab, self.merges = dict(vocab), list(merges)
         self.pattern = PATTERNS.get(pattern, pattern)
+        self._find = regex.compile(self.pattern).findall
         self.normalizer, self.ignore_merges = normalizer, ignore_merges
         self.special_tokens = self._number_special(special_tokens or ())
         special = set(self.special_tokens.values())
@@ -792,6 +793,10 @@ class Tokenizer:
                 size += len(ids)
                 pools.append(ids.astype(self.dtype))
         self._pool = np.concatenate(pools)
+        for n in np.flatnonzero(count > 1) if self.ignore_merges else ():
+            whole = self.token_ids.get(data[starts[n] : starts[n] + lengths[n]].tobytes())
+            if whole is not None:
+                self._pool[offset[n]], count[n] = whole, 1
         self._offset = np.append(self._offset, offset)
         self._count = np.append(self._count, count)
 
@@ -897,12 +902,22 @@ class Tokenizer:
         """List of the ids of a text; see `encode_numpy`."""
         if len(text) > SHORT or self.normalizer or any(t in text for t in self.special_tokens):
             return self.encode_numpy(text, allowed_special).tolist()
-        ids = []
-        for word in regex.findall(self.pattern, text):
-            if word not in self._short:
-                self._short[word] = self.encode_numpy(word, ()).tolist()
-            ids += self._short[word]
+        ids, known = [], self._short
+        for word in self._find(text):
+            if word not in known:
+                known[word] = self._encode_word(word)
+            ids += known[word]
+        if len(known) > MAX_WORDS:
+            known.clear()
         return ids
+
+    def _encode_word(self, word):
+        if len(word) > 40:
+            return self.encode_numpy(word, ()).tolist()
+        word = word.encode()
+        whole = self.ignore_merges and word in self.token_ids
+        tokens = [word] if whole else merge_word(word, self.ranks)
+        return [self.token_ids[token] for token in tokens]
 
     def encode_batch(self, texts, allowed_special="all"):
         """Lists of the ids of several texts."""
@@ -1292,7 +1307,8 @@ def main(argv=None):
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, regex.error) as error:
-        print(f"tokenizer.py {args.command}: {error}", file=sys.stderr)
+        flag = "--pattern: " if isinstance(error, regex.error) else ""
+        print(f"tokenizer.py {args.command}: {flag}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
