@@ -114,7 +114,8 @@ def test_rows_that_see_nothing_are_zero_with_finite_gradients():
     q, k, v = guarded(randn(1, 40, 1, 16)), guarded(randn(1, 7, 1, 16)), guarded(randn(1, 7, 1, 16))
     o, lse = kernels.flash_attention(q, k, v, return_lse=True, impl="triton")
     assert (o[:, :33] == 0).all() and (lse[..., :33] == -math.inf).all()
-    grads = torch.autograd.grad([o, lse], [q, k, v], [torch.ones_like(o), torch.ones_like(lse)])
+    dlse = torch.where(lse.isinf(), math.nan, 1.0)  # what merging by -inf LSEs sends back
+    grads = torch.autograd.grad([o, lse], [q, k, v], [torch.ones_like(o), dlse])
     assert all(torch.isfinite(g).all() for g in grads) and (grads[0][:, :33] == 0).all()
 
 
@@ -355,6 +356,16 @@ def test_loss_with_a_frozen_weight_and_under_autocast():
     loss.backward()
     assert loss.dtype == torch.float32 and w.grad.dtype == torch.float32
     assert relative(loss, F.cross_entropy(x @ w.t(), t)) < 0.02
+
+
+def test_loss_computes_no_gradients_where_none_are_wanted(monkeypatch):
+    wanted, core = [], kernels._chunked_core
+    monkeypatch.setattr(kernels, "_chunked_core", lambda *a: wanted.append(a[-2:]) or core(*a))
+    x, w, t = guarded(randn(8, 16)), guarded(randn(9, 16)), torch.arange(8, device=TRITON)
+    with torch.no_grad():
+        kernels.linear_cross_entropy(x, w, t, impl="torch")
+    kernels.linear_cross_entropy(x, w, t, impl="torch")
+    assert wanted == [(False, False), (True, True)]
 
 
 def test_loss_memory_is_under_a_quarter_of_the_naive_path():
