@@ -934,10 +934,10 @@ class Tokenizer:
 
         Killed and called again, it goes on where it was.
         """
+        files = list_files(path)
         if self.eot_id is None:
             raise ValueError(f"the tokenizer has no {EOT} to put behind documents: train it with "
                              f"--special-tokens '{EOT}'")
-        files = list_files(path)
         job = [[file, os.path.getsize(file), os.path.getmtime(file)] for file in files]
         job = hashlib.sha256(json.dumps([job, to_json(self)]).encode()).hexdigest()
         part, note = f"{out}.part", f"{out}.state"
