@@ -471,7 +471,7 @@ class Words(NamedTuple):
 
     lengths: np.ndarray  # (W,) characters
     hashes: np.ndarray  # (W,) uint64
-    alphabetic: np.ndarray  # (W,) bool: contains a letter
+    alphabetic: np.ndarray | None  # (W,) bool: contains a letter; None if normalised
     first: np.ndarray  # (D + 1,) index of each document's first word
     doc: np.ndarray  # (W,) which document
 
@@ -555,10 +555,11 @@ def split_words(texts, normalised=False):
     up, down = powers(1 << len(codes).bit_length())
     sums = np.cumsum(codes * up[: len(codes)])
     hashes = mix((sums[ends] - sums[starts]) * down[starts])
-    letters = np.cumsum(kinds == 2, dtype=np.int32) if kinds is not None else np.arange(len(codes))
+    letters = None if normalised else np.cumsum(kinds == 2, dtype=np.int32)
+    alphabetic = None if normalised else letters[ends] > letters[starts]
     first = np.searchsorted(starts, bounds - 1)
     doc = np.repeat(np.arange(len(texts)), np.diff(first))
-    return Words(ends - starts, hashes, letters[ends] > letters[starts], first, doc)
+    return Words(ends - starts, hashes, alphabetic, first, doc)
 
 
 def combine(hashes, n):
@@ -1804,9 +1805,11 @@ def bench(o):
     show("signatures of raw text, 14 x 8", lambda: minhash_signatures(texts), mb,
          datasketch=lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112),
          datatrove=lambda: [trove.get_signature(trove.get_shingles(text)) for text in texts])
-    signatures = np.resize(minhash_signatures(texts), (20_000, 112))
-    signatures[::2] ^= np.arange(10_000, dtype=np.uint32)[:, None]  # half of them have no copy
-    minhashes = [datasketch.MinHash(112, hashvalues=row, scheme="affine32") for row in signatures]
+    signatures = np.random.default_rng(0).integers(0, 2**32, (20_000, 112), dtype=np.uint32)
+    signatures[:2000] = signatures[2000:4000]  # a tenth of the documents has a copy
+    minhashes = [datasketch.MinHash(112) for _ in signatures]
+    for minhash, row in zip(minhashes, signatures):
+        minhash.hashvalues = row.astype(minhash.hashvalues.dtype)
 
     def their_lsh():
         lsh = datasketch.MinHashLSH(num_perm=112, params=(14, 8))
