@@ -414,7 +414,7 @@ class Tape:
             at = every_other(np.sort(at), self.sizes[left])
         middle, end = at + self.sizes[left], at + self.sizes[new]
         self.is_start[middle] = False
-        self.ids[middle] = -2  # inside a token now, if it is not overwritten here:
+        self.ids[middle] = -2  # no token starts here now; a short one also ends here:
         self.ids[at] = self.ids[end - 1] = new
         before, after = self.ids[at - 1], self.ids[end]
         after[after == new] = -1  # counted as this one's `before`
@@ -430,12 +430,12 @@ def every_other(at, size):
     return at[(index - row) % 2 == 0]
 
 
-def group(keys, at, weights):
-    """Places by key: (keys, their places in order of keys, first place of each, sum of weights)."""
+def group(keys, at, weight):
+    """Sort places by key. -> (distinct keys, places, first place of each key, weight of each)"""
     order = keys.argsort()
     keys, at = keys[order], at[order]
     first = np.concatenate(([0], (keys[1:] != keys[:-1]).nonzero()[0] + 1))
-    return keys[first], at, first, np.add.reduceat(weights[order], first)
+    return keys[first], at, first, np.add.reduceat(weight[at], first)
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -456,8 +456,7 @@ def learn_merges(data, lengths, counts, number):
     sizes = np.ones(256 + number + 2, np.int64)
     tape, merges, heap, floor = Tape(data, lengths, sizes, counts), [], [], 1 << 62
 
-    def push(keys, at):
-        keys, at, first, count = group(keys, at, tape.weight[at])
+    def push(keys, at, first, count):
         ends = np.append(first[1:], len(at))
         often = (count >= floor).nonzero()[0]
         for key, n, begin, end in zip(keys[often].tolist(), count[often].tolist(),
@@ -471,9 +470,9 @@ def learn_merges(data, lengths, counts, number):
             keys, at = tape.pairs()
             if floor == 1 or not len(keys):
                 break
-            where, most = {}, int(group(keys, at, tape.weight[at])[3].max())
-            floor = max(1, min(floor, most) // 6)
-            push(keys, at)
+            where, grouped = {}, group(keys, at, tape.weight)
+            floor = max(1, min(floor, int(grouped[3].max())) // 6)
+            push(*grouped)
             continue
         bound, *tie, key = heapq.heappop(heap)
         left, right, new = key >> 32, key & 0xFFFFFFFF, len(tokens)
@@ -488,7 +487,7 @@ def learn_merges(data, lengths, counts, number):
         tokens.append(tokens[left] + tokens[right])
         reverse.append(reverse[left][:-1] + reverse[right])
         sizes[new] = len(tokens[new])
-        push(*tape.merge(left, right, at, new))
+        push(*group(*tape.merge(left, right, at, new), tape.weight))
     return merges
 
 
@@ -533,7 +532,8 @@ def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN
 def parallel_map(function, items, processes):
     """Yield function(item) in order, at most two items a process ahead, so memory stays bounded."""
     items = iter(items)
-    processes = processes or len(os.sched_getaffinity(0))
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    processes = processes or len(cores)
     head = list(islice(items, 2))
     if processes == 1 or len(head) < 2:  # not worth a process
         yield from map(function, head)
@@ -842,7 +842,7 @@ class Tokenizer:
             rank = self._ranks(keys >> 32, keys & 0xFFFFFFFF)
             rank, at = rank[rank < NO_MERGE], at[rank < NO_MERGE]
             if len(rank):
-                rank, at, first, _ = group(rank, at, rank)
+                rank, at, first, _ = group(rank, at, tape.weight)
                 for r, places in zip(rank.tolist(), np.split(at, first[1:])):
                     if r not in where:
                         heapq.heappush(heap, r)
