@@ -575,6 +575,12 @@ def flash_attention(q, k, v, *, causal=True, window=None, softcap=0.0, scale=Non
     """
     _check_attention(q, k, v, 4, scale)
     bounds = _bounds(causal, window)
+    plain = not (window or softcap or return_lse) and (q.shape[1] == k.shape[1] or not causal)
+    if impl is None and plain and not _use_triton(q, impl):  # what torch's own kernel can do
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, E) -> (B, H, T, E)
+        o = F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=scale,
+                                           enable_gqa=True)
+        return o.transpose(1, 2)
     if not _use_triton(q, impl):
         return flash_attention_reference(q, k, v, causal=causal, window=window, softcap=softcap,
                                          scale=scale, return_lse=return_lse)
@@ -1652,7 +1658,7 @@ def _attention_case(B, T, H, K, E, cuda):
 def _cases(cuda, device, itemsize):
     """What bench times and compile compiles; sizes for a GPU, or small ones for a CPU."""
     def streaming(name, shapes, ours, twin, peer, forward, backward):
-        peers = {"torch": peer, **({"compile": _compiled(twin)} if cuda else {})}
+        peers = {"torch": peer, **({"compile": _compiled(lambda *x: twin(*x))} if cuda else {})}
         work = [n * N * D * itemsize for n in (forward, backward, forward + backward)]
         return _Case(name, (64, 512), (N, D), shapes, ours, twin, peers, "B", tuple(work))
 

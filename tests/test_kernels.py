@@ -159,6 +159,19 @@ def test_course_functions(flash, is_causal):
     assert relative(saved[0], torch.logsumexp(s, -1)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"scale": 0.3}, {"window": 5}, {"softcap": 2.0}]
+)
+def test_flash_attention_by_default(options):
+    """Whatever path a device takes by itself."""
+    inputs = randn(2, 33, 4, 16), randn(2, 33, 2, 16, seed=1), randn(2, 33, 2, 16, seed=2)
+    agree(
+        lambda *x: kernels.flash_attention(*x, **options),
+        lambda *x: kernels.flash_attention_reference(*x, **options),
+        inputs,
+    )
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 3.0}, {"causal": False}])
 def test_varlen_with_an_empty_document(options):
     cu = torch.tensor([0, 33, 33, 34, 74], dtype=torch.int32)
