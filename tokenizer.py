@@ -761,8 +761,11 @@ class Tokenizer:
         self._rank = np.full(len(self._left) + 1, NO_MERGE, np.int32)  # the last one is for -1
         self._rank[number] = np.arange(len(number))
         self._sizes = np.ones(self.vocab_size + 2, np.int64)  # bytes; 1 for the marks -1 and -2
-        for i, token in self.vocab.items():
-            self._sizes[i] = len(token)
+        ids = np.fromiter(self.vocab, np.int64)
+        self._sizes[ids] = lengths = np.array([len(token) for token in self.vocab.values()])
+        self._begin = np.full(self.vocab_size, -1)  # where the bytes of an id are; -1: no such id
+        self._begin[ids] = np.cumsum(lengths) - lengths
+        self._bytes = np.frombuffer(b"".join(self.vocab.values()), np.uint8)
 
     def _ranks(self, left, right):
         """int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (a -1 is in none)."""
@@ -968,13 +971,14 @@ class Tokenizer:
         return state["ids"]
 
     def decode_bytes(self, ids):
-        """The bytes of a sequence of ids; ValueError for an unknown one."""
-        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        try:
-            return b"".join(map(self.vocab.__getitem__, ids))
-        except KeyError as error:
-            raise ValueError(f"id {error.args[0]} is not in the vocabulary of {len(self.vocab)} "
-                             "tokens: were these ids made by another tokenizer?") from None
+        """The bytes of a list or array of ids; ValueError for an unknown one."""
+        ids = np.asarray(ids) if isinstance(ids, np.ndarray) else np.fromiter(ids, np.int64)
+        bad = ids[(ids < 0) | (ids >= self.vocab_size)]
+        bad = bad if bad.size else ids[self._begin[ids] < 0]
+        if bad.size:
+            raise ValueError(f"id {bad[0]} is not in the vocabulary of {len(self.vocab)} tokens: "
+                             "were these ids made by another tokenizer?")
+        return self._bytes[ranges(self._begin[ids], self._sizes[ids])].tobytes()
 
     def decode(self, ids):
         """The text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""
