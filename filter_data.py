@@ -499,7 +499,7 @@ def character_tables():
     return classes, normal
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def powers(size):
     """BASE**i and BASE**-i modulo 2**64 for i < size: (2, size) uint64."""
     both = np.full((2, size), [[BASE], [pow(BASE, -1, 1 << 64)]], np.uint64)
@@ -552,7 +552,7 @@ def split_words(texts, normalised=False):
     inside = codes != 32 if normalised else kinds != 3
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     starts, ends = edges[::2], edges[1::2]  # the last character before the word, and of it
-    up, down = powers(1 << len(codes).bit_length())
+    up, down = powers(max(BATCH_CHARS * 2, 1 << len(codes).bit_length()))
     sums = np.cumsum(codes * up[: len(codes)])
     hashes = mix((sums[ends] - sums[starts]) * down[starts])
     letters = None if normalised else np.cumsum(kinds == 2, dtype=np.int32)
@@ -1542,7 +1542,7 @@ def stage_lines(o, inputs):
     folder, work, names = begin_stage(o, "lines", inputs, "keep", "min_words")
     index = list(range(len(names)))
     tables = map_shards(o, "lines 1/3", work, names, ".npy", sort_lines_shard, inputs, index)
-    num_parts = 1 + sum(map(os.path.getsize, tables)) // (1 << 30)  # a gigabyte at a time
+    num_parts = 1 + sum(map(os.path.getsize, tables)) // (1 << 28)  # 256 MiB at a time
     parts = [f"part-{part:03d}" for part in range(num_parts)]
     parts = map_shards(o, "lines 2/3", work, parts, ".npy", repeated_lines,
                        [tables] * num_parts, list(range(num_parts)), num_parts)
