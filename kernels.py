@@ -1829,7 +1829,7 @@ def bench(only="", device=None):
     """Print the table: each kernel and pass, ours and each peer, and the share of the limit."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda, dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
-    n, numbers = (8192, 1 << 29) if cuda else (1024, 1 << 25)
+    n, numbers = (8192, 1 << 29) if cuda else (2048, 1 << 25)
     a, x = (torch.randn(s, device=device, dtype=dtype) for s in ((n, n), (numbers,)))
     y = torch.empty_like(x)
     limits = {"FLOP": 2 * n**3 / _seconds(torch.mm, [(a, a)], cuda),
