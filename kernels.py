@@ -740,7 +740,7 @@ def rms_norm_reference(x, weight, eps=1e-5, residual=None):
     """y = x / sqrt(mean(x^2) + eps) * weight; with residual, of x + residual, returned too."""
     if residual is not None:
         x = x + residual
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = (y if weight is None else y * weight).to(x.dtype)
     return y if residual is None else (y, x)
@@ -1020,7 +1020,7 @@ def linear_cross_entropy_reference(x, weight, targets, *, ignore_index=-100, z_l
                                    return_logprobs=False):
     """What linear_cross_entropy computes, all logits in memory; same arguments."""
     logits = (x @ weight.t()).flatten(0, -2)  # (..., D) -> (N, V)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     t = targets.flatten()
@@ -1042,7 +1042,7 @@ def _loss_rows_reference(logits, t, scale, opts, grad):
     ignore_index, z_loss, softcap, smoothing = opts
     valid = t != ignore_index
     at = t.clamp(0, logits.shape[1] - 1)[:, None]
-    wide = logits if logits.dtype == torch.float32 else logits.float()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32: itself
     if softcap:
         wide = wide.div_(softcap).tanh_().mul_(softcap)
     lse = torch.logsumexp(wide, -1)
@@ -1124,10 +1124,9 @@ def _chunk_rows(N, V, x):
 
 
 def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
-    """(loss, logprob) (N,) fp32 and the gradients of sum(scale * loss) that are wanted, or None."""
+    """(loss, logprob) (N,) and the gradients of sum(scale * loss) that are wanted, or None."""
     N, V = x.shape[0], weight.shape[0]
-    loss = torch.empty(N, dtype=torch.float32, device=x.device)
-    logprob = torch.empty_like(loss)
+    loss, logprob = torch.empty_like(scale), torch.empty_like(scale)
     dx = torch.empty_like(x) if want_x else None
     dw = torch.zeros_like(weight) if want_w else None
     rows = _chunk_rows(N, V, x)
@@ -1247,7 +1246,7 @@ def _fused_core(x, weight, t, scale, opts, want_x, want_w):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, t, opts, reduction, core, training):
-        scale = (t != opts[0]).float()
+        scale = (t != opts[0]).to(torch.promote_types(x.dtype, torch.float32))
         scale = scale / scale.sum().clamp_min(1) if reduction == "mean" else scale
         now = reduction != "none"  # each loss' factor is known: take the gradients at once
         want = [now and training and need for need in ctx.needs_input_grad[:2]]
@@ -1293,10 +1292,6 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, s
     if t.device.type == "cpu" and bool(((t != ignore_index) & ((t < 0) | (t >= V))).any()):
         raise ValueError(f"targets must be in 0 .. {V - 1} or ignore_index={ignore_index}")
     kernel = _use_triton(x, "triton" if impl == "chunked" else impl)
-    if x.dtype == torch.float64:  # for gradcheck
-        return linear_cross_entropy_reference(
-            x, weight, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap,
-            label_smoothing=label_smoothing, reduction=reduction, return_logprobs=return_logprobs)
     core = _fused_core if impl == "triton" else functools.partial(_chunked_core, kernel)
     opts = (ignore_index, float(z_loss), float(softcap), float(label_smoothing))
     with torch.autocast(x.device.type, enabled=False):
