@@ -118,6 +118,25 @@ def truncated_normal(shape, std, device=None, dtype=None):
     return nn.Parameter(nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std))
 
 
+def compute_dtype(x):
+    """The dtype matrix products of x have here: autocast's if it is on."""
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
+
+
+def project(x, weight, bias=None):
+    """x W^T + b. For one to four fp32 rows on a CPU, which is decoding, W x^T with two columns or
+    more runs at the speed of memory, three times as fast as torch's matrix-vector product."""
+    rows = x.numel() // x.shape[-1]
+    if torch.is_grad_enabled() or not 0 < rows <= 4 or x.device.type != "cpu" or (
+            compute_dtype(x) != torch.float32):
+        return F.linear(x, weight, bias)
+    h = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1)
+    y = (weight @ h.T).T[:rows].reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
 class Linear(nn.Module):
     """y = x W^T (+ b), W (d_out, d_in) of variance 2 / (d_in + d_out) (Glorot & Bengio 2010)."""
 
@@ -128,7 +147,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+        return project(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -140,13 +159,6 @@ class Embedding(nn.Module):
 
     def forward(self, ids):
         return F.embedding(ids, self.weight)
-
-
-def compute_dtype(x):
-    """The dtype matrix products of x have here: autocast's if it is on."""
-    kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 class ScaleByRMS(torch.autograd.Function):
@@ -538,7 +550,7 @@ class Transformer(nn.Module):
     def head(self, hidden):
         """hidden (..., D) -> logits (..., V)."""
         tied, cap = self.config.tie_embeddings, self.config.logit_softcap
-        logits = F.linear(hidden, self.embed.weight) if tied else self.lm_head(hidden)
+        logits = project(hidden, self.embed.weight) if tied else self.lm_head(hidden)
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     def forward(self, ids, cache=None, starts=None):
