@@ -950,7 +950,7 @@ class Tokenizer:
                 old = json.load(file)
             state = old if old["job"] == job else state
         pieces = (piece for file in files for piece in read_pieces(file))
-        todo = islice(batches(split_documents(pieces, {}, self.pattern, self.eot_id), 32),
+        todo = islice(batches(split_documents(pieces, {}, self.pattern, self.eot_id), 16),
                       state["batches"], None)
         with open(part, "r+b" if state["batches"] else "w+b") as file:
             write_header(file, self.dtype, 0)

@@ -340,7 +340,7 @@ def test_encode_file_resumes(small, tmp_path, monkeypatch):
     calls.clear()
     monkeypatch.setattr(small, "_encode_batch", lambda batch: calls.append(1) or work(batch))
     small.encode_file(tmp_path / "a.txt", tmp_path / "o.npy", 1)
-    assert len(calls) == 5  # 100,000 characters are 7 batches of 32 * 500, two were done
+    assert len(calls) == 11  # 100,000 characters are 13 batches of 16 * 500, two were done
     assert np.load(tmp_path / "o.npy").tolist() == [*small.encode(text), small.eot_id]
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "o.npy"]
 
