@@ -1727,10 +1727,6 @@ def _check(case, device, dtype):
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def _outputs_of(function, *inputs):
-    return _outputs(function, *inputs)
-
-
 def _seconds(call, sets, cuda):
     """Median seconds of call(*inputs), over the input sets in turn."""
     for inputs in sets[:3]:
