@@ -27,12 +27,14 @@ import functools
 import glob
 import gzip
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -1706,18 +1708,24 @@ def area_under_curve(scores, positive):
 
 
 def fit_fasttext(lines, o):
-    """Train on lines `__label__x text` and put the model where --model says, all or nothing."""
-    import fasttext
+    """Train on lines `__label__x text` and put the model where --model says, all or nothing.
 
+    One thread, to get the same model every time. But then fastText 0.9.3 initialises a tenth of its
+    matrix and leaves the rest as malloc gave it, now and then NaN. A matrix of over 32 MB in a
+    process of its own is fresh from the kernel, zeros: hence the many buckets and the subprocess.
+    """
     target = os.path.abspath(o.model)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as folder:
         path = os.path.join(folder, "train.txt")
         with open(path, "w", encoding="utf-8", errors="replace") as file:
             file.writelines(lines)
-        model = fasttext.train_supervised(path, epoch=o.epochs, lr=0.2, wordNgrams=2, dim=16,
-                                          bucket=200_000, thread=1, seed=o.seed, verbose=0)
-        model.save_model(path)
+        flags = {"input": path, "epoch": o.epochs, "lr": 0.2, "wordNgrams": 2, "dim": 16,
+                 "bucket": 600_000, "thread": 1, "seed": o.seed, "verbose": 0}
+        code = f"import fasttext; fasttext.train_supervised(**{flags}).save_model({path!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"--model {o.model}: training failed: {done.stderr[-300:].strip()}")
         os.replace(path, target)
     load_fasttext.cache_clear()
 
@@ -1845,13 +1853,13 @@ def bench_pipeline(o, texts, mb, folder):
             file.writelines(json.dumps({"text": text, "label": ("fine", label)[i % 2]}) + "\n"
                             for i, text in enumerate(texts))
         flags += [f"--{task}", f"{folder}/{task}.bin"]
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(io.StringIO()):
             main(["train", "--input", f"{folder}/{task}.jsonl", "--model", flags[-1]])
 
     def pipeline(processes):
         shutil.rmtree(f"{folder}/out", ignore_errors=True)
         more = ["--out", f"{folder}/out", "--processes", str(processes)]
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(io.StringIO()):
             main(["extract", "--input", f"{folder}/*.wet.gz", *more])
             main(["filter", *flags, *more])
             main(["minhash", "--input", f"{folder}/out/filter/*.gz", *more])

@@ -296,6 +296,18 @@ def test_train_reports_what_it_learned(model):
     assert "accuracy 1.000" in model[1] and "AUC de 1.000" in model[1]
 
 
+def test_training_gives_the_same_model_whatever_was_in_memory(tmp_path):
+    rows = [{"text": babble(words, 9, i), "label": label} for i in range(60)
+            for label, words in (("en", ENGLISH), ("de", GERMAN))]  # fmt: skip
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in "ab":
+        for size in (14, 30, 60, 14):
+            np.full(size << 18, np.nan, np.float32).sum()
+        args = ["train", "--input", str(tmp_path / "x.jsonl"), "--model", str(tmp_path / name)]
+        assert fd.main(args) == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_train_sees_as_many_crops_of_the_same_lengths(tmp_path, monkeypatch):
     rows = [{"text": babble(ENGLISH, 300, i), "label": "en"} for i in range(60)]
     rows += [{"text": babble(GERMAN, 3000, i), "label": "de"} for i in range(300)]
