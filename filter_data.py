@@ -431,9 +431,9 @@ def bad_probability(text, task, model):
 # Each pattern is anchored by a look-behind to where a run of its characters starts, so a long run
 # that fails is walked once: 90 kB of "a@b-b-b-" takes a millisecond, not minutes.
 EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}(?![\w-])")
-PHONE = re.compile(  # North American, then international with its plus sign (E.164)
+PHONE = re.compile(  # North American, then international (E.164): a plus and at least 8 digits
     r"(?<![\w.])(?:\+?1[ .-]?)?(?:\(\d{3}\)|\d{3})[ .-]{0,2}\d{3}[ .-]?\d{4}(?!\w)"
-    r"|(?<![\w.])\+[1-9]\d{0,2}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?!\w)"
+    r"|(?<![\w.])\+(?=(?:[ .()-]{0,2}\d){8})[1-9]\d{0,2}(?:[ .-]{0,2}\(?\d{1,5}\)?){2,6}(?!\w)"
 )
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IP = re.compile(rf"(?<![\w.]){OCTET}(?:\.{OCTET}){{3}}(?!\w|\.\w)")
@@ -445,12 +445,13 @@ def mask_emails(text):
     >>> mask_emails("write to ada@example.org!")
     ('write to |||EMAIL_ADDRESS|||!', 1)
     """
-    return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if "@" in text else (text, 0)
+    likely = re.search(r"@[\w-]+\.", text)  # starts with a letter, which `re` finds fast
+    return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if likely else (text, 0)
 
 
 def mask_phone_numbers(text):
     """(text with |||PHONE_NUMBER||| for each phone number, how many were replaced)."""
-    likely = "+" in text or re.search(r"\d{3}[ .-]?\d{4}", text)  # ten times as fast as PHONE
+    likely = re.search(r"\d{3}\)?[ .-]{0,2}\d{3}[ .-]?\d{4}", text) or re.search(r"\+[1-9]", text)
     return PHONE.subn("|||PHONE_NUMBER|||", text) if likely else (text, 0)
 
 
@@ -1807,6 +1808,7 @@ def bench(o):
 
     docs = (doc for path in find_inputs(o.input) for doc in read_documents(path, o.text_key))
     texts = [doc["text"][at : at + 4000] for doc in docs for at in range(0, len(doc["text"]), 4000)]
+    texts = [text for text in texts if len(text.split()) >= 50]  # datatrove fails on tiny ones
     mb = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
     print(f"{len(texts):,} documents, {mb:.1f} MB")
     trove = MinhashDedupSignature(tempfile.gettempdir(), MinhashConfig(n_grams=5), Whitespace())

@@ -447,6 +447,7 @@ def test_phone_numbers(number):
         "a 1234567 b",
         "192.168.100.200",
         "1999-2004",
+        "+100 points, +1 2 3 4 and 5+10",
     ],
 )
 def test_not_phone_numbers(text):
