@@ -1582,11 +1582,11 @@ STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines
 
 
 def find_inputs(specs, flag="--input"):
-    """Files, directories and patterns to a sorted list. ValueError: one matches nothing."""
+    """Files, directories, patterns to a sorted list without books (.json). ValueError: no match."""
     found = set()
     for spec in specs:
         files = glob.glob(os.path.join(spec, "*") if os.path.isdir(spec) else spec)
-        files = [path for path in files if os.path.isfile(path)]
+        files = [path for path in files if os.path.isfile(path) and not path.endswith(".json")]
         if not files:
             raise ValueError(f"{flag} {spec}: no such file; give files, directories or patterns")
         found.update(files)

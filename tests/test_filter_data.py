@@ -1161,6 +1161,9 @@ def test_one_stage_alone(tmp_path, capsys):
         == 0
     )
     assert [doc["text"] for doc in documents(tmp_path / "out" / "lines")] == [TWIN]
+    folder = str(tmp_path / "out" / "lines")
+    assert fd.main(["extract", "--input", folder, "--out", out + "3"]) == 0
+    assert [doc["text"] for doc in documents(tmp_path / "out3" / "extract")] == [TWIN]
     assert fd.main(["filter", "--out", out]) == 2
     assert "extract" in capsys.readouterr().err
 
