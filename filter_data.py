@@ -1582,11 +1582,15 @@ STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines
 
 
 def find_inputs(specs, flag="--input"):
-    """Files, directories, patterns to a sorted list without books (.json). ValueError: no match."""
+    """Files, patterns, directories (but for the books in them, .json) to a sorted list.
+
+    ValueError: one matches nothing.
+    """
     found = set()
     for spec in specs:
         files = glob.glob(os.path.join(spec, "*") if os.path.isdir(spec) else spec)
-        files = [path for path in files if os.path.isfile(path) and not path.endswith(".json")]
+        books = ".json" if os.path.isdir(spec) else ()
+        files = [path for path in files if os.path.isfile(path) and not path.endswith(books)]
         if not files:
             raise ValueError(f"{flag} {spec}: no such file; give files, directories or patterns")
         found.update(files)
