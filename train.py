@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -46,17 +47,16 @@ def say(*words):
         print(*words, flush=True)
 
 
-def setup_ranks(device_name):
+def setup_ranks(name):
     """Pick this rank's device, divide the cores among the ranks and join the process group."""
-    if device_name == "auto":
-        device_name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device_name)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if name == "auto" else name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, cores // LOCAL_WORLD_SIZE))
-    if WORLD_SIZE > 1 and not dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -95,11 +95,11 @@ def stdlib_files():
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts)]
+    files = sorted(str(f) for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
     if len(files) < 100:
-        raise ValueError(f"--data is needed: this Python came without its library's source ({root} "
-                         f"has {len(files)} .py files, about 700 expected)")
-    return sorted(map(str, files))
+        raise ValueError(f"--data is needed: this Python has no source of its library ({root} has "
+                         f"{len(files)} .py files, about 700 expected)")
+    return files
 
 
 def is_held_out(document, fraction):
@@ -219,9 +219,10 @@ class Data:
 
 
 def open_token_files(files, tokenizer_path, fraction):
-    """Files with "val" in their name are for validation; without one, the tail of the last is."""
-    train = [load_tokens(f) for f in files if "val" not in Path(f).name]
-    val = [load_tokens(f) for f in files if "val" in Path(f).name]
+    """Files with "val" in their name, or their folder's, validate; without any, the last tail."""
+    held = ["val" in f"{Path(f).parent.name}/{Path(f).name}" for f in files]
+    train = [load_tokens(f) for f, is_val in zip(files, held) if not is_val]
+    val = [load_tokens(f) for f, is_val in zip(files, held) if is_val]
     if not train:
         raise ValueError("--data: every token file is named for validation, none is left to train")
     if not val:
@@ -234,25 +235,23 @@ def open_token_files(files, tokenizer_path, fraction):
 def prepare_data(args):
     """--data -> Data. Text is tokenised once, by rank 0, and kept in the cache by its content."""
     files = tokenizer_py.list_files(args.data) if args.data else stdlib_files()
-    is_tokens = [f.endswith((".npy", ".bin")) for f in files]
-    if any(is_tokens):
-        files = [f for f, yes in zip(files, is_tokens) if yes]
-        return open_token_files(files, args.tokenizer, args.val_fraction)
+    token_files = [f for f in files if f.endswith((".npy", ".bin"))]
+    if token_files:
+        return open_token_files(token_files, args.tokenizer, args.val_fraction)
     size = sum(map(os.path.getsize, files))
     if not size:
         raise ValueError(f"--data {', '.join(files)}: empty")
     say(f"{'corpus':<12}{len(files)} files, {size / 1e6:.2f} MB, "
-        + (str(args.data) if args.data else "Python's own standard library"))
-    settings = [args.tokenizer or args.vocab_size, args.val_fraction, "v1"]
-    extra = [str(Path(args.tokenizer))] if args.tokenizer and Path(args.tokenizer).is_file() else []
-    folder = Path(args.cache) / content_hash(files + extra, *settings)
+        + (" ".join(args.data) if args.data else "Python's own standard library"))
+    tokenizer_file = [args.tokenizer] if os.path.isfile(args.tokenizer or "") else []
+    folder = Path(args.cache) / content_hash(files + tokenizer_file, args.val_fraction,
+                                             args.tokenizer or args.vocab_size)
     if RANK == 0 and not (folder / "val.npy").exists():
         tokenize_corpus(files, folder, args.vocab_size, args.tokenizer, args.val_fraction)
     if WORLD_SIZE > 1:
         dist.barrier()
-    tok = tokenizer_py.Tokenizer.load(folder / "tokenizer.json")
-    return Data([load_tokens(folder / "train.npy")], [load_tokens(folder / "val.npy")], tok,
-                folder.name)
+    return Data([load_tokens(folder / "train.npy")], [load_tokens(folder / "val.npy")],
+                tokenizer_py.Tokenizer.load(folder / "tokenizer.json"), folder.name)
 
 
 # ---- batches -----------------------------------------------------------------------------------
@@ -629,7 +628,8 @@ def save_run(model, optimizers, step, args, tok):
         if tok:
             tok.save(work / "tokenizer.json")
         save_checkpoint(None, optimizers, step, work / "train_state.pt",
-                        settings={k: getattr(args, k) for k in IDENTITY}, steps=args.steps)
+                        settings={k: getattr(args, k) for k in IDENTITY}, steps=args.steps,
+                        full_rate_until=decay_start(args))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(work, folder)
     except BaseException:
@@ -644,22 +644,30 @@ def save_run(model, optimizers, step, args, tok):
             shutil.copyfile(file, beside)
         os.replace(beside, Path(args.out) / file.name)
     for old in step_folders(args.out)[:-args.keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != f"step-{decay_start(args):06d}":  # a longer run branches off there
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def find_run(args):
-    """The newest checkpoint of this very run in --out, or None; refuses a different run's."""
+    """The checkpoint of this very run in --out to go on from, or None; refuses a different run's.
+
+    With other --steps than before that is the last one whose learning rate had not begun to fall.
+    """
     folders = step_folders(args.out)
     if not folders:
         return None
-    state_file = folders[-1] / "train_state.pt"
-    state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(folders[-1] / "train_state.pt", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folders[-1]}/train_state.pt: cannot be read; remove {folders[-1]} to "
+                         "go on from the one before it, or --restart") from error
     other = [f"--{k.replace('_', '-')} {state['settings'][k]}" for k in IDENTITY
-             if state["settings"].get(k) != getattr(args, k)]
+             if state["settings"][k] != getattr(args, k)]
     if other:
         raise ValueError(f"--out {args.out}: holds a run with {', '.join(other)}; give those, "
                          "another --out, or --restart to begin again")
-    return folders[-1]
+    before = [f for f in folders if int(f.name[5:]) <= state["full_rate_until"]]
+    return before[-1] if before and args.steps > state["steps"] else folders[-1]
 
 
 def lock_run(out):
