@@ -11,15 +11,18 @@ E d_head, V vocabulary, F d_ff.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +47,14 @@ class ModelConfig:
     rope_scaling: dict | None = None  # {"rope_type": "llama3" | "yarn" | "linear", "factor": ...}
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
-    qk_norm: bool | str = True  # True: each head alone (Qwen3); "full": all heads together (OLMo-2)
+    qk_norm: Literal[True, False, "full"] = True  # each head alone (Qwen3) | all together (OLMo-2)
     qkv_bias: bool = False  # Qwen2
     bias: bool = False  # on every Linear and LayerNorm: GPT-2
-    ffn: str = "swiglu"  # swiglu | silu | gelu | relu2
-    norm: str = "pre"  # pre | post: norm(x + f(x)) | output: x + norm(f(x)), OLMo-2 | none
-    norm_type: str = "rms"  # rms | layer
-    position: str = "rope"  # rope | learned | none
-    attention: str = "sdpa"  # sdpa: torch's kernel | flash: kernels.py | naive
+    ffn: Literal["swiglu", "silu", "gelu", "relu2"] = "swiglu"
+    norm: Literal["pre", "post", "output", "none"] = "pre"  # see Block; output is OLMo-2
+    norm_type: Literal["rms", "layer"] = "rms"
+    position: Literal["rope", "learned", "none"] = "rope"
+    attention: Literal["sdpa", "flash", "naive"] = "sdpa"  # torch's kernel | kernels.py | the page
     sliding_window: int | None = None  # keys a query sees, itself included (Mistral)
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0  # cap * tanh(logits / cap), Gemma-2
@@ -62,35 +65,30 @@ class ModelConfig:
     experts_per_token: int = 2
     num_shared_experts: int = 0  # experts every token passes (DeepSeekMoE)
     normalize_router: bool = True  # the chosen experts' weights add up to 1
-    balance: str = "loss"  # loss: Switch's auxiliary loss | bias: without one, see MoE
+    balance: Literal["loss", "bias"] = "loss"  # see MoE
     balance_loss: float = 0.01  # weight of the auxiliary loss
     kv_rank: int = 0  # multi-head latent attention: width of the latent that is cached
     d_rope: int = 32  # multi-head latent attention: dimensions a head shares that carry position
     eos_token_id: int | list | None = None  # ends generation; travels with the checkpoint
 
     def __post_init__(self):
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), get_args(f.type)
+            if get_origin(f.type) is Literal and value not in allowed:
+                raise ValueError(f"{f.name}={value!r} is not one of {allowed}")
         self.num_kv_heads = self.num_kv_heads or self.num_heads
         self.d_head = self.d_head or self.d_model // self.num_heads
         if self.d_ff is None:  # SwiGLU has three matrices where the others have two
             third = -(-self.d_model * 8 // 3 // 64) * 64
             self.d_ff = third if self.ffn == "swiglu" else 4 * self.d_model
-        for name, allowed in {
-                "ffn": ("swiglu", "silu", "gelu", "relu2"), "norm_type": ("rms", "layer"),
-                "norm": ("pre", "post", "output", "none"), "position": ("rope", "learned", "none"),
-                "attention": ("sdpa", "flash", "naive"), "qk_norm": (True, False, "full"),
-                "balance": ("loss", "bias")}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
-        for wrong, message in (
-                (self.num_heads % self.num_kv_heads,
-                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads"),
-                (self.value_embeddings * 2 > self.num_layers,
-                 f"value_embeddings={self.value_embeddings} need twice as many layers"),
-                (self.kv_rank and (self.qk_norm or self.value_embeddings),
-                 "kv_rank (latent attention) goes without qk_norm and value_embeddings"),
-                (self.num_experts and self.ffn != "swiglu", "num_experts needs ffn='swiglu'")):
-            if wrong:
-                raise ValueError(message)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads")
+        if self.value_embeddings * 2 > self.num_layers:
+            raise ValueError(f"value_embeddings={self.value_embeddings} need twice as many layers")
+        if self.kv_rank and (self.qk_norm or self.value_embeddings):
+            raise ValueError("kv_rank (latent attention) goes without qk_norm, value_embeddings")
+        if self.num_experts and self.ffn != "swiglu":
+            raise ValueError("num_experts needs ffn='swiglu'")
 
 
 # ---- layers ------------------------------------------------------------------------------------
@@ -112,17 +110,16 @@ def wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def truncated_normal(shape, std, device=None, dtype=None):
-    """A Parameter drawn from N(0, std^2), cut at three standard deviations."""
-    weight = torch.empty(shape, device=device, dtype=dtype)
-    return nn.Parameter(nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std))
-
-
 def compute_dtype(x):
     """The dtype matrix products of x have here: autocast's if it is on."""
     kind = x.device.type
     on = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else x.dtype
+
+
+def truncated_normal(std, *shape):
+    """A Parameter drawn from N(0, std^2), cut at three standard deviations."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -3 * std, 3 * std))
 
 
 def project(x, weight, bias=None):
@@ -140,22 +137,21 @@ def project(x, weight, bias=None):
 class Linear(nn.Module):
     """y = x W^T (+ b), W (d_out, d_in) of variance 2 / (d_in + d_out) (Glorot & Bengio 2010)."""
 
-    def __init__(self, d_in, d_out, device=None, dtype=None, bias=False):
+    def __init__(self, d_in, d_out, bias=False):
         super().__init__()
-        std = math.sqrt(2 / (d_in + d_out))
-        self.weight = truncated_normal((d_out, d_in), std, device, dtype)
-        self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
+        self.weight = truncated_normal(math.sqrt(2 / (d_in + d_out)), d_out, d_in)
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x):
         return project(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
-    """Row `id` of a (num_embeddings, embedding_dim) table."""
+    """Row `id` of a (vocab_size, d_model) table."""
 
-    def __init__(self, num_embeddings, embedding_dim, device=None, dtype=None, std=1.0):
+    def __init__(self, vocab_size, d_model, std=1.0):
         super().__init__()
-        self.weight = truncated_normal((num_embeddings, embedding_dim), std, device, dtype)
+        self.weight = truncated_normal(std, vocab_size, d_model)
 
     def forward(self, ids):
         return F.embedding(ids, self.weight)
@@ -185,39 +181,33 @@ class ScaleByRMS(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in fp32 whatever x is (Zhang & Sennrich 2019)."""
 
-    def __init__(self, d_model, eps=1e-6, device=None, dtype=None):
+    def __init__(self, d_model, eps=1e-6):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
 
     def forward(self, x):
         return ScaleByRMS.apply(x, self.weight, self.eps, compute_dtype(x))
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(RMSNorm):
     """(x - mean) / sqrt(var + eps) * weight (+ bias), in fp32 (Ba et al. 2016)."""
 
-    def __init__(self, d_model, eps=1e-5, bias=True, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(d_model, device=device, dtype=dtype)) if bias else None
-        self.eps = eps
+    def __init__(self, d_model, eps=1e-5, bias=True):
+        super().__init__(d_model, eps)
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
 
 
-def make_norm(config, width):
+def make_norm(config, wanted=True):
+    """A norm of d_model, or nothing where it is not wanted."""
+    if not wanted or config.norm == "none":
+        return nn.Identity()
     if config.norm_type == "rms":
-        return RMSNorm(width, config.norm_eps)
-    return LayerNorm(width, config.norm_eps, config.bias)
-
-
-def rotate(x, cos, sin):
-    """Turn pair i of x (B, T, H, E) = dimensions (i, i + E/2), as Llama does, by its angle."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+        return RMSNorm(config.d_model, config.norm_eps)
+    return LayerNorm(config.d_model, config.norm_eps, config.bias)
 
 
 def rope_frequencies(d_head, theta, scaling=None):
@@ -227,27 +217,31 @@ def rope_frequencies(d_head, theta, scaling=None):
     only those that turn less than once or so in the original context, "yarn" (Peng et al. 2023)
     blends between by the turns made, and sharpens attention by the factor it returns.
     """
-    powers = torch.arange(0, d_head, 2, dtype=torch.float32, device="cpu") / d_head
-    base, s = 1.0 / theta**powers, scaling or {}
-    kind = s.get("rope_type", s.get("type", "default"))
-    if kind == "default":
-        return base, 1.0
-    factor = s["factor"]
-    if kind == "linear":
-        return base / factor, 1.0
+    base = 1.0 / theta ** (torch.arange(0, d_head, 2, dtype=torch.float32, device="cpu") / d_head)
+    s, sharpen = scaling or {}, 1.0
+    kind, factor = s.get("rope_type", s.get("type", "default")), s.get("factor", 1.0)
+    if kind in ("default", "linear"):
+        return base / factor, sharpen
     if kind == "llama3":
         turns = s["original_max_position_embeddings"] * base / (2 * math.pi)
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return base / factor * (1 - keep) + base * keep, 1.0
-    if kind != "yarn":
+    elif kind == "yarn":  # the pairs that turn 32 times, and once, in the original context
+        ends = [d_head * math.log(s["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (
+            2 * math.log(theta)) for turns in (s.get("beta_fast") or 32, s.get("beta_slow") or 1)]
+        low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), d_head - 1)
+        pair = torch.arange(d_head // 2, device="cpu")
+        keep = 1 - ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+        sharpen = s.get("attention_factor") or 0.1 * math.log(factor) + 1
+    else:
         raise ValueError(f"rope_type {kind!r} is not one of default, linear, llama3, yarn")
-    ends = [d_head * math.log(s["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (
-        2 * math.log(theta)) for turns in (s.get("beta_fast") or 32, s.get("beta_slow") or 1)]
-    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), d_head - 1)
-    drop = ((torch.arange(d_head // 2, device="cpu") - low) / max(high - low, 1e-3)).clamp(0, 1)
-    sharpen = s.get("attention_factor") or 0.1 * math.log(factor) + 1
-    return base / factor * drop + base * (1 - drop), sharpen
+    return base * (keep + (1 - keep) / factor), sharpen
+
+
+def rotate(x, cos, sin):
+    """Turn pair i of x (B, T, H, E) = dimensions (i, i + E/2), as Llama does, by its angle."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 class RotaryEmbedding(nn.Module):
@@ -271,8 +265,8 @@ class RotaryEmbedding(nn.Module):
         cos, sin = (t.squeeze(-2) for t in self.tables(positions, x.dtype))
         if not self.interleaved:
             return rotate(x, cos, sin)
-        x1, x2 = x[..., 0::2], x[..., 1::2]  # RoFormer and GPT-J pair neighbours instead
-        return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
+        x = torch.cat((x[..., 0::2], x[..., 1::2]), -1)  # RoFormer and GPT-J pair neighbours
+        return rotate(x, cos, sin).unflatten(-1, (2, -1)).mT.flatten(-2)
 
 
 def scaled_dot_product_attention(q, k, v, mask=None, softcap=0.0):
@@ -283,6 +277,22 @@ def scaled_dot_product_attention(q, k, v, mask=None, softcap=0.0):
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return softmax(scores.to(wide(scores))).to(v.dtype) @ v
+
+
+def blocked_attention(q, k, v, block=256):
+    """Causal attention of q, k, v (B, H, T, E), `block` queries at a time.
+
+    Exact. Keys after a block's last query are never touched; up to a few thousand tokens, matrix
+    products this size are 1.4 to 2.7 times as fast on a CPU in bf16 as the fused kernel.
+    """
+    T, out = q.shape[2], []
+    later = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    for i, q_block in enumerate((q / math.sqrt(q.shape[-1])).split(block, dim=2)):
+        S = min((i + 1) * block, T)
+        k_seen, v_seen = (k, v) if S == T else (k[:, :, :S], v[:, :, :S])
+        scores = q_block @ k_seen.transpose(-2, -1) + later[i * block:S, :S]  # (B, H, N, S)
+        out.append(torch.softmax(scores, -1) @ v_seen)
+    return torch.cat(out, dim=2)
 
 
 def cross_entropy(logits, targets, reduction="mean", ignore_index=-100, z_loss=0.0):
@@ -348,9 +358,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model, d_ff, bias=False):
         super().__init__()
-        self.w1 = Linear(d_model, d_ff, bias=bias)
-        self.w3 = Linear(d_model, d_ff, bias=bias)
-        self.w2 = Linear(d_ff, d_model, bias=bias)
+        self.w1, self.w3 = Linear(d_model, d_ff, bias), Linear(d_model, d_ff, bias)
+        self.w2 = Linear(d_ff, d_model, bias)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -361,8 +370,7 @@ class MLP(nn.Module):
 
     def __init__(self, d_model, d_ff, kind="gelu", bias=False):
         super().__init__()
-        self.w1 = Linear(d_model, d_ff, bias=bias)
-        self.w2 = Linear(d_ff, d_model, bias=bias)
+        self.w1, self.w2 = Linear(d_model, d_ff, bias), Linear(d_ff, d_model, bias)
         self.kind = kind
 
     def forward(self, x):
@@ -372,48 +380,36 @@ class MLP(nn.Module):
         return self.w2(F.silu(h) if self.kind == "silu" else F.gelu(h, approximate="tanh"))
 
 
-def blocked_attention(q, k, v, block=256):
-    """Causal attention of q, k, v (B, H, T, E), `block` queries at a time.
-
-    Exact. Keys after a block's last query are never touched; up to a few thousand tokens, matrix
-    products this size are 1.4 to 2.7 times as fast on a CPU in bf16 as the fused kernel.
-    """
-    T, out = q.shape[2], []
-    later = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    for i, q_block in enumerate((q / math.sqrt(q.shape[-1])).split(block, dim=2)):
-        S = min((i + 1) * block, T)
-        k_seen, v_seen = (k, v) if S == T else (k[:, :, :S], v[:, :, :S])
-        scores = q_block @ k_seen.transpose(-2, -1) + later[i * block:S, :S]  # (B, H, N, S)
-        out.append(torch.softmax(scores, -1) @ v_seen)
-    return torch.cat(out, dim=2)
-
-
 # ---- the model ---------------------------------------------------------------------------------
 
 
-def attend(q, k, v, mask, config):
-    """Attention of q (B, T, H, E) over k, v (B, S, K, E), by the kernel the config names.
+def visible(queries, keys, window=None):
+    """Which keys a query sees, by position: (B, T), (S,) -> (B, 1, T, S), True = attend."""
+    gap = (queries[..., None] - keys)[:, None]
+    return (gap >= 0) & (gap < window) if window else gap >= 0
 
-    mask is (B or 1, 1, T, S) True = attend; None means causal when T == S, everything when T == 1.
+
+def attend(q, k, v, mask, config):
+    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E).
+
+    mask as from `visible`; None means causal when T == S, everything when T == 1.
     """
-    causal = mask is None and q.shape[1] > 1
+    causal, softcap = mask is None and q.shape[1] > 1, config.attention_softcap
     if config.attention == "flash" and mask is None and q.shape[-1] == v.shape[-1]:
         from kernels import flash_attention
-        return flash_attention(q, k, v, window=config.sliding_window,
-                               softcap=config.attention_softcap)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, E)
-    if config.attention != "naive" and not config.attention_softcap:
-        if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-            return blocked_attention(q, k, v).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
-                                           enable_gqa=q.shape[1] != k.shape[1])
-        return y.transpose(1, 2)
+        return flash_attention(q, k, v, window=config.sliding_window, softcap=softcap)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E)
+    blocked = causal and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    naive = config.attention == "naive" or softcap
+    if not (naive or blocked):
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    if blocked and not naive:
+        return blocked_attention(q, k, v).transpose(1, 2)
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    y = scaled_dot_product_attention(q, k, v, mask, config.attention_softcap)
-    return y.transpose(1, 2)  # (B, T, H, E)
+    return scaled_dot_product_attention(q, k, v, mask, softcap).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -424,21 +420,20 @@ class Attention(nn.Module):
         D, H, K, E = config.d_model, config.num_heads, config.num_kv_heads, config.d_head
         self.config, self.layer = config, layer
         bias = config.bias or config.qkv_bias
-        self.q = Linear(D, H * E, bias=bias)
-        self.k = Linear(D, K * E, bias=bias)
-        self.v = Linear(D, K * E, bias=bias)
-        self.o = Linear(H * E, D, bias=config.bias)
+        self.q = Linear(D, H * E, bias)
+        self.k = Linear(D, K * E, bias)
+        self.v = Linear(D, K * E, bias)
+        self.o = Linear(H * E, D, config.bias)
         if config.qk_norm:
-            full = config.qk_norm == "full"
-            self.q_norm = RMSNorm(H * E if full else E, config.norm_eps)
-            self.k_norm = RMSNorm(K * E if full else E, config.norm_eps)
+            heads = (H, K) if config.qk_norm == "full" else (1, 1)
+            self.q_norm, self.k_norm = (RMSNorm(n * E, config.norm_eps) for n in heads)
         if min(layer, config.num_layers - 1 - layer) < config.value_embeddings:
             self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
 
     def forward(self, x, rope=None, mask=None, cache=None, values=None):
         B, T, _ = x.shape
         E, qk_norm = self.config.d_head, self.config.qk_norm
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = self.q(x), self.k(x), self.v(x)  # (B, T, H E), twice (B, T, K E)
         if qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.view(B, T, -1, E) for t in (q, k, v))  # (B, T, H or K, E)
@@ -459,46 +454,44 @@ class Block(nn.Module):
 
     def __init__(self, config, layer=0):
         super().__init__()
-        self.norm = config.norm
-        self.attn = LatentAttention(config, layer) if config.kv_rank else Attention(config, layer)
-        if config.num_experts:
-            self.ffn = MoE(config)
-        elif config.ffn == "swiglu":
-            self.ffn = SwiGLU(config.d_model, config.d_ff, config.bias)
+        c, self.norm = config, config.norm
+        self.attn_norm, self.ffn_norm = make_norm(c), make_norm(c)
+        self.attn = LatentAttention(c, layer) if c.kv_rank else Attention(c, layer)
+        if c.num_experts:
+            self.ffn = MoE(c)
+        elif c.ffn == "swiglu":
+            self.ffn = SwiGLU(c.d_model, c.d_ff, c.bias)
         else:
-            self.ffn = MLP(config.d_model, config.d_ff, config.ffn, config.bias)
-        if config.norm != "none":
-            self.attn_norm = make_norm(config, config.d_model)
-            self.ffn_norm = make_norm(config, config.d_model)
-        if config.residual_scalars:
+            self.ffn = MLP(c.d_model, c.d_ff, c.ffn, c.bias)
+        if c.residual_scalars:
             self.residual = nn.Parameter(torch.tensor([1.0, 0.0]))
-        if config.zero_init:
-            nn.init.zeros_(self.attn.o.weight)
-            for name, weight in self.ffn.named_parameters():
-                if name.endswith("w2.weight"):
-                    nn.init.zeros_(weight)
-
-    def add(self, x, norm, f):
-        if self.norm == "post":
-            return norm(x + f(x))
-        if self.norm == "output":
-            return x + norm(f(x))
-        return x + f(norm(x) if self.norm == "pre" else x)
+        for name, p in self.named_parameters() if c.zero_init else ():
+            if name.endswith(("attn.o.weight", "w2.weight")):
+                nn.init.zeros_(p)
 
     def forward(self, x, x0=None, **context):
         if x0 is not None:
             x = self.residual[0] * x + self.residual[1] * x0
-        x = self.add(x, getattr(self, "attn_norm", None), lambda h: self.attn(h, **context))
-        return self.add(x, getattr(self, "ffn_norm", None), self.ffn)
+        if self.norm == "post":
+            x = self.attn_norm(x + self.attn(x, **context))
+            return self.ffn_norm(x + self.ffn(x))
+        if self.norm == "output":
+            x = x + self.attn_norm(self.attn(x, **context))
+            return x + self.ffn_norm(self.ffn(x))
+        x = x + self.attn(self.attn_norm(x), **context)
+        return x + self.ffn(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, norm, head: ids (B, T) int64 -> logits (B, T, V)."""
+    """Embedding, blocks, norm, head: ids (B, T) int64 -> logits (B, T, V).
+
+    As methods it also has `stream`, `generate`, `save_pretrained` and `from_pretrained`: functions
+    further down, given to the class there so that it reads on one page.
+    """
 
     def __init__(self, config):
         super().__init__()
-        V, D = config.vocab_size, config.d_model
-        self.config = config
+        self.config, V, D = config, config.vocab_size, config.d_model
         # A tied table is also the head: std 1 would make the first logits sqrt(D) wide.
         self.embed = Embedding(V, D, std=D**-0.5 if config.tie_embeddings else 1.0)
         if config.position == "learned":
@@ -507,12 +500,11 @@ class Transformer(nn.Module):
             self.rope = RotaryEmbedding(config.d_rope if config.kv_rank else config.d_head,
                                         config.rope_theta, config.context_length,
                                         scaling=config.rope_scaling)
-        width = config.num_kv_heads * config.d_head
         self.value_tables = nn.ModuleList(
-            Embedding(V, width, std=0.02) for _ in range(config.value_embeddings))
+            Embedding(V, config.num_kv_heads * config.d_head, std=0.02)
+            for _ in range(config.value_embeddings))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        if config.norm in ("pre", "output"):
-            self.norm = make_norm(config, D)
+        self.norm = make_norm(config, config.norm != "post")
         if not config.tie_embeddings:
             self.lm_head = Linear(D, V)
             if config.zero_init:
@@ -523,17 +515,16 @@ class Transformer(nn.Module):
 
         With a KVCache, row b of ids continues that row of the cache at position starts[b].
         """
-        c, T = self.config, ids.shape[1]
-        x = self.embed(ids)  # (B, T, D)
-        if cache is None:
-            if c.context_length < T:
-                raise ValueError(f"{T} tokens do not fit context_length={c.context_length}")
-            positions, mask = torch.arange(T, device=ids.device), None
-            if c.sliding_window and c.sliding_window < T and c.attention != "flash":
-                gap = positions[:, None] - positions
-                mask = ((gap >= 0) & (gap < c.sliding_window))[None, None]  # (1, 1, T, T)
+        c, T, mask = self.config, ids.shape[1], None
+        if cache is not None:
+            positions, mask = cache.begin(starts, T, c.sliding_window)  # (B, T), (B, 1, T, S)
+        elif c.context_length < T:
+            raise ValueError(f"{T} tokens do not fit context_length={c.context_length}")
         else:
-            positions, mask = cache.begin(starts, T, c.sliding_window)
+            positions = torch.arange(T, device=ids.device)
+            if c.sliding_window and c.sliding_window < T and c.attention != "flash":
+                mask = visible(positions[None], positions, c.sliding_window)
+        x = self.embed(ids)  # (B, T, D)
         if c.position == "learned":
             x = x + self.pos(positions.clamp(max=c.context_length - 1))
         rope = self.rope.tables(positions, compute_dtype(x)) if c.position == "rope" else None
@@ -542,10 +533,7 @@ class Transformer(nn.Module):
         values += [None] * (c.num_layers - 2 * len(values)) + values[::-1]
         for layer, value in zip(self.layers, values):
             x = layer(x, x0, rope=rope, mask=mask, cache=cache, values=value)
-        return self.norm(x) if c.norm in ("pre", "output") else x
-
-    def head_weight(self):
-        return self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
+        return self.norm(x)
 
     def head(self, hidden):
         """hidden (..., D) -> logits (..., V)."""
@@ -557,128 +545,31 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, cache, starts))
 
     def loss(self, ids, targets, reduction="mean", ignore_index=-100, z_loss=0.0, chunk=512):
-        """Cross-entropy of targets (B, T) in fp32 ("none": (B, T)); mean over the kept targets."""
-        hidden = self.hidden(ids)
+        """Cross-entropy of targets (B, T) in fp32: "mean" over the kept targets, "sum", or "none",
+        (B, T). In training, "mean" and "sum" count an MoE's balance_loss for every kept token."""
+        hidden, c = self.hidden(ids), self.config
         if reduction == "none":
             return cross_entropy(self.head(hidden), targets, "none", ignore_index, z_loss)
-        total = FusedCrossEntropy.apply(hidden.flatten(0, 1), self.head_weight(),
-                                        targets.flatten(), ignore_index,
-                                        self.config.logit_softcap, z_loss, chunk)
-        if reduction == "mean":
-            total = total / (targets != ignore_index).sum()
-        if self.training and self.config.num_experts and self.config.balance == "loss":
-            total = total + self.config.balance_loss * sum(m.aux for m in self.moes())
-        return total
+        weight = (self.embed if c.tie_embeddings else self.lm_head).weight
+        total = FusedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(),
+                                        ignore_index, c.logit_softcap, z_loss, chunk)
+        tokens = (targets != ignore_index).sum()
+        if self.training and c.num_experts and c.balance == "loss":
+            total = total + tokens * c.balance_loss * sum(m.aux for m in self.moes())
+        return total / tokens if reduction == "mean" else total
 
     def moes(self):
         return [m for m in self.modules() if isinstance(m, MoE)]
 
     def num_parameters(self, embeddings=True):
-        """Learned numbers; embeddings=False leaves out the token and position tables."""
-        total = sum(p.numel() for p in self.parameters())
-        tables = [m for m in self.modules() if isinstance(m, Embedding)]
-        if self.config.tie_embeddings and not embeddings:
-            tables.remove(self.embed)  # tied, it is also the head, which computes
-        return total if embeddings else total - sum(t.weight.numel() for t in tables)
+        """Learned numbers; embeddings=False leaves out tables that are only looked up in."""
+        tables = [m.weight for m in self.modules() if isinstance(m, Embedding)]
+        unseen = [] if embeddings else tables[self.config.tie_embeddings:]  # tied: also the head
+        return sum(p.numel() for p in self.parameters()) - sum(t.numel() for t in unseen)
 
     def flops_per_token(self, T=None):
-        """Training FLOPs a token (forward and backward) at length T, by what is multiplied."""
-        return float(sum(self.flops_by_part(T or self.config.context_length).values()))
-
-    def flops_by_part(self, T):
-        """6 for each weight of a matmul a token passes; causal attention's own products.
-
-        A token attends to (T + 1) / 2 keys on average; q k^T and the weighted sum of v cost
-        2 E each a head and key, three times that with the backward pass.
-        """
-        c, parts = self.config, {}
-        used = c.experts_per_token / c.num_experts if c.num_experts else 1
-        for name, m in self.named_modules():
-            if isinstance(m, Linear):
-                flops = 6 * m.weight.numel() * (used if ".experts." in name else 1)
-                parts[part_of(name)] = parts.get(part_of(name), 0) + flops
-        if c.tie_embeddings:
-            parts["head"] = 6 * self.embed.weight.numel()
-        w = min(c.sliding_window or T, T)
-        keys = (w * (w + 1) / 2 + (T - w) * w) / T
-        width = 2 * c.d_head + (c.d_rope if c.kv_rank else 0)  # of a key and a value
-        parts["attention products"] = 6 * c.num_layers * c.num_heads * width * keys
-        return parts
-
-    def new_cache(self, batch, length):
-        """An empty KVCache for `batch` rows of `length` tokens."""
-        c, w = self.config, self.embed.weight
-        sizes = [(1, c.kv_rank), (1, c.d_rope)] if c.kv_rank else [(c.num_kv_heads, c.d_head)] * 2
-        return KVCache(*([w.new_zeros(batch, length, *size) for _ in self.layers]
-                         for size in sizes))
-
-    @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-               stop=(), seed=0, n=1, batch_size=64, tokenizer=None, draft=None, draft_tokens=4):
-        """Yield (sample, token, log-probability, reason or None) as tokens come; see generate.
-
-        Sample i belongs to prompt i // n. Every sample owns its row of uniform random numbers, so
-        what it draws does not depend on the batch it happens to run in.
-        """
-        check_prompts(prompts, max_new_tokens, self.config)
-        queue = deque(Row(i, len(prompts[i // n]), list(prompts[i // n]))
-                      for i in range(len(prompts) * n))
-        k, filters = draft_tokens if draft else 0, (temperature, top_k, top_p, min_p)
-        uniform = torch.rand(len(queue), max_new_tokens + k, 3,
-                             generator=torch.Generator().manual_seed(seed))
-        limit = min(max(map(len, prompts)) + max_new_tokens, self.config.context_length)
-        batch_size, rows = min(batch_size, len(queue)), []
-        models = [self, draft] if isinstance(draft, Transformer) else [self]
-        engines = [Engine(model, batch_size, limit + k) for model in models]
-        while queue or rows:
-            while queue and len(rows) < batch_size:  # continuous batching: a free place is refilled
-                rows.append(queue.popleft())
-            for engine in engines:
-                engine.prefill(rows)
-            u = torch.stack([uniform[r.sample, len(r.ids) - r.prompt:][:k + 1] for r in rows])
-            u = u.to(engine.device)  # (B, k + 1, 3)
-            guess, q = propose(engines[1:], rows, k, filters, u, self.config.vocab_size)
-            logits = engines[0].step(rows, guess).float()  # (B, k + 1, V)
-            tokens, count = accept(distribution(logits, *filters), q, guess, u)
-            scores = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-            for row, new, m, score in zip(rows, tokens.tolist(), count, scores.tolist()):
-                for token, logprob in zip(new[:m], score):
-                    row.ids.append(token)
-                    row.reason = finished(row, max_new_tokens, stop, limit, tokenizer)
-                    yield row.sample, token, logprob, row.reason
-                    if row.reason:
-                        break
-            kept = [i for i, row in enumerate(rows) if not row.reason]
-            rows = [rows[i] for i in kept]
-            for engine in engines:
-                engine.keep(kept)
-
-    def generate(self, prompts, max_new_tokens=128, *args, n=1, tokenizer=None, **options):
-        """Continue each prompt, a list of ids, n times; returns len(prompts) * n Completions.
-
-        Arguments as in stream. stop holds ids, and strings if a tokenizer is given. Samples over
-        batch_size queue, and take the place of those that finish. draft, a smaller Transformer or
-        "ngram" (what followed the last two tokens before), proposes draft_tokens tokens that one
-        pass of this model checks (Leviathan et al. 2023); the distribution stays the model's own.
-        """
-        done = [Completion(i // n, [], [], "", "") for i in range(len(prompts) * n)]
-        for i, token, logprob, reason in self.stream(prompts, max_new_tokens, *args, n=n,
-                                                     tokenizer=tokenizer, **options):
-            done[i].tokens.append(token)
-            done[i].logprobs.append(logprob)
-            done[i].reason = reason
-        for completion in done if tokenizer else ():
-            completion.text = tokenizer.decode(completion.tokens)
-        return done
-
-    def save_pretrained(self, directory):
-        """Write config.json and model.safetensors in the Hugging Face layout."""
-        save_pretrained(self, directory)
-
-    @classmethod
-    def from_pretrained(cls, directory, dtype=None, device=None):
-        """Open a directory in the Hugging Face layout; see load_pretrained."""
-        return load_pretrained(cls, directory, dtype, device)
+        """Training FLOPs a token, forward and backward, at length T (default: the context)."""
+        return float(sum(flops for _, flops in account(self, T).values()))
 
 
 # ---- larger variants ---------------------------------------------------------------------------
@@ -693,14 +584,12 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config, layer=0):
         super().__init__()
-        D, H, E, R, P = (config.d_model, config.num_heads, config.d_head, config.kv_rank,
-                         config.d_rope)
-        self.config, self.layer = config, layer
-        self.q = Linear(D, H * (E + P))
-        self.down = Linear(D, R + P)
-        self.norm = RMSNorm(R, config.norm_eps)
-        self.up = Linear(R, H * 2 * E)  # every head's key, then its value
-        self.o = Linear(H * E, D)
+        c, self.config, self.layer = config, config, layer
+        self.q = Linear(c.d_model, c.num_heads * (c.d_head + c.d_rope))
+        self.down = Linear(c.d_model, c.kv_rank + c.d_rope)
+        self.norm = RMSNorm(c.kv_rank, c.norm_eps)
+        self.up = Linear(c.kv_rank, c.num_heads * 2 * c.d_head)  # every head's key, then its value
+        self.o = Linear(c.num_heads * c.d_head, c.d_model)
 
     def forward(self, x, rope=None, mask=None, cache=None, values=None):
         B, T, _ = x.shape
@@ -743,13 +632,13 @@ class MoE(nn.Module):
         super().__init__()
         n, D = config.num_experts, config.d_model
         self.config, self.aux = config, 0.0
+        self.load = 0  # tokens each expert got since balance(), a tensor once there were any
         self.router = Linear(D, n)
         self.experts = nn.ModuleList(SwiGLU(D, config.d_ff) for _ in range(n))
         if config.num_shared_experts:
             self.shared = SwiGLU(D, config.d_ff * config.num_shared_experts)
         if config.balance == "bias":
             self.register_buffer("bias", torch.zeros(n))
-        self.register_buffer("load", torch.zeros(n), persistent=False)  # tokens since balance()
 
     def forward(self, x):
         c, flat = self.config, x.flatten(0, -2)  # (N, D)
@@ -766,7 +655,7 @@ class MoE(nn.Module):
             y = y.index_add(0, token, out.to(y.dtype))
         share = F.one_hot(chosen, c.num_experts).sum((0, 1)).to(p.dtype)
         if self.training:
-            self.load += share.detach()
+            self.load = self.load + share.detach()
         self.aux = c.num_experts * (share / chosen.numel() * p.mean(0)).sum()
         return y.view_as(x)
 
@@ -774,7 +663,7 @@ class MoE(nn.Module):
     def balance(self, rate=1e-3):
         """Move the bias towards an even load; call it after each optimizer step."""
         self.bias += rate * torch.sign(self.load.mean() - self.load)
-        self.load.zero_()
+        self.load = 0
 
 
 # ---- generation --------------------------------------------------------------------------------
@@ -787,12 +676,16 @@ class KVCache:
     what lies beyond a row's end is masked now and overwritten later.
     """
 
-    def __init__(self, k, v):
-        self.k, self.v = k, v
+    def __init__(self, model, batch, length):
+        c, w = model.config, model.embed.weight
+        sizes = [(1, c.kv_rank), (1, c.d_rope)] if c.kv_rank else [(c.num_kv_heads, c.d_head)] * 2
+        self.k, self.v = ([w.new_zeros(batch, length, *s) for _ in model.layers] for s in sizes)
 
     def rows(self, start, stop):
         """The same memory, rows start to stop only."""
-        return KVCache([k[start:stop] for k in self.k], [v[start:stop] for v in self.v])
+        part = copy.copy(self)
+        part.k, part.v = ([t[start:stop] for t in both] for both in (self.k, self.v))
+        return part
 
     def copy_row(self, source, target, length):
         for t in self.k + self.v if source != target else ():
@@ -804,89 +697,68 @@ class KVCache:
         starts is a list, or a tensor when the step must not depend on its values (a CUDA graph):
         then S is the whole cache.
         """
-        device, B = self.k[0].device, len(starts)
-        fixed = torch.is_tensor(starts)
-        self.end = self.k[0].shape[1] if fixed else max(starts) + T
-        if self.end > self.k[0].shape[1]:
-            raise ValueError(f"{self.end} tokens do not fit a cache of {self.k[0].shape[1]}")
-        first = torch.as_tensor(starts, device=device)[:, None]
-        positions = first + torch.arange(T, device=device)
-        self.at = torch.arange(B, device=device)[:, None], positions
+        device, length, fixed = self.k[0].device, self.k[0].shape[1], torch.is_tensor(starts)
+        self.end = length if fixed else max(starts) + T
+        if self.end > length:
+            raise ValueError(f"{self.end} tokens do not fit a cache of {length}")
+        positions = torch.as_tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
+        self.at = torch.arange(len(starts), device=device)[:, None], positions
         if not fixed and not (window and window < self.end) and (
                 self.end == T or T == 1 and min(starts) == max(starts)):
             return positions, None  # plain causal, or one query that sees every key
-        gap = positions[..., None] - torch.arange(self.end, device=device)  # (B, T, S)
-        mask = (gap >= 0) & (gap < window) if window else gap >= 0
-        return positions, mask[:, None]
+        return positions, visible(positions, torch.arange(self.end, device=device), window)
 
     def update(self, layer, k, v):
         """Write k, v (B, T, K, E) at their positions; return all so far, (B, S, K, E) each."""
-        B = k.shape[0]
-        self.k[layer][self.at] = k.to(self.k[layer].dtype)
-        self.v[layer][self.at] = v.to(self.v[layer].dtype)
-        return self.k[layer][:B, :self.end], self.v[layer][:B, :self.end]
-
-
-@dataclass
-class Row:
-    """One sample on its way through the batch."""
-
-    sample: int
-    prompt: int  # its length
-    ids: list  # of the prompt and what was generated
-    reason: str | None = None
+        seen = []
+        for t, new in ((self.k[layer], k), (self.v[layer], v)):
+            t[self.at] = new.to(t.dtype)
+            seen.append(t[:len(new), :self.end])
+        return seen
 
 
 @dataclass
 class Completion:
-    """What generate returns: reason is "stop", "length" or "context" (context_length is full)."""
+    """One sample; reason is "stop", "length" or "context" (context_length is full)."""
 
-    prompt: int
-    tokens: list
-    logprobs: list  # of the model itself, before temperature and filters
-    text: str
-    reason: str
+    sample: int
+    prompt: int  # which of the prompts it continues
+    ids: list  # of the prompt, then the new tokens
+    tokens: list = field(default_factory=list)  # the new ones
+    logprobs: list = field(default_factory=list)  # of the model, before temperature and filters
+    text: str = ""
+    reason: str = ""
 
 
 class Engine:
     """A model and its cache, rows 0, 1, ... of which belong to the running samples."""
 
     def __init__(self, model, batch, capacity):
-        self.model, self.cache = model, model.new_cache(batch, capacity)
-        self.device, self.running = model.embed.weight.device, 0
-        self.graphs = {}
+        self.model, self.cache = model, KVCache(model, batch, capacity)
+        self.device, self.running, self.graphs = model.embed.weight.device, 0, {}
 
     def prefill(self, rows):
         """Cache all but the last token of the rows that are new, each different prompt once.
 
         The last token is then the first decoding step, so samples of a prompt share its prefill.
         """
-        new, first = rows[self.running:], {}
-        for row in new:
-            first.setdefault(tuple(row.ids[:-1]), len(first))
-        T = max(map(len, first), default=0)
+        start, new = self.running, [row.ids[:-1] for row in rows[self.running:]]
+        distinct = [ids for i, ids in enumerate(new) if ids not in new[:i]]
+        T = max(map(len, distinct), default=0)
         if T:
-            ids = torch.tensor([list(p) + [0] * (T - len(p)) for p in first], device=self.device)
-            cache = self.cache.rows(self.running, self.running + len(first))
-            self.model.hidden(ids, cache, [0] * len(first))
+            padded = torch.tensor([ids + [0] * (T - len(ids)) for ids in distinct])
+            cache = self.cache.rows(start, start + len(distinct))
+            self.model.hidden(padded.to(self.device), cache, [0] * len(distinct))
         for i in reversed(range(len(new))):  # backwards: a prompt's row is never below its number
-            prompt = tuple(new[i].ids[:-1])
-            self.cache.copy_row(self.running + first[prompt], self.running + i, len(prompt))
+            self.cache.copy_row(start + distinct.index(new[i]), start + i, len(new[i]))
         self.running = len(rows)
 
-    def step(self, rows, guess=None, back=1):
-        """Logits (B, T, V) of the last `back` tokens of every row and the guess (B, k) after."""
-        ids = torch.tensor([row.ids[-back:] for row in rows], device=self.device)
-        starts = [len(row.ids) - back for row in rows]
-        if guess is not None and guess.shape[1]:
-            ids = torch.cat((ids, guess), 1)
-        if self.device.type == "cuda" and not self.model.config.num_experts:
-            return self.replay(ids, torch.tensor(starts, device=self.device))
-        return self.model(ids, self.cache, starts)
-
-    def replay(self, ids, starts):
-        """The step as a CUDA graph: one launch where there were hundreds, one graph a shape."""
-        if ids.shape not in self.graphs:
+    def step(self, ids, starts):
+        """Logits (B, T, V) of ids (B, T) that continue each row at its start."""
+        if self.device.type != "cuda" or self.model.config.num_experts:
+            return self.model(ids, self.cache, starts)
+        starts = torch.tensor(starts, device=self.device)
+        if ids.shape not in self.graphs:  # a CUDA graph: one launch where there were hundreds
             inputs = ids.clone(), starts.clone()
             self.model(inputs[0], self.cache, inputs[1])  # a first run outside, to allocate
             torch.cuda.synchronize()
@@ -907,21 +779,107 @@ class Engine:
         self.running = len(kept)
 
 
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+           stop=(), seed=0, n=1, batch_size=64, tokenizer=None, draft=None, draft_tokens=4):
+    """Yield (Completion, token) as tokens come; see generate.
+
+    Sample i belongs to prompt i // n. Every sample owns its row of uniform random numbers, so
+    what it draws does not depend on the batch it happens to run in.
+    """
+    check_prompts(prompts, max_new_tokens, model.config)
+    queue = deque(Completion(i, i // n, list(prompts[i // n])) for i in range(len(prompts) * n))
+    k, filters = draft_tokens if draft else 0, (temperature, top_k, top_p, min_p)
+    uniform = torch.rand(len(queue), max_new_tokens + k, 3,
+                         generator=torch.Generator().manual_seed(seed))
+    longest, batch_size, rows = max(map(len, prompts), default=0), min(batch_size, len(queue)), []
+    limit = min(longest + max_new_tokens, model.config.context_length)
+    models = [model, draft] if isinstance(draft, Transformer) else [model]
+    engines = [Engine(m, batch_size, limit + k) for m in models]
+    while queue or rows:
+        while queue and len(rows) < batch_size:  # continuous batching: a free place is refilled
+            rows.append(queue.popleft())
+        for engine in engines:
+            engine.prefill(rows)
+        u = torch.stack([uniform[row.sample, len(row.tokens):][:k + 1] for row in rows])
+        u = u.to(engines[0].device)  # (B, k + 1, 3)
+        guess, q = propose(engines[1:], rows, k, filters, u, model.config.vocab_size)
+        last = torch.tensor([row.ids[-1:] for row in rows], device=u.device)
+        logits = engines[0].step(torch.cat((last, guess), 1), [len(row.ids) - 1 for row in rows])
+        logits = logits.float()  # (B, k + 1, V)
+        tokens, count = accept(distribution(logits, *filters), q, guess, u)
+        scores = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        for row, new, m, score in zip(rows, tokens.tolist(), count, scores.tolist()):
+            for token, logprob in zip(new[:m], score):
+                row.ids.append(token)
+                row.tokens.append(token)
+                row.logprobs.append(logprob)
+                row.reason = finished(row, max_new_tokens, stop, limit, tokenizer)
+                if row.reason and tokenizer:
+                    row.text = tokenizer.decode(row.tokens)
+                yield row, token
+                if row.reason:
+                    break
+        kept = [i for i, row in enumerate(rows) if not row.reason]
+        rows = [rows[i] for i in kept]
+        for engine in engines:
+            engine.keep(kept)
+
+
+def generate(model, prompts, *args, **options):
+    """Continue each prompt, a list of ids, n times; returns len(prompts) * n Completions.
+
+    Arguments as in stream. stop holds ids, and strings if a tokenizer is given. Samples over
+    batch_size queue, and take the place of those that finish. draft, a smaller Transformer or
+    "ngram" (what followed the last two tokens before), proposes draft_tokens tokens that one
+    pass of this model checks (Leviathan et al. 2023); the distribution stays the model's own.
+    """
+    done = {row.sample: row for row, _ in stream(model, prompts, *args, **options)}
+    return [done[i] for i in sorted(done)]
+
+
+Transformer.stream, Transformer.generate = stream, generate
+
+
+def check_prompts(prompts, max_new_tokens, config):
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: give at least one token")
+        if len(prompt) >= config.context_length:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens: context_length="
+                             f"{config.context_length} leaves no room for a new one")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(f"prompt {i} has a token outside vocab_size={config.vocab_size}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+
+
+def finished(row, max_new_tokens, stop, limit, tokenizer):
+    """Why the row is done, or nothing."""
+    for s in stop:
+        if isinstance(s, str):  # a string of n bytes has n tokens at most
+            end = tokenizer.decode(row.tokens[-len(s.encode()) - 1:])
+        if s in end if isinstance(s, str) else s == row.tokens[-1]:
+            return "stop"
+    if len(row.tokens) >= max_new_tokens:
+        return "length"
+    return "context" if len(row.ids) >= limit else ""
+
+
 def propose(helpers, rows, k, filters, u, vocab_size):
     """Guesses (B, k) of the next tokens and the distributions (B, k, V) they were drawn from."""
     if not helpers:
         guess = torch.tensor([lookup(row.ids, k) for row in rows], device=u.device).long()
-        return guess, F.one_hot(guess, vocab_size).float() if k else None
+        return guess, F.one_hot(guess, vocab_size).float()
     # Two tokens back, because the last pass never fed its final guess. A prompt of one token may
     # leave a gap in the draft's cache: that costs a guess, not correctness.
-    helper = helpers[0]
-    logits = helper.step(rows, back=2 if min(len(r.ids) for r in rows) > 1 else 1)
-    guess, q = [], []
+    back, guess, q = min(2, *(len(row.ids) for row in rows)), [], []
+    ids, start = torch.tensor([row.ids[-back:] for row in rows], device=u.device), -back
     for j in range(k):
+        logits = helpers[0].step(ids, [len(row.ids) + start for row in rows])
         q.append(distribution(logits[:, -1], *filters))
         guess.append(draw(q[-1], u[:, j, 2]))
-        if j + 1 < k:
-            logits = helper.model(guess[-1][:, None], helper.cache, [len(r.ids) + j for r in rows])
+        ids, start = guess[-1][:, None], j
     return torch.stack(guess, 1), torch.stack(q, 1)
 
 
@@ -941,15 +899,11 @@ def accept(p, q, guess, u):
     p (B, k + 1, V), q (B, k, V), u (B, k + 1, 3) uniform.
     """
     k, rows = guess.shape[1], torch.arange(len(p), device=p.device)
-    if k == 0:
-        return draw(p[:, 0], u[:, 0, 0])[:, None], [1] * len(p)
     p_guess, q_guess = (t[:, :k].gather(-1, guess[..., None]).squeeze(-1) for t in (p, q))
     n = (u[:, :k, 1] * q_guess < p_guess).long().cumprod(1).sum(1)  # (B,) guesses kept
-    q = torch.cat((q, torch.zeros_like(q[:, :1])), 1)
-    rest = (p[rows, n] - q[rows, n]).clamp_(min=0)
-    last = draw(rest, u[rows, n, 0])
-    tokens = torch.cat((guess, guess[:, :1]), 1)
-    tokens[rows, n] = last
+    q = F.pad(q, (0, 0, 0, 1))  # (B, k + 1, V): nothing was guessed for the last place
+    tokens = F.pad(guess, (0, 1))
+    tokens[rows, n] = draw((p[rows, n] - q[rows, n]).clamp_(min=0), u[rows, n, 0])
     return tokens, (n + 1).tolist()
 
 
@@ -1008,34 +962,25 @@ def quantize(model):
     return model
 
 
-def finished(row, max_new_tokens, stop, capacity, tokenizer):
-    """Why the row is done, or None."""
-    new = row.ids[row.prompt:]
-    if new[-1] in stop:
-        return "stop"
-    for s in (s for s in stop if isinstance(s, str)):
-        if s in tokenizer.decode(new[-len(s.encode()) - 1:]):
-            return "stop"
-    if len(new) >= max_new_tokens:
-        return "length"
-    return "context" if len(row.ids) >= capacity else None
-
-
-def check_prompts(prompts, max_new_tokens, config):
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: give at least one token")
-        if len(prompt) >= config.context_length:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens: context_length="
-                             f"{config.context_length} leaves no room for a new one")
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise ValueError(f"prompt {i} has a token outside vocab_size={config.vocab_size}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-
-
 # ---- checkpoints -------------------------------------------------------------------------------
 
+# Hugging Face's key in config.json -> ours.
+LLAMA_KEYS = {
+    "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
+    "hidden_size": "d_model", "num_hidden_layers": "num_layers", "intermediate_size": "d_ff",
+    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
+    "head_dim": "d_head", "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embeddings",
+    "eos_token_id": "eos_token_id"}
+MOE_KEYS = {**LLAMA_KEYS, "num_experts": "num_experts", "num_experts_per_tok": "experts_per_token",
+            "moe_intermediate_size": "d_ff", "norm_topk_prob": "normalize_router"}
+GPT2_KEYS = {
+    "vocab_size": "vocab_size", "n_positions": "context_length", "n_embd": "d_model",
+    "n_layer": "num_layers", "n_head": "num_heads", "n_inner": "d_ff",
+    "layer_norm_epsilon": "norm_eps", "eos_token_id": "eos_token_id"}
+OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "eos_token_id", "n_inner")
+SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+             "mlp_only_layers": [], "decoder_sparse_step": 1, "activation_function": "gelu_new",
+             "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
 # Our part of a parameter's name -> Hugging Face's.
 LLAMA_NAMES = {
     "embed": "embed_tokens", "attn": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj",
@@ -1047,20 +992,34 @@ GPT2_NAMES = {
     "embed": "wte", "pos": "wpe", "layers": "h", "q": "c_attn", "k": "c_attn", "v": "c_attn",
     "o": "c_proj", "ffn": "mlp", "w1": "c_fc", "w2": "c_proj", "attn_norm": "ln_1",
     "ffn_norm": "ln_2", "norm": "ln_f"}
+GPT2 = {"ffn": "gelu", "norm_type": "layer", "position": "learned", "bias": True,
+        "tie_embeddings": True, "qk_norm": False}
+# model_type: its class there, its keys, its names, and what it fixes.
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "olmo2": "Olmo2ForCausalLM",
-    "gpt2": "GPT2LMHeadModel", "scratchlm": "Transformer"}
+    "llama": ("LlamaForCausalLM", LLAMA_KEYS, LLAMA_NAMES, {"qk_norm": False}),
+    "mistral": ("MistralForCausalLM", LLAMA_KEYS, LLAMA_NAMES, {"qk_norm": False}),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA_KEYS, LLAMA_NAMES, {"qk_norm": False, "qkv_bias": True}),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA_KEYS, LLAMA_NAMES, {}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", MOE_KEYS, LLAMA_NAMES, {}),
+    "olmo2": ("Olmo2ForCausalLM", LLAMA_KEYS, OLMO_NAMES, {"qk_norm": "full", "norm": "output"}),
+    "gpt2": ("GPT2LMHeadModel", GPT2_KEYS, GPT2_NAMES, GPT2),
+    "scratchlm": ("Transformer", {f.name: f.name for f in fields(ModelConfig)}, {}, {})}
+# Changes how, or from what start, the model computes and learns, not what it computes.
+NOT_COMPUTED = ("attention", "zero_init", "rope_theta", "balance_loss", "d_rope")
 
 
 def hf_name(name, kind):
     """layers.0.attn.q.weight -> model.layers.0.self_attn.q_proj.weight."""
     if kind == "scratchlm":
         return name
-    table = {"gpt2": GPT2_NAMES, "olmo2": OLMO_NAMES}.get(kind, LLAMA_NAMES)
-    name = ".".join(table.get(part, part) for part in name.split("."))
-    return name if name.startswith("lm_head") else (
-        "transformer." if kind == "gpt2" else "model.") + name
+    name = ".".join(ARCHITECTURES[kind][2].get(part, part) for part in name.split("."))
+    prefix = "transformer." if kind == "gpt2" else "model."
+    return name if name.startswith("lm_head") else prefix + name
+
+
+def transposed(name, kind):
+    """GPT-2 stores the matrices of its blocks as (d_in, d_out)."""
+    return kind == "gpt2" and name.endswith("weight") and ".c_" in name
 
 
 def config_from_hf(h):
@@ -1068,74 +1027,37 @@ def config_from_hf(h):
     kind = h.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
-    if kind == "scratchlm":
-        return ModelConfig(**{f.name: h[f.name] for f in fields(ModelConfig) if f.name in h})
-    if kind == "gpt2":
-        expect(h, activation_function="gelu_new", scale_attn_by_inverse_layer_idx=False,
-               scale_attn_weights=True)
-        return ModelConfig(
-            vocab_size=h["vocab_size"], context_length=h["n_positions"], d_model=h["n_embd"],
-            num_layers=h["n_layer"], num_heads=h["n_head"], d_ff=h.get("n_inner"), ffn="gelu",
-            norm_eps=h["layer_norm_epsilon"], norm_type="layer", position="learned", bias=True,
-            tie_embeddings=True, qk_norm=False, eos_token_id=h.get("eos_token_id"))
-    expect(h, hidden_act="silu", attention_bias=False, mlp_bias=False, mlp_only_layers=[],
-           decoder_sparse_step=1)
-    windowed = kind == "mistral" or kind.startswith("qwen") and h.get("use_sliding_window")
-    if windowed and h.get("sliding_window") and kind != "mistral":
-        expect(h, max_window_layers=0)
+    if "num_local_experts" in h:  # transformers 5 renamed it
+        h = {**h, "num_experts": h["num_local_experts"]}
+    for key, value in SUPPORTED.items():
+        if h.get(key) not in (None, value):
+            raise ValueError(f"{key}={h[key]!r} is not supported, only {value!r}")
+    _, keys, _, fixed = ARCHITECTURES[kind]
+    optional = keys if kind == "scratchlm" else OPTIONAL
+    c = {ours: h[key] for key, ours in keys.items() if key in h or key not in optional} | fixed
     rope = dict(h.get("rope_parameters") or h.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or h.get("rope_theta") or 10000.0
-    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    experts = {}
-    if kind == "qwen3_moe":  # transformers 5 renamed the first
-        experts = {"num_experts": h.get("num_experts", h.get("num_local_experts")),
-                   "experts_per_token": h["num_experts_per_tok"],
-                   "normalize_router": h["norm_topk_prob"]}
-    return ModelConfig(
-        vocab_size=h["vocab_size"], context_length=h["max_position_embeddings"],
-        d_model=h["hidden_size"], num_layers=h["num_hidden_layers"],
-        num_heads=h["num_attention_heads"], num_kv_heads=h.get("num_key_value_heads"),
-        d_head=h.get("head_dim"), d_ff=h["moe_intermediate_size" if experts else
-                                         "intermediate_size"],
-        rope_theta=theta, rope_scaling=None if plain else rope, norm_eps=h["rms_norm_eps"],
-        tie_embeddings=h.get("tie_word_embeddings", False), qkv_bias=kind == "qwen2",
-        qk_norm="full" if kind == "olmo2" else kind.startswith("qwen3"),
-        norm="output" if kind == "olmo2" else "pre", eos_token_id=h.get("eos_token_id"),
-        sliding_window=h.get("sliding_window") if windowed else None, **experts)
-
-
-def expect(h, **values):
-    for key, value in values.items():
-        if h.get(key, value) != value:
-            raise ValueError(f"config.json has {key}={h[key]!r}; only {value!r} is supported")
+    c["rope_theta"] = rope.pop("rope_theta", None) or h.get("rope_theta") or 10000.0
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        c["rope_scaling"] = rope
+    if kind == "mistral" or kind.startswith("qwen") and h.get("use_sliding_window"):
+        c["sliding_window"] = h.get("sliding_window")
+        if c["sliding_window"] and h.get("max_window_layers"):
+            raise ValueError("max_window_layers over 0 (layers that differ) is not supported")
+    return ModelConfig(**c)
 
 
 def config_to_hf(c):
     """The config.json of the first architecture that computes what `c` says, else of our own."""
-    family = {
-        "hidden_act": "silu", "attention_bias": False, "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.context_length, "hidden_size": c.d_model,
-        "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads, "head_dim": c.d_head, "intermediate_size": c.d_ff,
-        "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling, "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tie_embeddings, "sliding_window": c.sliding_window,
-        "use_sliding_window": bool(c.sliding_window), "max_window_layers": 0}
-    moe = {"num_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token,
-           "moe_intermediate_size": c.d_ff, "norm_topk_prob": c.normalize_router,
-           "decoder_sparse_step": 1, "mlp_only_layers": []}
-    gpt2 = {"activation_function": "gelu_new", "vocab_size": c.vocab_size,
-            "n_positions": c.context_length, "n_embd": c.d_model, "n_layer": c.num_layers,
-            "n_head": c.num_heads, "n_inner": c.d_ff, "layer_norm_epsilon": c.norm_eps}
-    for kind, name in ARCHITECTURES.items():
-        h = {"model_type": kind, "architectures": [name], "eos_token_id": c.eos_token_id}
-        h |= {"gpt2": gpt2, "qwen3_moe": family | moe, "scratchlm": asdict(c)}.get(kind, family)
+    llama = {"hidden_act": "silu", "attention_bias": False, "rope_theta": c.rope_theta,
+             "rope_scaling": c.rope_scaling, "sliding_window": c.sliding_window,
+             "use_sliding_window": bool(c.sliding_window), "max_window_layers": 0}
+    for kind, (name, keys, _, _) in ARCHITECTURES.items():
+        h = {"model_type": kind, "architectures": [name]}
+        h |= {} if kind in ("gpt2", "scratchlm") else llama
+        h |= {key: getattr(c, ours) for key, ours in keys.items()}
         same = asdict(config_from_hf(h)) | {key: getattr(c, key) for key in NOT_COMPUTED}
         if same == asdict(c):
             return h
-
-
-# Changes how, or from what start, the model computes and learns, not what it computes.
-NOT_COMPUTED = ("attention", "zero_init", "rope_theta", "balance_loss", "d_rope")
 
 
 def save_pretrained(model, directory, shard_bytes=5_000_000_000):
@@ -1144,63 +1066,58 @@ def save_pretrained(model, directory, shard_bytes=5_000_000_000):
     directory, tensors = Path(directory), {}
     directory.mkdir(parents=True, exist_ok=True)
     h = config_to_hf(model.config)
+    h["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
     if h["model_type"] == "scratchlm":
         print("model.py: no Hugging Face architecture has these flags together; saved as "
               "model_type scratchlm, which only this file opens", file=sys.stderr)
     for name, p in model.state_dict().items():
-        name, p = hf_name(name, h["model_type"]), p.detach().cpu()
-        tensors[name] = torch.cat((tensors[name], p)) if name in tensors else p  # q, k, v of GPT-2
+        name = hf_name(name, h["model_type"])
+        p = p.detach().cpu().T if transposed(name, h["model_type"]) else p.detach().cpu()
+        tensors[name] = torch.cat((tensors[name], p), -1) if name in tensors else p  # GPT-2's qkv
     shards, size = [{}], 0
     for name, p in tensors.items():
         if size and size + p.nbytes > shard_bytes:
             shards, size = [*shards, {}], 0
-        shards[-1][name] = (p.T if transposed(name, h["model_type"]) else p).contiguous()
+        shards[-1][name] = p.contiguous()
         size += p.nbytes
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards):
-        save_file(shard, directory / f"{file}.tmp", metadata={"format": "pt"})
-    h |= {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
-    texts = {"config.json": h}
-    if len(files) > 1:
+    files, texts = ["model.safetensors"], {"config.json": h}
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         texts["model.safetensors.index.json"] = {
             "metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
             "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}}
         (directory / "model.safetensors").unlink(missing_ok=True)  # it would be read first
+    for file, shard in zip(files, shards):
+        save_file(shard, directory / f"{file}.tmp", metadata={"format": "pt"})
     for file, text in texts.items():
         (directory / f"{file}.tmp").write_text(json.dumps(text, indent=2) + "\n")
     for file in [*files, *texts]:
         os.replace(directory / f"{file}.tmp", directory / file)
 
 
-def transposed(name, kind):
-    """GPT-2 stores the matrices of its blocks as (d_in, d_out)."""
-    return kind == "gpt2" and name.endswith("weight") and ".c_" in name
-
-
 def read_config(directory):
     """ModelConfig and model_type of a directory."""
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} has no config.json: give the directory of a model")
+    file = directory / "config.json"
+    if not file.is_file():
+        what = "has no config.json" if directory.is_dir() else "is no directory"
+        raise ValueError(f"{directory} {what}: give the directory of a model")
     try:
-        h = json.loads((directory / "config.json").read_text())
+        h = json.loads(file.read_text())
         return config_from_hf(h), h["model_type"]
-    except KeyError as error:
-        raise ValueError(f"{directory}/config.json has no {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{directory}/config.json: {error}") from None
+    except (KeyError, ValueError) as error:
+        what = "no key " if isinstance(error, KeyError) else ""
+        raise ValueError(f"{file}: {what}{error}") from None
 
 
 def read_tensors(directory):
     """{name: tensor}, memory-mapped, of the safetensors files of a directory; no pickles."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    files = [directory / "model.safetensors"]
+    files, tensors = [directory / "model.safetensors"], {}
     index = directory / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
         names = json.loads(index.read_text())["weight_map"].values()
         files = [directory / name for name in sorted(set(names))]
-    tensors = {}
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} is missing; pickles (.bin, .pt) are not opened, since "
@@ -1212,12 +1129,12 @@ def read_tensors(directory):
     return tensors
 
 
-def load_pretrained(cls, directory, dtype=None, device=None):
+def from_pretrained(directory, dtype=None, device=None):
     """Open a Hugging Face directory; ValueError names the first thing wrong with it."""
     directory = Path(directory)
     config, kind = read_config(directory)
     with torch.device("meta"):
-        model = cls(config)
+        model = Transformer(config)
     tensors, state, used = read_tensors(directory), {}, set()
     for name, p in model.state_dict().items():
         theirs = hf_name(name, kind)
@@ -1235,37 +1152,55 @@ def load_pretrained(cls, directory, dtype=None, device=None):
         state[name] = t.to(device or "cpu", dtype).contiguous()
     for name in sorted(tensors.keys() - used):
         if not name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")) and not (
-                name == "lm_head.weight" and model.config.tie_embeddings):
+                name == "lm_head.weight" and config.tie_embeddings):
             raise ValueError(f"{directory}: tensor {name} has no place in a {kind} model")
     model.load_state_dict(state, assign=True)
-    for moe in model.moes():
-        moe.load = torch.zeros(model.config.num_experts, device=device)  # the one buffer not saved
     return model.requires_grad_(True)
 
 
+Transformer.save_pretrained = save_pretrained
+Transformer.from_pretrained = staticmethod(from_pretrained)
+
 # ---- accounting --------------------------------------------------------------------------------
-
-
-def part_of(name):
-    """The line of the account a parameter or module belongs to."""
-    for part, marks in {"norms": ("norm",), "attention": (".attn",), "feed-forward": (".ffn",),
-                        "head": ("lm_head",), "tables": ("embed", "pos", "value_tables")}.items():
-        if any(mark in name for mark in marks):
-            return part
-    return "scalars"
-
 
 GPT2_SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20),
               "gpt2-xl": (1600, 48, 25)}
+# What a parameter's name holds -> the line of the account it belongs to; the first that fits.
+PARTS = {"norm": "norms", ".attn": "attention", ".ffn": "feed-forward", "lm_head": "head",
+         "embed": "tables", "pos": "tables", "value_tables": "tables", "": "scalars"}
+
+
+def account(model, T=None):
+    """{part: [parameters, training FLOPs a token]} at length T (default: the context).
+
+    A weight of a matmul costs a token 2 FLOPs forward and 4 backward. A token attends to
+    (T + 1) / 2 keys on average; q k^T and the weighted sum of v cost 2 E each a head and key
+    forward, twice that backward.
+    """
+    c, parts = model.config, {}
+    T = T or c.context_length
+    used = c.experts_per_token / c.num_experts if c.num_experts else 1
+    for name, p in model.named_parameters():
+        part = next(part for mark, part in PARTS.items() if mark in name)
+        row = parts.setdefault(part, [0, 0])
+        row[0] += p.numel()
+        if p.ndim == 2 and part != "tables":
+            row[1] += 6 * p.numel() * (used if ".experts." in name else 1)
+    if c.tie_embeddings:
+        parts["head"] = [0, 6 * model.embed.weight.numel()]
+    w = min(c.sliding_window or T, T)
+    keys = (w * (w + 1) / 2 + (T - w) * w) / T
+    width = 2 * c.d_head + (c.d_rope if c.kv_rank else 0)  # of a key and a value
+    parts["attention products"] = [0, 6 * c.num_layers * c.num_heads * width * keys]
+    return parts
 
 
 def count_only(source, context_length=None):
     """A model on the meta device, sizes without numbers, of a directory or a GPT-2's name."""
     if source in GPT2_SIZES:
         d_model, layers, heads = GPT2_SIZES[source]
-        config = ModelConfig(
-            vocab_size=50257, d_model=d_model, num_layers=layers, num_heads=heads, ffn="gelu",
-            norm_type="layer", position="learned", bias=True, tie_embeddings=True, qk_norm=False)
+        config = ModelConfig(vocab_size=50257, d_model=d_model, num_layers=layers,
+                             num_heads=heads, **GPT2)
     else:
         config, _ = read_config(Path(source))
     config.context_length = context_length or config.context_length
@@ -1275,8 +1210,7 @@ def count_only(source, context_length=None):
 
 def activation_bytes(model, B, T):
     """What autograd keeps for the backward pass: each storage once, weights not counted."""
-    kept = {}
-    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept, known = {}, {p.untyped_storage()._cdata for p in model.parameters()}
 
     def pack(t):
         kept[t.untyped_storage()._cdata] = t.untyped_storage()
@@ -1291,22 +1225,18 @@ def activation_bytes(model, B, T):
 
 def run_account(args):
     model = count_only(args.model, args.context_length)
-    c, B, GB = model.config, args.batch_size, 1e9
-    T, flops, parameters = c.context_length, model.flops_by_part(c.context_length), {}
-    for name, p in model.named_parameters():
-        parameters[part_of(name)] = parameters.get(part_of(name), 0) + p.numel()
-    N, total = model.num_parameters(), sum(flops.values())
+    B, T, N, GB = args.batch_size, model.config.context_length, model.num_parameters(), 1e9
+    parts, total = account(model), model.flops_per_token()
     print(f"{'part':<22}{'parameters':>16}{'training FLOPs/token':>24}{'share':>8}")
-    for part in dict.fromkeys([*parameters, *flops]):
-        f = flops.get(part, 0)
-        print(f"{part:<22}{parameters.get(part, 0):>16,}{f:>24,.0f}{f / total:>8.1%}")
-    print(f"{'total':<22}{N:>16,}{total:>24,.0f}{1:>8.1%}")
+    for part, (numbers, flops) in [*parts.items(), ("total", (N, total))]:
+        print(f"{part:<22}{numbers:>16,}{flops:>24,.0f}{flops / total:>8.1%}")
     print(f"without token and position tables: {model.num_parameters(embeddings=False):,} "
           f"parameters; by 6N: {6 * N:,} FLOPs/token, {6 * N / total:.3f} of the exact count")
-    cache = sum(t.nbytes for t in (*model.new_cache(1, T).k, *model.new_cache(1, T).v))
+    cache = KVCache(model, 1, T)
     print(f"fp32 memory, batch {B} x {T}: weights {4 * N / GB:.2f} GB, gradients {4 * N / GB:.2f}, "
-          f"AdamW {8 * N / GB:.2f}; KV cache {cache / 1e6:.1f} MB a sequence")
-    if not c.num_experts:  # which expert gets how many tokens depends on the numbers
+          f"AdamW {8 * N / GB:.2f}; KV cache "
+          f"{sum(t.nbytes for t in cache.k + cache.v) / 1e6:.1f} MB a sequence")
+    if not model.config.num_experts:  # which expert gets how many tokens depends on the numbers
         print(f"activations kept for backward: {activation_bytes(model, B, T) / GB:.2f} GB")
 
 
@@ -1316,13 +1246,12 @@ def run_account(args):
 def timed(functions, repeats=5):
     """Median seconds of each function, taken in turns so that a busy machine hurts all alike."""
     times = [[] for _ in functions]
-    for i in range(repeats + 1):
+    for _ in range(repeats + 1):
         for function, taken in zip(functions, times):
             start = time.perf_counter()
             function()
-            if i:  # the first round warms up
-                taken.append(time.perf_counter() - start)
-    return [sorted(taken)[len(taken) // 2] for taken in times]
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in times]  # the first round warms up
 
 
 def import_transformers():
@@ -1350,63 +1279,61 @@ def run_bench(args):
         with tempfile.TemporaryDirectory() as directory:
             ours.save_pretrained(directory)
             theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    ids, none = torch.randint(8192, (16, 256)), 8192 + 1
     print(f"{ours.num_parameters() / 1e6:.1f}M parameters, {torch.get_num_threads()} threads; "
           f"peer: transformers {transformers.__version__ if theirs else 'is not installed'}")
-    print("| what | ours | peer | times as fast |\n|---|---|---|---|")
+    print("| what | ours, tokens/s | peer, tokens/s | times as fast |\n|---|---|---|---|")
 
-    def row(name, run_ours, run_peer, work, unit):
-        times = timed([run_ours, run_peer] if theirs else [run_ours])
-        peer = f"{work / times[1]:.0f} {unit} | {times[1] / times[0]:.2f}" if theirs else "- | -"
-        print(f"| {name} | {work / times[0]:.0f} {unit} | {peer} |", flush=True)
+    def row(name, tokens, *runs):
+        times = timed(runs if theirs else runs[:1])
+        peer = f"{tokens / times[1]:.0f} | {times[1] / times[0]:.2f}" if theirs else "- | -"
+        print(f"| {name} | {tokens / times[0]:.0f} | {peer} |", flush=True)
 
-    def train(loss, dtype):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            value = loss(ids[:8])
-        value.backward()
-
+    ids = torch.randint(8192, (16, 256))
     for dtype in (torch.float32, torch.bfloat16):
-        row(f"forward + backward, 8 x 256, {str(dtype)[6:]}",
-            lambda d=dtype: train(lambda x: ours.loss(x[:, :-1], x[:, 1:]), d),
-            lambda d=dtype: train(lambda x: theirs(x, labels=x).loss, d), 8 * 255, "tokens/s")
+        def train(loss, dtype=dtype):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                value = loss(ids[:8])
+            value.backward()
+
+        row(f"forward + backward, 8 x 256, {str(dtype)[6:]}", 8 * 255,
+            lambda f=train: f(lambda x: ours.loss(x[:, :-1], x[:, 1:])),
+            lambda f=train: f(lambda x: theirs(x, labels=x).loss))
     for batch, kind in ((16, "float32"), (1, "float32"), (1, "ours int8")):
-        prompt = ids[:batch, :32]
         if kind != "float32":
             quantize(ours)
-        row(f"generate, {batch} x 128 tokens, {kind}",
-            lambda p=prompt: ours.generate(p.tolist(), 128, temperature=0),
-            lambda p=prompt: theirs.generate(p, attention_mask=torch.ones_like(p), do_sample=False,
-                                             max_new_tokens=128, eos_token_id=none, pad_token_id=0),
-            batch * 128, "tokens/s")
+        row(f"generate, {batch} x 128 tokens, {kind}", batch * 128,
+            lambda p=ids[:batch, :32]: ours.generate(p.tolist(), 128, temperature=0),
+            lambda p=ids[:batch, :32]: theirs.generate(
+                p, attention_mask=torch.ones_like(p), do_sample=False, max_new_tokens=128,
+                eos_token_id=8193, pad_token_id=0))
 
 
 # ---- command line ------------------------------------------------------------------------------
 
 
 def load(args):
-    """The model and tokenizer that --model names, and the ids that end a text."""
+    """The model and tokenizer that --model names, and what generate is to be called with."""
     from tokenizer import Tokenizer
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    model = Transformer.from_pretrained(args.model, dtype, device).eval()
-    draft = args.draft
+    dtype, draft = getattr(torch, args.dtype) if args.dtype else None, args.draft
+    model = from_pretrained(args.model, dtype, device).eval()
     if draft and draft != "ngram":
-        draft = Transformer.from_pretrained(draft, dtype, device).eval()
+        draft = from_pretrained(draft, dtype, device).eval()
     if args.int8:
         quantize(model)
     tokenizer, eos = Tokenizer.load(args.model), model.config.eos_token_id
-    stop = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eot_id}
-    return model, tokenizer, {
-        "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed,
-        "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p, "draft": draft,
-        "stop": stop - {None}, "tokenizer": tokenizer}
+    stop = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eot_id} - {None}
+    options = {name: getattr(args, name) for name in (
+        "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")}
+    return model, tokenizer, {**options, "draft": draft, "stop": stop, "tokenizer": tokenizer}
 
 
-def show(model, tokenizer, ids, options):
-    """Print a continuation of ids as it comes; returns its text."""
-    text, stop = "", options["stop"]
-    tokens = (token for _, token, _, _ in model.stream([ids], **options))
-    for piece in tokenizer.decode_stream(token for token in tokens if token not in stop):
+def show(model, tokenizer, ids, options, blanks=""):
+    """Print a continuation of ids as it comes, but for `blanks` at its start; returns its text."""
+    text, tokens = "", (token for _, token in model.stream([ids], **options))
+    for piece in tokenizer.decode_stream(t for t in tokens if t not in options["stop"]):
+        cut = len(os.path.commonprefix([piece, blanks]))
+        blanks, piece = blanks[cut:] if cut == len(piece) else "", piece[cut:]
         print(piece, end="", flush=True)
         text += piece
     print()
@@ -1415,13 +1342,19 @@ def show(model, tokenizer, ids, options):
 
 def run_generate(args):
     model, tokenizer, options = load(args)
-    ids = tokenizer.encode(args.prompt) or [i for i in (tokenizer.eot_id,) if i is not None]
+    # A word's token begins with the blank before it: a blank that ends the prompt would become a
+    # token that text never has there. The model gets the prompt without, and writes it itself.
+    prompt = args.prompt.rstrip(" ")
+    blanks = args.prompt[len(prompt):]
+    # In training a document begins after the end of another.
+    ids = [i for i in (tokenizer.eot_id,) if i is not None] + tokenizer.encode(prompt)
     if args.samples == 1:
         print(args.prompt, end="", flush=True)
-        show(model, tokenizer, ids, options)
+        show(model, tokenizer, ids, options, blanks)
         return
     for i, done in enumerate(model.generate([ids], n=args.samples, **options)):
-        print(f"--- sample {i + 1}, {done.reason}\n{args.prompt}{done.text}")
+        text = done.text[len(os.path.commonprefix([done.text, blanks])):]
+        print(f"--- sample {i + 1}, {done.reason}\n{args.prompt}{text}")
 
 
 def run_chat(args):

@@ -66,7 +66,7 @@ def test_rmsnorm_adds_up_in_fp32():
 
 def test_linear_embedding_swiglu_and_mlp():
     x, ids = double(2, 3, 6), torch.tensor([[0, 4], [4, 1]])
-    linear = M.Linear(6, 4, dtype=torch.float64)
+    linear = M.Linear(6, 4).double()
     check(linear, lambda x: x @ linear.weight.T, x)
     table = M.Embedding(5, 3)
     assert torch.equal(table(ids), table.weight[ids])
@@ -197,7 +197,7 @@ def test_bias_balancing_evens_the_load():
     x = torch.randn(1, 256, 32) + 0.3
 
     def spread():
-        moe.load.zero_()
+        moe.load = 0
         moe(x)
         return (moe.load.max() / moe.load.mean()).item()
 
@@ -208,6 +208,18 @@ def test_bias_balancing_evens_the_load():
     assert before > 1.5 and spread() < 1.2
     moe.eval()(x)
     assert moe.load.sum() == 512  # of spread() only: eval does not count
+
+
+@pytest.mark.parametrize("balance", ["loss", "bias"])
+def test_auxiliary_loss_counts_once_a_token(balance):
+    model = tiny(num_experts=4, d_ff=16, balance=balance, balance_loss=0.5).train()
+    ids, targets = random_ids(2, 12), random_ids(2, 12, seed=2)
+    targets[0, :5] = -100
+    mean, total = model.loss(ids, targets), model.loss(ids, targets, reduction="sum")
+    torch.testing.assert_close(total / 19, mean)
+    aux = sum(m.aux for m in model.moes())
+    plain = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(mean, plain + (0.5 * aux if balance == "loss" else 0))
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -319,7 +331,7 @@ def test_gpt2_sizes_and_cache_memory(capsys):
     for name, millions in {"gpt2": 124.4, "gpt2-xl": 1557.6}.items():
         assert M.count_only(name).num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
     model = tiny(num_kv_heads=2)
-    cache = model.new_cache(3, 1024)
+    cache = M.KVCache(model, 3, 1024)
     assert sum(t.nbytes for t in cache.k + cache.v) == 2 * 2 * 3 * 1024 * 2 * 8 * 4  # 2 L B T K E
     assert M.main(["account", "--model", "gpt2"]) == 0
     assert "124,439,808" in capsys.readouterr().out
@@ -380,8 +392,8 @@ def test_seeds_streams_and_log_probabilities():
     assert [d.tokens for d in model.generate(prompts, 12, seed=2, n=3)] != [
         d.tokens for d in done]
     streamed = [[] for _ in done]
-    for i, token, _, _ in model.stream(prompts, 12, seed=1, n=3):
-        streamed[i].append(token)
+    for row, token in model.stream(prompts, 12, seed=1, n=3):
+        streamed[row.sample].append(token)
     assert streamed == [d.tokens for d in done]
     ids = torch.tensor([prompts[0] + done[0].tokens])
     scores = F.log_softmax(model(ids)[0, 2:-1], -1).gather(-1, ids[0, 3:, None]).squeeze(-1)
@@ -527,16 +539,38 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     tok.save(tmp_path / "tokenizer.json")
     line = ["--model", str(tmp_path), "--temperature", "0", "--max-new-tokens", "8"]
     stop = [] if tok.eot_id is None else [tok.eot_id]
-    want = model.generate([tok.encode("to be")], 8, temperature=0, stop=stop)[0].tokens
-    assert M.main(["generate", "--prompt", "to be", *line]) == 0
-    out = capsys.readouterr().out
-    assert out == "to be" + tok.decode([t for t in want if t not in stop]) + "\n"
+    want = model.generate([stop + tok.encode("to be")], 8, temperature=0, stop=stop)[0].tokens
+    text = tok.decode([t for t in want if t not in stop])
+    for blanks in ("", "   "):  # the model gets the prompt without the blanks at its end
+        assert M.main(["generate", "--prompt", "to be" + blanks, *line]) == 0
+        assert capsys.readouterr().out == f"to be{blanks}{text.lstrip(' ' if blanks else '')}\n"
     assert M.main(["generate", "--prompt", "to", "--samples", "2", "--draft", "ngram", *line]) == 0
     assert capsys.readouterr().out.count("--- sample") == 2
     lines = iter(["hello", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert M.main(["chat", "--int8", *line]) == 0
+    capsys.readouterr()
     assert M.main(["generate", "--model", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert "nowhere is no directory" in error and error.count("\n") == 1
+
+
+def test_a_blank_that_ends_the_prompt_is_not_written_twice(capsys):
+    class Words:
+        def decode_stream(self, ids):
+            yield from (" main" if i else " " for i in ids)
+
+    class Says:
+        def stream(self, prompts, stop):
+            yield from ((None, token) for token in self.tokens)
+
+    model = Says()
+    for blanks, tokens, want in (("", [1], " main"), (" ", [1], "main"), ("  ", [1], "main"),
+                                 (" ", [0, 1], " main"), ("  ", [0, 1], "main"),
+                                 (" ", [1, 1], "main main")):
+        model.tokens = tokens
+        M.show(model, Words(), [0], {"stop": ()}, blanks)
+        assert capsys.readouterr().out == want + "\n"
 
 
 # ---- against transformers -----------------------------------------------------------------------
