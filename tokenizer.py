@@ -32,6 +32,7 @@ import time
 import unicodedata
 from functools import lru_cache, partial
 from itertools import chain, islice
+from operator import itemgetter
 
 import numpy as np
 import regex
@@ -55,19 +56,13 @@ PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K_PATTERN, "o200k": O200K_PATTE
 
 
 def split_special(text, special_tokens):
-    """Cut text at the special tokens, longest first where they overlap; the tokens are kept.
+    """[text, special token, text, ...]: cut at special tokens, longest first where they overlap.
 
     >>> split_special("a<|endoftext|>b", ["<|endoftext|>"])
     ['a', '<|endoftext|>', 'b']
     """
-    if not special_tokens:
-        return [text]
-    return [part for part in special_pattern(special_tokens).split(text) if part]
-
-
-def special_pattern(special_tokens):
     longest_first = sorted(special_tokens, key=len, reverse=True)
-    return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
+    return regex.split("(" + ("|".join(map(regex.escape, longest_first)) or "(?!)") + ")", text)
 
 
 def merge_pair(tokens, pair, new):
@@ -91,9 +86,8 @@ def train_plain(texts, vocab_size, special_tokens=(), pattern=GPT2_PATTERN):
     """What `train_bpe` computes, by recounting every pair before every merge."""
     words = collections.Counter()
     for text in texts:
-        for part in split_special(text, special_tokens):
-            if part not in special_tokens:
-                words.update(word.encode() for word in regex.findall(pattern, part))
+        for part in split_special(text, special_tokens)[::2]:
+            words.update(word.encode() for word in regex.findall(pattern, part))
     split = {word: [bytes([byte]) for byte in word] for word in words}
     merges = []
     while len(special_tokens) + 256 + len(merges) < vocab_size:
@@ -127,18 +121,22 @@ def merge_word(word, ranks):
     return tokens
 
 
+def encode_word(tokenizer, word):
+    """Ids of one word that the pattern has cut out."""
+    whole = tokenizer.ignore_merges and word.encode() in tokenizer.token_ids
+    tokens = [word.encode()] if whole else merge_word(word.encode(), tokenizer.ranks)
+    return [tokenizer.token_ids[token] for token in tokens]
+
+
 def encode_plain(tokenizer, text):
     """What `Tokenizer.encode` computes, one word at a time."""
     ids = []
-    for part in split_special(text, tokenizer.special_tokens):
-        if part in tokenizer.special_tokens:
+    for i, part in enumerate(split_special(text, tokenizer.special_tokens)):
+        if i % 2:
             ids.append(tokenizer.special_tokens[part])
-            continue
-        for word in regex.findall(tokenizer.pattern, tokenizer.normalize(part)):
-            tokens = merge_word(word.encode(), tokenizer.ranks)
-            if tokenizer.ignore_merges and word.encode() in tokenizer.token_ids:
-                tokens = [word.encode()]
-            ids += [tokenizer.token_ids[token] for token in tokens]
+        else:
+            for word in regex.findall(tokenizer.pattern, tokenizer.normalize(part)):
+                ids += encode_word(tokenizer, word)
     return ids
 
 
@@ -206,7 +204,7 @@ def regex_starts(parts, pattern, inside):
     """(bytes,) bool: where any other pattern starts a word, found by the regex module."""
     lengths = []
     for text, special in parts:
-        found = [len(text)] if special is not None else list(map(len, regex.findall(pattern, text)))
+        found = [1] if special is not None else list(map(len, regex.findall(pattern, text)))
         if sum(found) != len(text):
             raise ValueError(r"--pattern does not match every character: append |[\s\S] to it")
         lengths += found
@@ -218,122 +216,85 @@ def regex_starts(parts, pattern, inside):
 def find_words(parts, pattern):
     """Cut a chunk into words. -> (data, starts, lengths, special)
 
-    parts: [(text, special id or None)], as `split_text` makes them. data: bytes. starts, lengths:
-    (words,) int64. special: (words,) bool.
+    parts: [(text, None) or ("\\0", special id)], as `split_text` makes them. data: bytes. starts,
+    lengths: (words,) int64. special: indices of the words that stand for special tokens.
     """
     text = "".join(part for part, _ in parts)
     try:
-        data = text.encode()
+        sizes = [len(part.encode()) for part, _ in parts]
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds {text[error.start]!r}, half a surrogate pair: no valid "
-                         "Unicode; read the file with errors='replace'") from None
+        raise ValueError(f"the text holds {error.object[error.start]!r}, half a surrogate pair: no "
+                         "valid Unicode; read the file with errors='replace'") from None
+    data = text.encode()
     raw = np.frombuffer(data, np.uint8)
     inside = (raw & 0xC0) == 0x80
-    edges = []  # bytes from, to of the special tokens
-    if any(i is not None for _, i in parts):
-        sizes = [len(part.encode()) for part, _ in parts]
-        edges = [(end - size, end) for size, end, (_, i) in
-                 zip(sizes, np.cumsum(sizes).tolist(), parts) if i is not None]
+    at = (np.cumsum(sizes) - 1)[[i is not None for _, i in parts]]  # bytes of the special tokens
     if pattern == GPT2_PATTERN:
         classes = classify(text, raw)
-        raw = raw.copy() if edges else raw
-        for begin, end in edges:
-            classes[begin:end], raw[begin:end] = EDGE, 0
+        classes[at] = EDGE
         start = gpt2_starts(raw, classes, inside)
     else:
         start = regex_starts(parts, pattern, inside)
-    for begin, end in edges:
-        start[begin:end] = False
-        start[begin] = True
-        start[end : end + 1] = True
+    start[at] = True
+    start[at[at + 1 < len(start)] + 1] = True
     starts = np.flatnonzero(start)
-    special = np.zeros(len(starts), bool)
-    special[np.searchsorted(starts, [begin for begin, _ in edges])] = True
-    return data, starts, np.diff(starts, append=len(data)), special
+    return data, starts, np.diff(starts, append=len(data)), np.searchsorted(starts, at)
 
 
 # ---- Numbering distinct words -------------------------------------------------------------------
 
 
 class KeyTable:
-    """Numbers pairs of 64-bit integers 0, 1, 2, ... as they appear; looks up whole arrays at once.
+    """A hash table of pairs of 64-bit integers that looks up whole arrays at once.
 
-    Open addressing with linear probing: `slots` holds numbers, `keys` the pair of each number. An
-    entry is only found if both integers are equal, so no answer ever rests on a hash.
+    Open addressing with linear probing: a key lies in the slot its hash names, or in the next one
+    that was free. Both integers are compared, so no answer rests on a hash. The slot stands for the
+    key; callers keep their values in arrays by slot. A second integer of 0 means an empty slot.
     """
 
-    def __init__(self):
-        self.size = 0
-        self.keys = np.zeros((2, 1 << 12), np.uint64)
-        self.slots = np.full(1 << 14, -1, np.int32)
+    def __init__(self, capacity):
+        self.size = 1 << (2 * capacity).bit_length()  # at most half full: searches stay short
+        self.keys = np.zeros((2, self.size), np.uint64)
+        self.new = []  # arrays of slots taken since the caller last emptied this list
 
     def find(self, first, second, insert=False):
-        """(n,) int64 numbers of n keys; an unknown one is -1, or gets a new number if `insert`."""
-        if insert and self.size + len(first) > self.keys.shape[1]:
-            self._grow(self.size + len(first))
-        slot = self._slot(first, second)
-        number = self.slots[slot].astype(np.int64)
-        todo = np.flatnonzero(~self._same(number, first, second))
-        slot, first, second = slot[todo], first[todo], second[todo]
-        while todo.size:
-            if insert:
-                self._claim(slot, first, second)
-            here = self.slots[slot]
-            found = self._same(here, first, second)
-            number[todo] = here  # -1 at an empty slot
-            more = np.flatnonzero(~found & (here >= 0))  # somebody else's slot: try the next one
-            todo, first, second = todo[more], first[more], second[more]
-            slot = (slot[more] + 1) & (len(self.slots) - 1)
-        return number
-
-    def _slot(self, first, second):
+        """(n,) int64 slots of n keys; of an unknown one an empty slot, its own if `insert`."""
         mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ second * np.uint64(0xC2B2AE3D27D4EB4F)
         mixed ^= mixed >> np.uint64(29)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)  # the best mixed bits are the highest ones
-        return (mixed >> np.uint64(65 - len(self.slots).bit_length())).astype(np.int64)
+        slot = (mixed >> np.uint64(65 - self.size.bit_length())).astype(np.int64)
+        ones, twos = self.keys
+        todo = np.flatnonzero((ones[slot] != first) | (twos[slot] != second))
+        while todo.size:
+            at, one, two = slot[todo], first[todo], second[todo]
+            if insert and (free := twos[at] == 0).any():  # of those that want a slot, the last
+                ones[at[free]], twos[at[free]] = one[free], two[free]  # stays; the others see it
+                self.new.append(np.unique(at[free]))
+            other = (twos[at] != 0) & ((ones[at] != one) | (twos[at] != two))
+            todo = todo[other]
+            slot[todo] = (slot[todo] + 1) % self.size
+        return slot
 
-    def _same(self, number, first, second):
-        return (number >= 0) & (self.keys[0][number] == first) & (self.keys[1][number] == second)
 
-    def _claim(self, slot, first, second):
-        """Give the empty slots to new keys. Many may want one: all write, the last one stays."""
-        free = np.flatnonzero(self.slots[slot] < 0)
-        self.slots[slot[free]] = free
-        won = free[self.slots[slot[free]] == free]
-        end = self.size + len(won)
-        self.slots[slot[won]] = np.arange(self.size, end)
-        self.keys[:, self.size : end] = first[won], second[won]
-        self.size = end
-
-    def _grow(self, needed):
-        size, keys = self.size, self.keys
-        capacity = 1 << int(needed - 1).bit_length()
-        self.keys = np.zeros((2, capacity), np.uint64)
-        self.slots = np.full(4 * capacity, -1, np.int32)
-        self.keys[:, :size] = keys[:, :size]
-        number, slot = np.arange(size, dtype=np.int32), self._slot(*keys[:, :size])
-        while number.size:
-            free = self.slots[slot] < 0
-            self.slots[slot[free]] = number[free]
-            lost = self.slots[slot] != number
-            number, slot = number[lost], (slot[lost] + 1) & (len(self.slots) - 1)
+MAX_WORDS = 1 << 19  # distinct words remembered
+LONG = np.uint64(255) << np.uint64(56)  # second half of the key of a word of more than 15 bytes
 
 
 class WordTable:
-    """Numbers distinct words 0, 1, 2, ... and keeps their bytes.
+    """Numbers distinct words: the number of a word is the slot of its key in a KeyTable.
 
-    A word of up to 15 bytes and its length are exactly two 64-bit integers, the key of a KeyTable;
-    a longer word is numbered by a dict first, and that number is its key.
+    A word of up to 15 bytes and its length are exactly two 64-bit integers; a longer one is
+    numbered by a dict, and that number is the first half of its key.
     """
 
-    def __init__(self):
-        self.table, self.long = KeyTable(), {}
-        self.data, self.lengths = [], []
+    def __init__(self, capacity=MAX_WORDS):
+        self.table, self.long, self.count = KeyTable(capacity), {}, 0
+        self.value = np.zeros(self.table.size, np.int64)  # of each word, for the caller
         byte = np.arange(16) < np.arange(16)[:, None]  # (length, byte): which bytes count
         self.low, self.high = (byte * np.uint8(255)).view("<u8").T.copy()
 
-    def __len__(self):
-        return self.table.size
+    def has_room(self, number):
+        return self.count + number <= self.table.size // 2
 
     def add(self, data, starts, lengths):
         """(n,) int64 numbers of the words at `starts` of the bytes `data`."""
@@ -345,23 +306,20 @@ class WordTable:
         for i in np.flatnonzero(lengths > 15).tolist():
             word = data[starts[i] : starts[i] + lengths[i]]
             first[i], second[i] = self.long.setdefault(word, len(self.long)), LONG
-        known = len(self)
+        known = len(self.table.new)
         number = self.table.find(first, second, insert=True)
-        new = np.flatnonzero(number >= known)[::-1]
-        where = np.empty(len(self) - known, np.int64)
-        where[number[new] - known] = new  # backwards, so the first occurrence stays
-        self.data.append(raw[ranges(starts[where], lengths[where])])
-        self.lengths.append(lengths[where])
+        self.count += sum(map(len, self.table.new[known:]))
         return number
 
     def take_new(self):
-        """The words added since the last call: (data (bytes,) uint8, lengths (n,) int64)."""
-        data, lengths = np.concatenate(self.data), np.concatenate(self.lengths)
-        self.data, self.lengths = [], []
-        return data, lengths
-
-
-LONG = np.uint64(255) << np.uint64(56)  # second half of the key of a word of more than 15 bytes
+        """(numbers (n,) int64, [bytes]) of the words added since the last call."""
+        number = np.concatenate([np.zeros(0, np.int64), *self.table.new])
+        self.table.new, long = [], list(self.long)
+        first, second = self.table.keys[:, number]
+        data = np.stack((first, second), 1).astype("<u8").tobytes()  # 16 bytes a word
+        words = [long[one] if size == 255 else data[i : i + size] for i, one, size in zip(
+            range(0, len(data), 16), first.tolist(), (second >> np.uint64(56)).tolist())]
+        return number, words
 
 
 def ranges(starts, lengths):
@@ -441,8 +399,8 @@ def group(keys, at, weight):
 # ---- Training -----------------------------------------------------------------------------------
 
 
-def learn_merges(data, lengths, counts, number):
-    """The `number` most frequent merges of words that occur `counts` times, as pairs of bytes.
+def learn_merges(words, number):
+    """The `number` most frequent merges of words {word: count}, as pairs of bytes.
 
     A heap holds the frequent pairs. Counts only ever fall: all pairs with a new token appear when
     the token does, later merges can but take some away. So a heap entry is an upper bound; recount
@@ -454,7 +412,9 @@ def learn_merges(data, lengths, counts, number):
     # and end with one greater than all to have "ab" before "a".
     reverse = [chr(255 - byte) + chr(256) for byte in range(256)]
     sizes = np.ones(256 + number + 2, np.int64)
-    tape, merges, heap, floor = Tape(data, lengths, sizes, counts), [], [], 1 << 62
+    lengths, counts = list(map(len, words)), list(words.values())
+    tape = Tape(np.frombuffer(b"".join(words), np.uint8), lengths, sizes, counts)
+    merges, heap, floor = [], [], 1 << 62
 
     def push(keys, at, first, count):
         ends = np.append(first[1:], len(at))
@@ -492,15 +452,22 @@ def learn_merges(data, lengths, counts, number):
 
 
 def count_words(batch, pattern):
-    """Distinct words of a batch of chunks: (data (bytes,) uint8, lengths (n,), counts (n,))."""
-    table, counts = WordTable(), np.zeros(0, np.int64)
+    """Counter {word: how often it occurs} of a batch of chunks."""
+    total, table = collections.Counter(), WordTable()
+
+    def counts():
+        number, words = table.take_new()
+        return dict(zip(words, table.value[number].tolist()))
+
     for parts in batch:
         data, starts, lengths, special = find_words(parts, pattern)
-        number = table.add(data, starts[~special], lengths[~special])
-        new = np.bincount(number, minlength=len(table))
-        new[: len(counts)] += counts
-        counts = new
-    return *table.take_new(), counts
+        if not table.has_room(len(starts)):
+            total.update(counts())
+            table = WordTable(max(MAX_WORDS, len(starts)))
+        number = table.add(data, np.delete(starts, special), np.delete(lengths, special))
+        np.add.at(table.value, number, 1)
+    total.update(counts())
+    return total
 
 
 def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN,
@@ -516,32 +483,25 @@ def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN
     if vocab_size < 256 + len(special_tokens):
         raise ValueError(f"--vocab-size {vocab_size}: must be at least {256 + len(special_tokens)}"
                          f", for 256 bytes and {len(special_tokens)} special tokens")
-    table, counts = WordTable(), np.zeros(0, np.int64)
-    stream = split_documents(read_input(input_path), dict.fromkeys(special_tokens, 0), pattern, 0)
-    for data, lengths, count in parallel_map(partial(count_words, pattern=pattern),
-                                             batches(stream), num_processes):
-        number = table.add(data.tobytes(), np.cumsum(lengths) - lengths, lengths)
-        counts = np.append(counts, np.zeros(len(table) - len(counts), np.int64))
-        counts[number] += count
-    if not len(table):
-        return build_vocab(special_tokens, []), []
-    merges = learn_merges(*table.take_new(), counts, vocab_size - 256 - len(special_tokens))
+    parts = split_text(read_input(input_path), dict.fromkeys(special_tokens, 0), pattern, 0)
+    words = collections.Counter()
+    for some in parallel_map(partial(count_words, pattern=pattern), batches(parts), num_processes):
+        words.update(some)
+    merges = learn_merges(words, vocab_size - 256 - len(special_tokens))
     return build_vocab(special_tokens, merges), merges
 
 
 def parallel_map(function, items, processes):
     """Yield function(item) in order, at most two items a process ahead, so memory stays bounded."""
-    items = iter(items)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    processes = processes or len(cores)
+    processes, items = processes or len(cores), iter(items)
     head = list(islice(items, 2))
     if processes == 1 or len(head) < 2:  # not worth a process
-        yield from map(function, head)
-        yield from map(function, items)
+        yield from map(function, chain(head, items))
         return
     with multiprocessing.Pool(processes) as pool:
-        waiting = collections.deque(pool.apply_async(function, (item,)) for item in head)
-        for item in items:
+        waiting = collections.deque()
+        for item in chain(head, items):
             waiting.append(pool.apply_async(function, (item,)))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().get()
@@ -552,8 +512,7 @@ def parallel_map(function, items, processes):
 # ---- Text in ------------------------------------------------------------------------------------
 
 CHUNK = 1 << 18  # characters handled by one round of array operations: they fit in the L2 cache
-CUT = regex.compile(r"(?<=\S) ")  # all named patterns start a word here, whatever is around
-LAST_CUT = regex.compile(r"(?r)(?<=\S) ")  # the same, searched from the end
+CUT = regex.compile(r"(?r)(?<=\S) ")  # all named patterns start a word here; searched from the end
 
 
 def list_files(spec):
@@ -572,18 +531,21 @@ def list_files(spec):
 def read_pieces(path):
     """Yield a file in pieces of about a million characters, and None where a document ends.
 
-    Invalid UTF-8 is replaced by U+FFFD and counted, line ends stay as they are.
+    Documents end at <|endoftext|>; in .jsonl each line is one. Line ends stay as they are. What is
+    not UTF-8 becomes U+FFFD; that, and lines without a "text", are counted and reported.
     """
     opener = gzip.open if path.endswith(".gz") else open
-    broken, rest = 0, ""
+    bad, rest, jsonl = 0, "", path.removesuffix(".gz").endswith(".jsonl")
     with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
-        if path.removesuffix(".gz").endswith(".jsonl"):
-            yield from read_jsonl(path, file)
-            return
+        for line in file if jsonl else ():
+            try:
+                yield from (json.loads(line)["text"] + "", None)
+            except (ValueError, KeyError, TypeError):
+                bad += bool(line.strip())
         while block := file.read(1 << 20):
             if "\0" in block:
                 raise ValueError(f"{path}: has a NUL byte, so it is no text; leave it out")
-            broken += block.count("\ufffd")
+            bad += block.count("\ufffd")
             *documents, rest = (rest + block).split(EOT)
             for document in documents:
                 yield from (document, None)
@@ -591,32 +553,21 @@ def read_pieces(path):
             yield rest[:keep]
             rest = rest[keep:]
         yield from (rest, None)
-    if broken:
-        print(f"{path}: {broken} invalid characters read as U+FFFD", file=sys.stderr)
-
-
-def read_jsonl(path, lines):
-    """Yield the "text" of every line, and None behind it; count the lines without."""
-    bad = 0
-    for line in lines:
-        try:
-            yield from (json.loads(line)["text"] + "", None)
-        except (ValueError, KeyError, TypeError):
-            bad += bool(line.strip())
     if bad:
-        print(f'{path}: skipped {bad} lines without a "text"', file=sys.stderr)
+        what = 'lines without a "text" skipped' if jsonl else "invalid characters read as U+FFFD"
+        print(f"{path}: {bad} {what}", file=sys.stderr)
 
 
 def read_documents(files):
     """Yield the documents of the files: split at <|endoftext|>, one a line of .jsonl."""
-    parts = []
     for path in list_files(files):
+        parts = []
         for text in read_pieces(path):
             if text is not None:
                 parts.append(text)
                 continue
-            if document := "".join(parts):
-                yield document
+            if any(parts):
+                yield "".join(parts)
             parts = []
 
 
@@ -630,67 +581,55 @@ def read_input(source):
     return (piece for path in list_files(source) for piece in read_pieces(path))
 
 
-def split_text(texts, special_ids, pattern):
-    """Cut joined texts at special tokens and, for length, where a word surely starts.
+def split_text(pieces, special_ids, pattern, separator=None):
+    """Cut pieces of text at special tokens and, for length, where a word surely starts.
 
-    Yields (part, id of the special token or None). Texts may end anywhere, within a special token
-    too: what could still change is held back.
+    Yields (part, None), and ("\\0", id) for a special token. Pieces may end anywhere, within a
+    special token too: what could still change is held back. After a piece None, which ends a
+    document (an empty one is dropped), comes ("\\0", separator).
     """
     longest = max(map(len, special_ids), default=1)
-    size = CHUNK if pattern in PATTERNS.values() else 1 << 62  # unknown patterns: no cut is sure
-    splitter = special_pattern(special_ids) if special_ids else None
-    rest, limit = "", size
-    for text in texts:
-        rest += text
-        if len(rest) < limit + longest:
+    rest, limit = "", CHUNK
+
+    def parts(text):
+        for i, part in enumerate(split_special(text, special_ids)):
+            if part:
+                yield ("\0", special_ids[part]) if i % 2 else (part, None)
+
+    for piece in pieces:
+        if piece is None:
+            if rest:
+                yield from parts(rest)
+                yield "\0", separator
+            rest, limit = "", CHUNK
             continue
-        *parts, tail = splitter.split(rest) if splitter else [rest]
-        cut = LAST_CUT.search(tail, 0, max(0, len(tail) - longest))
-        if not cut:
-            limit = 2 * len(rest)
-            continue
-        yield from split_parts([*parts, tail[: cut.start()]], special_ids, size)
-        rest, limit = tail[cut.start() :], size
-    yield from split_parts(splitter.split(rest) if splitter else [rest], special_ids, size)
-
-
-def split_parts(parts, special_ids, size):
-    """parts: text, special token, text, special token, ..., text."""
-    for i, part in enumerate(parts):
-        begin = 0
-        while i % 2 == 0 and len(part) - begin > size and (cut := CUT.search(part, begin + size)):
-            yield part[begin : cut.start()], None
-            begin = cut.start()
-        if begin < len(part):
-            yield part[begin:], special_ids[part] if i % 2 else None
-
-
-def split_documents(pieces, special_ids, pattern, separator_id):
-    """`split_text` of every document of `read_pieces`, and (EOT, separator_id) behind it."""
-    pieces = iter(pieces)
-    for first in pieces:
-        if first:
-            document = chain([first], iter(partial(next, pieces), None))
-            yield from split_text(document, special_ids, pattern)
-            yield EOT, separator_id
+        for i in range(0, len(piece), CHUNK):
+            rest += piece[i : i + CHUNK]
+            if len(rest) < limit or pattern not in PATTERNS.values():  # of others no cut is sure
+                continue
+            tail = split_special(rest, special_ids)[-1]
+            if cut := CUT.search(tail, 0, max(0, len(tail) - longest)):
+                end = len(rest) - len(tail) + cut.start()
+                yield from parts(rest[:end])
+                rest, limit = rest[end:], CHUNK
+            else:
+                limit = 2 * len(rest)
+    yield from parts(rest)
 
 
 def batches(parts, chunks=64):
-    """Lists of up to `chunks` chunks, lists of parts that hold about CHUNK characters."""
-    batch, chunk, size = [], [], 0
+    """Lists of up to `chunks` chunks; a chunk is a list of parts, about CHUNK characters in all."""
+    batch, size = [[]], 0
     for part in parts:
-        chunk.append(part)
+        batch[-1].append(part)
         size += len(part[0])
-        if size >= CHUNK:
-            batch.append(chunk)
-            chunk, size = [], 0
-            if len(batch) == chunks:
-                yield batch
-                batch = []
-    if chunk:
-        batch.append(chunk)
-    if batch:
-        yield batch
+        if size > CHUNK // 2:
+            batch, size = [*batch, []], 0
+            if len(batch) > chunks:
+                yield batch[:-1]
+                batch = [[]]
+    if any(batch):
+        yield list(filter(None, batch))
 
 
 def write_header(file, dtype, length):
@@ -703,7 +642,7 @@ def write_header(file, dtype, length):
 
 
 NO_MERGE = 1 << 24  # the rank of a pair that is never merged
-MAX_WORDS = 1 << 19  # distinct words remembered
+COUNT = (1 << 32) - 1
 SHORT = 1000  # characters up to which array operations do not pay
 
 
@@ -722,7 +661,11 @@ class Tokenizer:
         self.pattern = PATTERNS.get(pattern, pattern)
         self._find = regex.compile(self.pattern).findall
         self.normalizer, self.ignore_merges = normalizer, ignore_merges
-        self.special_tokens = self._number_special(special_tokens or ())
+        self.special_tokens, known = {}, {token: i for i, token in self.vocab.items()}
+        for token in special_tokens or ():
+            i = special_tokens[token] if isinstance(special_tokens, dict) else known.get(
+                token.encode(), max(self.vocab, default=-1) + 1)
+            self.special_tokens[token], self.vocab[i] = i, token.encode()
         special = set(self.special_tokens.values())
         self.token_ids = {token: i for i, token in self.vocab.items() if i not in special}
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
@@ -739,15 +682,6 @@ class Tokenizer:
         self._index_merges(merged.reshape(-1, 3).T)
         self._reset_cache()
 
-    def _number_special(self, special_tokens):
-        known = {token: i for i, token in self.vocab.items()}
-        numbers = {}
-        for token in special_tokens:
-            i = special_tokens[token] if isinstance(special_tokens, dict) else known.get(
-                token.encode(), max(self.vocab, default=-1) + 1)
-            numbers[token], self.vocab[i] = i, token.encode()
-        return numbers
-
     def normalize(self, text):
         return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
 
@@ -756,52 +690,49 @@ class Tokenizer:
     def _index_merges(self, merged):
         """merged: (3, merges) ids of left, right and joined token, by rank."""
         self._left, self._right, self._joined = merged.astype(np.int64)
-        self._pairs = KeyTable()
-        number = self._pairs.find(*merged[:2].astype(np.uint64), insert=True)
-        self._rank = np.full(len(self._left) + 1, NO_MERGE, np.int32)  # the last one is for -1
-        self._rank[number] = np.arange(len(number))
+        self._pairs = KeyTable(2 * len(self._left))
+        slot = self._find_pair(self._left, self._right, insert=True)
+        self._rank = np.full(self._pairs.size, NO_MERGE, np.int32)
+        self._rank[slot] = np.arange(len(slot))
         self._sizes = np.ones(self.vocab_size + 2, np.int64)  # bytes; 1 for the marks -1 and -2
         ids = np.fromiter(self.vocab, np.int64)
-        self._sizes[ids] = lengths = np.array([len(token) for token in self.vocab.values()])
-        self._begin = np.full(self.vocab_size, -1)  # where the bytes of an id are; -1: no such id
-        self._begin[ids] = np.cumsum(lengths) - lengths
-        self._bytes = np.frombuffer(b"".join(self.vocab.values()), np.uint8)
+        self._sizes[ids] = np.array([len(token) for token in self.vocab.values()])
+        self._texts = [self.vocab.get(i) for i in range(self.vocab_size)]
+
+    def _find_pair(self, left, right, insert=False):
+        return self._pairs.find(left.astype(np.uint64), right.astype(np.uint64) + np.uint64(1),
+                                insert)
 
     def _ranks(self, left, right):
         """int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (a -1 is in none)."""
-        keys = left.ravel().astype(np.uint64), right.ravel().astype(np.uint64)
-        return self._rank[self._pairs.find(*keys)].reshape(left.shape)
+        return self._rank[self._find_pair(left.ravel(), right.ravel())].reshape(left.shape)
 
-    def _reset_cache(self):
-        """Word n has the ids pool[offset[n] : offset[n] + count[n]]."""
-        self._words = WordTable()
-        self._offset, self._count = np.zeros((2, 0), np.int64)
+    def _reset_cache(self, capacity=MAX_WORDS):
+        """Word n has the ids pool[offset : offset + count] where offset << 32 | count = value[n]"""
+        self._words = WordTable(capacity)
         self._pool = np.zeros(0, self.dtype)
         self._short = {}  # str -> list of ids, for short texts
 
     def _learn_words(self):
         """Put the ids of words that are new in the word table into the pool."""
-        data, lengths = self._words.take_new()
-        if not len(lengths):
-            return
-        offset, count = np.zeros((2, len(lengths)), np.int64)
-        starts, pools, size = np.cumsum(lengths) - lengths, [self._pool], len(self._pool)
-        for low, high in ((0, 8), (8, 16), (16, 32), (32, 64), (64, len(data))):
-            words = np.flatnonzero((lengths > low) & (lengths <= high))
-            if len(words):
+        number, words = self._words.take_new()
+        lengths = np.array([len(word) for word in words])
+        pools, size = [self._pool], len(self._pool)
+        for low, high in ((0, 8), (8, 16), (16, 32), (32, 64), (64, 1 << 62)):
+            some = np.flatnonzero((lengths > low) & (lengths <= high))
+            if len(some):
+                raw = np.frombuffer(b"".join([words[i] for i in some.tolist()]), np.uint8)
                 bpe = self._merge_rounds if high <= 64 else self._merge_long
-                raw = data[ranges(starts[words], lengths[words])]
-                ids, count[words] = bpe(self._byte_ids[raw], lengths[words])
-                offset[words] = size + np.cumsum(count[words]) - count[words]
+                ids, count = bpe(self._byte_ids[raw], lengths[some])
+                offset = size + np.cumsum(count) - count
+                self._words.value[number[some]] = offset << 32 | count
                 size += len(ids)
                 pools.append(ids.astype(self.dtype))
         self._pool = np.concatenate(pools)
-        for n in np.flatnonzero(count > 1) if self.ignore_merges else ():
-            whole = self.token_ids.get(data[starts[n] : starts[n] + lengths[n]].tobytes())
-            if whole is not None:
-                self._pool[offset[n]], count[n] = whole, 1
-        self._offset = np.append(self._offset, offset)
-        self._count = np.append(self._count, count)
+        for n, word in zip(number.tolist(), words) if self.ignore_merges else ():
+            if word in self.token_ids:
+                self._pool[self._words.value[n] >> 32] = self.token_ids[word]
+                self._words.value[n] += 1 - (self._words.value[n] & COUNT)
 
     def _merge_rounds(self, ids, lengths):
         """BPE of W words of at most 64 bytes: ids (bytes,), lengths (W,) -> ids, counts (W,).
@@ -881,25 +812,29 @@ class Tokenizer:
 
     def _encode_batch(self, batch):
         """Ids of a batch of chunks: number all words, learn the new ones, look up all ids."""
-        if len(self._words) > MAX_WORDS:
-            self._reset_cache()
-        numbers = []
+        out, chunks = [], []
         for parts in batch:
             if self.normalizer:
-                parts = [(t if i is not None else self.normalize(t), i) for t, i in parts]
+                parts = [(self.normalize(text), i) for text, i in parts]
             data, starts, lengths, special = find_words(parts, self.pattern)
+            if not self._words.has_room(len(starts)):  # forget all words
+                out, chunks = [*out, self._look_up(chunks)], []
+                self._reset_cache(max(MAX_WORDS, len(starts)))
             ids = np.array([i for _, i in parts if i is not None], self.dtype)
-            numbers.append((self._words.add(data, starts, lengths), np.flatnonzero(special), ids))
-        self._learn_words()
-        return self._join([self._look_up(*chunk) for chunk in numbers])
+            chunks.append((self._words.add(data, starts, lengths), special, ids))
+        return self._join([*out, self._look_up(chunks)])
 
-    def _look_up(self, number, special, special_ids):
-        """Ids of a chunk: word numbers (words,), which of them are special tokens, their ids."""
-        count = self._count[number]
-        count[special] = 1
-        ids = self._pool[ranges(self._offset[number], count)]
-        ids[np.cumsum(count)[special] - 1] = special_ids
-        return ids
+    def _look_up(self, chunks):
+        """Ids of chunks (word numbers, indices of those that are special tokens, their ids)."""
+        self._learn_words()
+        out = []
+        for number, special, special_ids in chunks:
+            offset, count = np.divmod(self._words.value[number], 1 << 32)
+            count[special] = 1
+            ids = self._pool[ranges(offset, count)]
+            ids[np.cumsum(count)[special] - 1] = special_ids
+            out.append(ids)
+        return self._join(out)
 
     def encode(self, text, allowed_special="all"):
         """List of the ids of a text; see `encode_numpy`."""
@@ -907,20 +842,13 @@ class Tokenizer:
             return self.encode_numpy(text, allowed_special).tolist()
         ids, known = [], self._short
         for word in self._find(text):
-            if word not in known:
-                known[word] = self._encode_word(word)
+            if word not in known:  # a word of more than 40 characters would take merge_word long
+                known[word] = (self.encode_numpy(word, ()).tolist() if len(word) > 40 else
+                               encode_word(self, word))
             ids += known[word]
         if len(known) > MAX_WORDS:
             known.clear()
         return ids
-
-    def _encode_word(self, word):
-        if len(word) > 40:
-            return self.encode_numpy(word, ()).tolist()
-        word = word.encode()
-        whole = self.ignore_merges and word in self.token_ids
-        tokens = [word] if whole else merge_word(word, self.ranks)
-        return [self.token_ids[token] for token in tokens]
 
     def encode_batch(self, texts, allowed_special="all"):
         """Lists of the ids of several texts."""
@@ -950,8 +878,8 @@ class Tokenizer:
                 old = json.load(file)
             state = old if old["job"] == job else state
         pieces = (piece for file in files for piece in read_pieces(file))
-        todo = islice(batches(split_documents(pieces, {}, self.pattern, self.eot_id), 16),
-                      state["batches"], None)
+        parts = split_text(pieces, {}, self.pattern, self.eot_id)
+        todo = islice(batches(parts, 16), state["batches"], None)
         with open(part, "r+b" if state["batches"] else "w+b") as file:
             write_header(file, self.dtype, 0)
             file.seek(state["ids"] * np.dtype(self.dtype).itemsize, os.SEEK_CUR)
@@ -972,13 +900,19 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """The bytes of a list or array of ids; ValueError for an unknown one."""
-        ids = np.asarray(ids) if isinstance(ids, np.ndarray) else np.fromiter(ids, np.int64)
-        bad = ids[(ids < 0) | (ids >= self.vocab_size)]
-        bad = bad if bad.size else ids[self._begin[ids] < 0]
-        if bad.size:
-            raise ValueError(f"id {bad[0]} is not in the vocabulary of {len(self.vocab)} tokens: "
-                             "were these ids made by another tokenizer?")
-        return self._bytes[ranges(self._begin[ids], self._sizes[ids])].tobytes()
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        parts = []
+        for i in range(0, len(ids), 4096):  # blocks that stay in the L1 cache
+            block = ids[i : i + 4096]
+            try:
+                parts.append(b"".join(itemgetter(*block, 0)(self._texts)[:-1]))
+                bad = min(block)
+            except (IndexError, TypeError):
+                bad = next(i for i in block if i not in self.vocab)
+            if bad not in self.vocab:
+                raise ValueError(f"id {bad} is not in the vocabulary of {len(self.vocab)} tokens: "
+                                 "were these ids made by another tokenizer?")
+        return b"".join(parts)
 
     def decode(self, ids):
         """The text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""
@@ -1056,28 +990,20 @@ class Tokenizer:
 # ---- Formats ------------------------------------------------------------------------------------
 
 
-@lru_cache
-def byte_to_char():
-    """GPT-2's way to write bytes in JSON: printable ones as themselves, others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {**{byte: chr(byte) for byte in printable},
-            **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+# GPT-2's way to write bytes in JSON: printable ones as themselves, others from U+0100 on.
+_OTHERS = [byte for byte in range(256) if not (33 <= byte < 127 or byte >= 161 and byte != 173)]
+BYTE_TO_CHAR = {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
+CHAR_TO_BYTE = {256 + i: chr(byte) for i, byte in enumerate(_OTHERS)}
 
 
 def bytes_to_text(token):
-    return "".join(map(byte_to_char().__getitem__, token))
-
-
-@lru_cache
-def char_to_byte():
-    return {char: byte for byte, char in byte_to_char().items()}
+    return token.decode("latin-1").translate(BYTE_TO_CHAR)
 
 
 def text_to_bytes(text):
     try:
-        return bytes(map(char_to_byte().__getitem__, text))
-    except KeyError:
+        return text.translate(CHAR_TO_BYTE).encode("latin-1")
+    except UnicodeEncodeError:
         return text.encode()  # a special token is written as it is
 
 
@@ -1126,21 +1052,15 @@ def from_json(data):
 def from_tiktoken(path, pattern=CL100K_PATTERN):
     """The Tokenizer of a .tiktoken file: a line "base64 of the token, rank" each.
 
-    The merge of a token is what BPE with the tokens before it leaves of it: two parts.
+    The merge of a token is what BPE with the merges before it leaves of it: two parts.
     """
     with open(path, "rb") as file:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file)}
-    merges = []
+    merges = {}
     for token in sorted(ranks, key=ranks.get):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            rank = [ranks.get(a + b, 1 << 62) for a, b in zip(parts, parts[1:])]
-            i = rank.index(min(rank))
-            if rank[i] >= ranks[token]:
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        parts = merge_word(token, merges)
         if len(parts) == 2:
-            merges.append(tuple(parts))
+            merges[tuple(parts)] = len(merges)
     return Tokenizer({i: token for token, i in ranks.items()}, merges, None, pattern,
                      ignore_merges=True)
 
@@ -1169,8 +1089,7 @@ def run_decode(args):
             args.tokens.split(","), np.int64)
     except ValueError as error:
         raise ValueError(f"{args.tokens}: neither .npy nor ids like 5,9,12 ({error})") from None
-    for text in tokenizer.decode_stream(ids):
-        sys.stdout.write(text)
+    sys.stdout.writelines(tokenizer.decode_stream(ids))
 
 
 def run_inspect(args):
@@ -1180,49 +1099,39 @@ def run_inspect(args):
     longest = sorted(ours.token_ids, key=len, reverse=True)[:10]
     print(f"{len(ours.vocab)} tokens, the longest:",
           *(repr(token.decode(errors="replace")) for token in longest))
-    if not args.data:
-        return
-    used = np.zeros(ours.vocab_size, np.int64)
-    sizes = collections.Counter()  # (tokenizer, script) -> tokens, ("bytes" or "words", script)
-    for document in read_documents(args.data):
-        used += np.bincount(ours.encode_numpy(document, ()), minlength=ours.vocab_size)
-        for script, text in by_script(document):
-            sizes["bytes", script] += len(text.encode())
-            sizes["words", script] += len(text.split())
+    used, sizes = collections.Counter(), collections.Counter()  # by id; by (script, what)
+    for text in read_documents(args.data) if args.data else ():
+        used.update(ours.encode(text, ()))
+        for line in text.splitlines(keepends=True):  # the script of most letters: "LATIN", ...
+            letters = (unicodedata.name(c, "?").split()[0] for c in line if c.isalpha())
+            script = max(collections.Counter(letters).items(), key=itemgetter(1),
+                         default=["no letters"])[0]
+            sizes[script, "bytes"] += len(line.encode())
+            sizes[script, "words"] += len(line.split())
             for name, tokenizer in others.items():
-                sizes[name, script] += len(tokenizer.encode_numpy(text, ()))
-    for script in sorted({script for _, script in sizes}, key=lambda s: -sizes["bytes", s]):
-        print(f"{script:12}{sizes['bytes', script]:>12} bytes", *(
-            f"| {name}: {sizes['bytes', script] / max(1, sizes[name, script]):.2f} bytes a token, "
-            f"{sizes[name, script] / max(1, sizes['words', script]):.2f} tokens a word"
-            for name in others))
-    unused = [i for i in ours.token_ids.values() if not used[i]]
-    print(f"never used: {len(unused)} tokens, as", *(repr(ours.decode([i])) for i in unused[-10:]))
-
-
-def by_script(text):
-    """(script, lines of it) of a text: the script of a line is that of most of its letters."""
-    lines = collections.defaultdict(list)
-    for line in text.splitlines(keepends=True):
-        names = collections.Counter(unicodedata.name(c, "?").split()[0].lower()
-                                    for c in line if c.isalpha())
-        lines[names.most_common(1)[0][0] if names else "no letters"].append(line)
-    return [(script, "".join(some)) for script, some in lines.items()]
+                sizes[script, name] += len(tokenizer.encode(line, ()))
+    for (script, what), size in sizes.most_common():
+        if what == "bytes":
+            print(f"{script:12}{size:>12} bytes", *(
+                f"| {name}: {size / sizes[script, name]:.2f} bytes a token, "
+                f"{sizes[script, name] / max(1, sizes[script, 'words']):.2f} tokens a word"
+                for name in others))
+    unused = [token for token, i in ours.token_ids.items() if not used[i]]
+    if used:
+        print(f"never used: {len(unused)} tokens, as", *unused[-10:])
 
 
 def run_bench(args):
     """Rows of RESULTS.md: ours beside tiktoken, tokenizers and rustbpe, whichever is installed."""
     for path in list_files(args.data):
-        text = "".join(read_documents([path]))
-        sizes = {"encode 100 characters": len(text[:1_000_000].encode()) / 1e6}
-        times = collections.defaultdict(list)
-        jobs = bench_jobs(text, args.vocab_size, args.processes)
-        for job, function in list(jobs.items()) * args.repeats:
-            begin = time.perf_counter()
-            function()
-            times[job].append(time.perf_counter() - begin)
-        for (work, who), seconds in times.items():
-            size, median = sizes.get(work, len(text.encode()) / 1e6), statistics.median(seconds)
+        text, times = "".join(read_documents([path])), collections.defaultdict(list)
+        for (work, who), job in bench_jobs(text, args.vocab_size, args.processes).items():
+            for _ in range(args.repeats):
+                begin = time.perf_counter()
+                job()
+                times[work, who].append(time.perf_counter() - begin)
+            size = len((text[:1_000_000] if "100" in work else text).encode()) / 1e6
+            median = statistics.median(times[work, who])
             ratio = median / statistics.median(times[work, "ours"])
             print(f"| {work} | {os.path.basename(path)} | {who} | {size / median:.1f} MB/s | "
                   f"ours is {ratio:.2f} x |", flush=True)
@@ -1231,15 +1140,15 @@ def run_bench(args):
 def bench_jobs(text, vocab_size, processes):
     """{(work, who): function} of the work both we and the installed libraries do."""
     ours = Tokenizer(*train_bpe([text[:2_000_000]], vocab_size, [EOT], num_processes=1), [EOT])
-    pieces = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
-    short, ids = [text[i : i + 100] for i in range(0, 1_000_000, 100)], ours.encode(text)
     warm = Tokenizer(ours.vocab, ours.merges, [EOT])  # its cache is never emptied
+    pieces = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+    short, ids = [text[i : i + 100] for i in range(0, 1_000_000, 100)], warm.encode(text)
     warm.encode_batch(short)
     jobs = {
         ("train", "ours"): lambda: train_bpe([text], vocab_size, num_processes=processes),
         ("encode to numpy", "ours"): lambda: (ours._reset_cache(), ours.encode_numpy(text)),
         ("encode to list", "ours"): lambda: (ours._reset_cache(), ours.encode(text)),
-        ("encode 100 characters", "ours"): lambda: [warm.encode(s) for s in short],
+        ("encode 100 characters", "ours"): lambda: warm.encode_batch(short),
         ("decode", "ours"): lambda: ours.decode(ids)}
     with contextlib.suppress(ImportError):
         import rustbpe
@@ -1255,19 +1164,15 @@ def bench_jobs(text, vocab_size, processes):
                                 special_tokens=ours.special_tokens)
         jobs["encode to numpy", "tiktoken"] = lambda: tik.encode_to_numpy(text)
         jobs["encode to list", "tiktoken"] = lambda: tik.encode_ordinary(text)
-        jobs["encode 100 characters", "tiktoken"] = lambda: [tik.encode_ordinary(s) for s in short]
+        jobs["encode 100 characters", "tiktoken"] = lambda: list(map(tik.encode_ordinary, short))
         jobs["decode", "tiktoken"] = lambda: tik.decode(ids)
     with contextlib.suppress(ImportError):
         import tokenizers
 
-        def train():
-            tok = tokenizers.Tokenizer(tokenizers.models.BPE())
-            tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tok.train_from_iterator(pieces, tokenizers.trainers.BpeTrainer(
-                vocab_size=vocab_size, show_progress=False))
-
         fresh = tokenizers.Tokenizer.from_str(json.dumps(to_json(ours)))
-        jobs["train", "tokenizers"] = train
+        learner = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
+        jobs["train", "tokenizers"] = lambda: tokenizers.Tokenizer.from_str(
+            fresh.to_str()).train_from_iterator(pieces, learner)
         jobs["encode to list", "tokenizers"] = lambda: fresh.encode_batch_fast(pieces)
     return jobs
 
@@ -1276,35 +1181,33 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, run, help, data=None, tokenizer=True):
-        sub = commands.add_parser(name, help=help, description=help,
+    def command(run, help, **arguments):
+        sub = commands.add_parser(run.__name__[4:], help=help, description=help,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        if data:
-            sub.add_argument("data", nargs=data, help="files, directories, globs of text")
-        if tokenizer:
-            sub.add_argument("--tokenizer", default="tokenizer",
-                             help="tokenizer.json or its directory; vocab.json; .tiktoken")
         sub.set_defaults(run=run)
-        return sub
+        for name, options in arguments.items():
+            sub.add_argument(name if name in ("data", "tokens") else
+                             f"--{name.replace('_', '-')}", **options)
 
-    train = command("train", run_train, "learn a vocabulary from text", "+", tokenizer=False)
-    train.add_argument("--vocab-size", type=int, default=32000, help="tokens in all")
-    train.add_argument("--special-tokens", nargs="*", default=[EOT], help="texts kept whole")
-    train.add_argument("--pattern", default="gpt2", help=f"{', '.join(PATTERNS)} or a regex")
-    train.add_argument("--out", default="tokenizer", help="directory for tokenizer.json")
-    encode = command("encode", run_encode, "turn text into a file of token ids", "+")
-    encode.add_argument("--out", default="tokens.npy", help="file for the ids, uint16 or uint32")
-    for sub in (train, encode):
-        sub.add_argument("--processes", type=int, help="worker processes (None: one a core)")
-    decode = command("decode", run_decode, "turn token ids into text")
-    decode.add_argument("tokens", help=".npy file of ids, or ids: 5,9,12")
-    inspect = command("inspect", run_inspect, "print what a tokenizer does to texts", "*")
-    inspect.add_argument("--beside", help="another tokenizer to compare with, such as GPT-2's")
-    bench = command("bench", run_bench, "time this file beside tiktoken, tokenizers and rustbpe",
-                    "+", tokenizer=False)
-    bench.add_argument("--vocab-size", type=int, default=10000, help="tokens to train")
-    bench.add_argument("--repeats", type=int, default=3, help="runs a row; their median is printed")
-    bench.add_argument("--processes", type=int, default=1, help="worker processes to train with")
+    data = {"nargs": "+", "help": "files, directories, globs of text"}
+    tokenizer = {"default": "tokenizer", "help": "tokenizer.json or its directory; .tiktoken"}
+    processes = {"type": int, "help": "worker processes (None: one a core)"}
+    command(run_train, "learn a vocabulary from text", data=data, processes=processes,
+            vocab_size={"type": int, "default": 32000, "help": "tokens in all"},
+            special_tokens={"nargs": "*", "default": [EOT], "help": "texts kept whole"},
+            pattern={"default": "gpt2", "help": f"{', '.join(PATTERNS)} or a regular expression"},
+            out={"default": "tokenizer", "help": "directory for tokenizer.json"})
+    command(run_encode, "turn text into a file of token ids", data=data, tokenizer=tokenizer,
+            out={"default": "tokens.npy", "help": "file for the ids, uint16 or uint32"},
+            processes=processes)
+    command(run_decode, "turn token ids into text", tokenizer=tokenizer,
+            tokens={"help": ".npy file of ids, or ids: 5,9,12"})
+    command(run_inspect, "print what a tokenizer does to texts", tokenizer=tokenizer,
+            data={**data, "nargs": "*"}, beside={"help": "another one to compare, as GPT-2's"})
+    command(run_bench, "time this file beside tiktoken, tokenizers and rustbpe", data=data,
+            vocab_size={"type": int, "default": 10000, "help": "tokens to train"},
+            repeats={"type": int, "default": 3, "help": "runs a row; their median is printed"},
+            processes={"type": int, "default": 1, "help": "worker processes to train with"})
     return parser
 
 
