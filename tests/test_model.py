@@ -417,7 +417,7 @@ def test_why_it_stops():
     assert done.reason == "stop" and done.text == Letters().decode(tokens[:6])
     full = model.generate([list(range(90)) + [1] * 30], 50, temperature=0)[0]
     assert full.reason == "context" and len(full.tokens) == 128 - 120
-    for prompt, message in (([], "empty"), ([1] * 128, "no room"), ([96], "vocab_size")):
+    for prompt, message in (([], "0 tokens"), ([1] * 128, "128 tokens"), ([96], "vocab_size")):
         with pytest.raises(ValueError, match=message):
             model.generate([prompt], 5)
     with pytest.raises(ValueError, match="context_length"):
