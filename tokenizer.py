@@ -258,7 +258,7 @@ class KeyTable:
     def __init__(self, capacity):
         self.size = 1 << (2 * capacity).bit_length()  # at most half full: searches stay short
         self.keys = np.zeros((2, self.size), np.uint64)
-        self.new = []  # arrays of slots taken since the caller last emptied this list
+        self.used, self.new = 0, []  # arrays of slots taken since the caller last emptied this list
 
     def find(self, first, second, insert=False):
         """(n,) int64 slots of n keys; of an unknown one an empty slot, its own if `insert`."""
@@ -270,9 +270,11 @@ class KeyTable:
         todo = np.flatnonzero((ones[slot] != first) | (twos[slot] != second))
         while todo.size:
             at, one, two = slot[todo], first[todo], second[todo]
-            if insert and (free := twos[at] == 0).any():  # of those that want a slot, the last
-                ones[at[free]], twos[at[free]] = one[free], two[free]  # stays; the others see it
+            if insert:  # of several that want one slot, the last stays: numpy writes in order
+                free = twos[at] == 0
+                ones[at[free]], twos[at[free]] = one[free], two[free]
                 self.new.append(np.unique(at[free]))
+                self.used += len(self.new[-1])
             other = (twos[at] != 0) & ((ones[at] != one) | (twos[at] != two))
             todo = todo[other]
             slot[todo] = (slot[todo] + 1) % self.size
@@ -291,13 +293,13 @@ class WordTable:
     """
 
     def __init__(self, capacity=MAX_WORDS):
-        self.table, self.long, self.count = KeyTable(capacity), {}, 0
+        self.table, self.long = KeyTable(capacity), {}
         self.value = np.zeros(self.table.size, np.int64)  # of each word, for the caller
         byte = np.arange(16) < np.arange(16)[:, None]  # (length, byte): which bytes count
         self.low, self.high = (byte * np.uint8(255)).view("<u8").T.copy()
 
     def has_room(self, number):
-        return self.count + number <= self.table.size // 2
+        return self.table.used + number <= self.table.size // 2
 
     def add(self, data, starts, lengths):
         """(n,) int64 numbers of the words at `starts` of the bytes `data`."""
@@ -309,10 +311,7 @@ class WordTable:
         for i in np.flatnonzero(lengths > 15).tolist():
             word = data[starts[i] : starts[i] + lengths[i]]
             first[i], second[i] = self.long.setdefault(word, len(self.long)), LONG
-        known = len(self.table.new)
-        number = self.table.find(first, second, insert=True)
-        self.count += sum(map(len, self.table.new[known:]))
-        return number
+        return self.table.find(first, second, insert=True)
 
     def take_new(self):
         """(numbers (n,) int64, [bytes]) of the words added since the last call."""
@@ -490,6 +489,15 @@ def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN
     return build_vocab(special_tokens, merges), merges
 
 
+def keep(function):
+    """Done once in each worker process: the function stays there, with the words it has learned."""
+    call_kept.function = function
+
+
+def call_kept(item):
+    return call_kept.function(item)
+
+
 def parallel_map(function, items, processes):
     """Yield function(item) in order, at most two items a process ahead, so memory stays bounded."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
@@ -498,10 +506,10 @@ def parallel_map(function, items, processes):
     if processes == 1 or len(head) < 2:  # not worth a process
         yield from map(function, chain(head, items))
         return
-    with multiprocessing.Pool(processes) as pool:
+    with multiprocessing.Pool(processes, keep, (function,)) as pool:
         waiting = collections.deque()
         for item in chain(head, items):
-            waiting.append(pool.apply_async(function, (item,)))
+            waiting.append(pool.apply_async(call_kept, (item,)))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().get()
         while waiting:
@@ -717,6 +725,8 @@ class Tokenizer:
     def _learn_words(self):
         """Put the ids of words that are new in the word table into the pool."""
         number, words = self._words.take_new()
+        if not words:
+            return
         lengths = np.array([len(word) for word in words])
         pools, size = [self._pool], len(self._pool)
         for low, high in ((0, 8), (8, 16), (16, 32), (32, 64), (64, 1 << 62)):
@@ -939,18 +949,16 @@ class Tokenizer:
         Llama 3's if the vocabulary has its <|start_header_id|>. A content that holds a special
         token would forge a turn: ValueError.
         """
+        begin, end = "<|im_start|>{}\n", "<|im_end|>\n"
         if "<|start_header_id|>" in self.special_tokens:
-            form = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
-        else:
-            form = "<|im_start|>{}\n{}<|im_end|>\n"
+            begin, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
         text = ""
         for message in messages:
             for token in self.special_tokens:
                 if token in message["content"] or token in message["role"]:
                     raise ValueError(f"a message holds the special token {token}: take it out")
-            text += form.format(message["role"], message["content"])
-        return text + form.partition("{}<|eot_id|>")[0].partition("{}<|im_end|>")[0].format(
-            "assistant") if add_generation_prompt else text
+            text += begin.format(message["role"]) + message["content"] + end
+        return text + begin.format("assistant") * add_generation_prompt
 
     def save(self, path):
         """Write tokenizer.json of Hugging Face tokenizers: a file, or into a directory; -> path."""
