@@ -278,6 +278,12 @@ def scaled_dot_product_attention(q, k, v, mask=None, softcap=0.0):
     return softmax(scores.to(wide(scores))).to(v.dtype) @ v
 
 
+def visible(queries, keys, window=None):
+    """Which keys a query sees, by position: (B, T), (S,) -> (B, 1, T, S), True = attend."""
+    gap = (queries[..., None] - keys)[:, None]
+    return (gap >= 0) & (gap < window) if window else gap >= 0
+
+
 def blocked_attention(q, k, v, block=256):
     """Causal attention of q, k, v (B, H, T, E), `block` queries at a time.
 
@@ -292,6 +298,29 @@ def blocked_attention(q, k, v, block=256):
         scores = q_block @ k_seen.transpose(-2, -1) + later[i * block:S, :S]  # (B, H, N, S)
         out.append(torch.softmax(scores, -1) @ v_seen)
     return torch.cat(out, dim=2)
+
+
+def attend(q, k, v, mask, config):
+    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E).
+
+    mask as from `visible`; None means causal when T == S, everything when T == 1.
+    """
+    causal, softcap = mask is None and q.shape[1] > 1, config.attention_softcap
+    if config.attention == "flash" and mask is None and q.shape[-1] == v.shape[-1]:
+        from kernels import flash_attention
+        return flash_attention(q, k, v, window=config.sliding_window, softcap=softcap)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E)
+    blocked = causal and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    naive = config.attention == "naive" or softcap
+    if not (naive or blocked):
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    if blocked and not naive:
+        return blocked_attention(q, k, v).transpose(1, 2)
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    return scaled_dot_product_attention(q, k, v, mask, softcap).transpose(1, 2)
 
 
 def cross_entropy(logits, targets, reduction="mean", ignore_index=-100, z_loss=0.0):
@@ -382,35 +411,6 @@ class MLP(nn.Module):
 # ---- the model ---------------------------------------------------------------------------------
 
 
-def visible(queries, keys, window=None):
-    """Which keys a query sees, by position: (B, T), (S,) -> (B, 1, T, S), True = attend."""
-    gap = (queries[..., None] - keys)[:, None]
-    return (gap >= 0) & (gap < window) if window else gap >= 0
-
-
-def attend(q, k, v, mask, config):
-    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E).
-
-    mask as from `visible`; None means causal when T == S, everything when T == 1.
-    """
-    causal, softcap = mask is None and q.shape[1] > 1, config.attention_softcap
-    if config.attention == "flash" and mask is None and q.shape[-1] == v.shape[-1]:
-        from kernels import flash_attention
-        return flash_attention(q, k, v, window=config.sliding_window, softcap=softcap)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E)
-    blocked = causal and q.device.type == "cpu" and q.dtype == torch.bfloat16
-    naive = config.attention == "naive" or softcap
-    if not (naive or blocked):
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    if blocked and not naive:
-        return blocked_attention(q, k, v).transpose(1, 2)
-    if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    return scaled_dot_product_attention(q, k, v, mask, softcap).transpose(1, 2)
-
-
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with the switches of ModelConfig."""
 
@@ -484,8 +484,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks, norm, head: ids (B, T) int64 -> logits (B, T, V).
 
-    As methods it also has `stream`, `generate`, `save_pretrained` and `from_pretrained`: functions
-    further down, given to the class there so that it reads on one page.
+    Also a method: stream, generate, save_pretrained, from_pretrained, num_parameters and
+    flops_per_token, functions further down given to the class there, so that it fits on a page.
     """
 
     def __init__(self, config):
@@ -559,16 +559,6 @@ class Transformer(nn.Module):
 
     def moes(self):
         return [m for m in self.modules() if isinstance(m, MoE)]
-
-    def num_parameters(self, embeddings=True):
-        """Learned numbers; embeddings=False leaves out tables that are only looked up in."""
-        tables = [m.weight for m in self.modules() if isinstance(m, Embedding)]
-        unseen = [] if embeddings else tables[self.config.tie_embeddings:]  # tied: also the head
-        return sum(p.numel() for p in self.parameters()) - sum(t.numel() for t in unseen)
-
-    def flops_per_token(self, T=None):
-        """Training FLOPs a token, forward and backward, at length T (default: the context)."""
-        return float(sum(flops for _, flops in account(self, T).values()))
 
 
 # ---- larger variants ---------------------------------------------------------------------------
@@ -1044,17 +1034,15 @@ def save_pretrained(model, directory, shard_bytes=5_000_000_000):
         name, flip = hf_name(name, h["model_type"])
         p = p.detach().cpu().T if flip else p.detach().cpu()
         tensors[name] = torch.cat((tensors[name], p), -1) if name in tensors else p  # GPT-2's qkv
-    shards, size = [{}], 0
+    shards, total = {}, 0
     for name, p in tensors.items():
-        if size and size + p.nbytes > shard_bytes:
-            shards, size = [*shards, {}], 0
-        shards[-1][name] = p.contiguous()
-        size += p.nbytes
-    files, texts = ["model.safetensors"], {"config.json": h}
+        shards.setdefault(total // shard_bytes, {})[name] = p.contiguous()
+        total += p.nbytes
+    files, texts, shards = ["model.safetensors"], {"config.json": h}, list(shards.values())
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         texts["model.safetensors.index.json"] = {
-            "metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
+            "metadata": {"total_size": total},
             "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}}
         (directory / "model.safetensors").unlink(missing_ok=True)  # it would be read first
     for file, shard in zip(files, shards):
@@ -1106,12 +1094,13 @@ def from_pretrained(directory, dtype=None, device=None):
     with torch.device("meta"):
         model = Transformer(config)
     tensors, state, used = read_tensors(directory), {}, set()
+    if kind == "gpt2":  # OpenAI's own files go without the prefix
+        tensors = {"transformer." + name.removeprefix("transformer."): t
+                   for name, t in tensors.items()}
     for name, p in model.state_dict().items():
         theirs, flip = hf_name(name, kind)
-        if theirs not in tensors:  # OpenAI's own GPT-2 files go without the prefix
-            theirs = theirs.removeprefix("transformer.")
         if theirs not in tensors:
-            raise ValueError(f"{directory}: tensor {hf_name(name, kind)[0]} is missing")
+            raise ValueError(f"{directory}: tensor {theirs} is missing")
         used.add(theirs)
         t = tensors[theirs].T if flip else tensors[theirs]
         if "c_attn" in theirs and len(t) == 3 * len(p):
@@ -1121,8 +1110,8 @@ def from_pretrained(directory, dtype=None, device=None):
                              f"config.json asks for {tuple(p.shape)}")
         state[name] = t.to(device or "cpu", dtype).contiguous()
     for name in sorted(tensors.keys() - used):
-        if not name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")) and not (
-                name == "lm_head.weight" and config.tie_embeddings):
+        known = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # of no use to us
+        if not name.endswith(known + ("lm_head.weight",) * config.tie_embeddings):
             raise ValueError(f"{directory}: tensor {name} has no place in a {kind} model")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
@@ -1163,6 +1152,21 @@ def account(model, T=None):
     width = 2 * c.d_head + (c.d_rope if c.kv_rank else 0)  # of a key and a value
     parts["attention products"] = [0, 6 * c.num_layers * c.num_heads * width * keys]
     return parts
+
+
+def num_parameters(model, embeddings=True):
+    """Learned numbers; embeddings=False leaves out tables that are only looked up in."""
+    tables = [m.weight for m in model.modules() if isinstance(m, Embedding)]
+    unseen = [] if embeddings else tables[model.config.tie_embeddings:]  # tied: also the head
+    return sum(p.numel() for p in model.parameters()) - sum(t.numel() for t in unseen)
+
+
+def flops_per_token(model, T=None):
+    """Training FLOPs a token, forward and backward, at length T (default: the context)."""
+    return float(sum(flops for _, flops in account(model, T).values()))
+
+
+Transformer.num_parameters, Transformer.flops_per_token = num_parameters, flops_per_token
 
 
 def count_only(source, context_length=None):

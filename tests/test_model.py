@@ -319,6 +319,8 @@ def test_counts_by_hand():
     layer = D * 32 + 2 * D * 16 + 32 * D + 3 * D * F_ + 2 * D + 2 * 8
     assert model.num_parameters() == 2 * V * D + L * layer + D
     assert model.num_parameters(embeddings=False) == V * D + L * layer + D
+    tied = tiny(d_ff=F_, num_kv_heads=2, tie_embeddings=True)  # its one table computes
+    assert tied.num_parameters(embeddings=False) == tied.num_parameters() == V * D + L * layer + D
     matmul = L * (2 * D * 32 + 2 * D * 16 + 3 * D * F_) + V * D
     products = sum(2 * 2 * 32 * (t + 1) for t in range(T)) / T * L  # q k^T and p v, H E = 32
     assert model.flops_per_token(T) == pytest.approx(3 * (2 * matmul + products))
@@ -457,6 +459,18 @@ def test_what_cannot_be_exported_says_so(tmp_path, capsys):
     assert Transformer.from_pretrained(tmp_path).config.ffn == "relu2"
 
 
+def test_gpt2_files_without_the_prefix(tmp_path):
+    model = random_model("gpt2")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    assert not bare.keys() & tensors.keys()
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 128, 128)  # OpenAI's files hold the causal mask
+    save_file(bare, tmp_path / "model.safetensors")
+    again = Transformer.from_pretrained(tmp_path)
+    assert torch.equal(again(random_ids(1, 9)), model(random_ids(1, 9)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_shards_and_dtypes(dtype, tmp_path):
     model, ids = tiny().to(dtype), random_ids(1, 5)
@@ -567,7 +581,7 @@ def test_a_blank_that_ends_the_prompt_is_not_written_twice(capsys):
     model = Says()
     for blanks, tokens, want in (("", [1], " main"), (" ", [1], "main"), ("  ", [1], "main"),
                                  (" ", [0, 1], " main"), ("  ", [0, 1], "main"),
-                                 (" ", [1, 1], "main main")):
+                                 (" ", [1, 1], "main main"), ("  ", [1, 1], "main main")):
         model.tokens = tokens
         M.show(model, Words(), [0], {"stop": ()}, blanks)
         assert capsys.readouterr().out == want + "\n"
