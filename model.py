@@ -1141,12 +1141,12 @@ def account(model, T=None):
     used = c.experts_per_token / c.num_experts if c.num_experts else 1
     for name, p in model.named_parameters():
         part = next(part for mark, part in PARTS.items() if mark in name)
+        if name == "embed.weight" and c.tie_embeddings:
+            part = "head"  # which computes
         row = parts.setdefault(part, [0, 0])
         row[0] += p.numel()
         if p.ndim == 2 and part != "tables":
             row[1] += 6 * p.numel() * (used if ".experts." in name else 1)
-    if c.tie_embeddings:
-        parts["head"] = [0, 6 * model.embed.weight.numel()]
     w = min(c.sliding_window or T, T)
     keys = (w * (w + 1) / 2 + (T - w) * w) / T
     width = 2 * c.d_head + (c.d_rope if c.kv_rank else 0)  # of a key and a value
@@ -1156,9 +1156,7 @@ def account(model, T=None):
 
 def num_parameters(model, embeddings=True):
     """Learned numbers; embeddings=False leaves out tables that are only looked up in."""
-    tables = [m.weight for m in model.modules() if isinstance(m, Embedding)]
-    unseen = [] if embeddings else tables[model.config.tie_embeddings:]  # tied: also the head
-    return sum(p.numel() for p in model.parameters()) - sum(t.numel() for t in unseen)
+    return sum(n for part, (n, _) in account(model).items() if embeddings or part != "tables")
 
 
 def flops_per_token(model, T=None):
@@ -1252,14 +1250,10 @@ def run_bench(args):
 
     ids = torch.randint(8192, (16, 256))
     for dtype in (torch.float32, torch.bfloat16):
-        def train(loss, dtype=dtype):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                value = loss(ids[:8])
-            value.backward()
-
+        cast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         row(f"forward + backward, 8 x 256, {str(dtype)[6:]}", 8 * 255,
-            lambda f=train: f(lambda x: ours.loss(x[:, :-1], x[:, 1:])),
-            lambda f=train: f(lambda x: theirs(x, labels=x).loss))
+            lambda cast=cast: cast(ours.loss)(ids[:8, :-1], ids[:8, 1:]).backward(),
+            lambda cast=cast: cast(theirs)(ids[:8], labels=ids[:8]).loss.backward())
     for batch, kind in ((16, "float32"), (1, "float32"), (1, "ours int8")):
         if kind != "float32":
             quantize(ours)
@@ -1315,7 +1309,8 @@ def run_generate(args):
         show(model, tokenizer, ids, options, blanks)
         return
     for i, done in enumerate(model.generate([ids], n=args.samples, **options)):
-        text = done.text[len(os.path.commonprefix([done.text, blanks])):]
+        text = tokenizer.decode([t for t in done.tokens if t not in options["stop"]])
+        text = text[len(os.path.commonprefix([text, blanks])):]
         print(f"--- sample {i + 1}, {done.reason}\n{args.prompt}{text}")
 
 
