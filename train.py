@@ -632,9 +632,11 @@ def save_run(model, optimizers, step, args, tok):
                         full_rate_until=decay_start(args))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(work, folder)
-    except BaseException:
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        raise OSError(f"--out {args.out}: the checkpoint of step {step} could not be written, the "
+                      f"one before it is kept ({str(error).splitlines()[0]})") from error
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
     for file in folder.iterdir():
         beside = Path(args.out) / f"{file.name}.tmp"
         beside.unlink(missing_ok=True)
@@ -1048,7 +1050,7 @@ def train(args):
 
 # Flags whose default depends on the recipe or the device. Every one can be given by hand.
 RECIPES = {
-    "speedrun": dict(optimizer="muon", schedule="wsd", decay=0.5, min_lr=0.0, warmup=20, lr=0.003,
+    "speedrun": dict(optimizer="muon", schedule="wsd", decay=0.5, min_lr=0.0, warmup=20, lr=0.024,
                      weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-10, clip=0.0, qk_norm=True,
                      zero_init=True, tie_embeddings=False),
     "cs336": dict(optimizer="adamw", schedule="cosine", decay=0.0, min_lr=0.1, warmup=40, lr=0.002,
@@ -1056,10 +1058,10 @@ RECIPES = {
                   zero_init=False, tie_embeddings=False),
 }
 SIZES = {
-    "cpu": dict(vocab_size=4096, context_length=256, d_model=256, num_layers=6, num_heads=2,
-                d_ff=704, batch_size=16, steps=640, log_every=20, eval_every=200),
+    "cpu": dict(vocab_size=4096, context_length=256, d_model=192, num_layers=4, num_heads=2,
+                d_ff=512, batch_size=16, steps=1400, log_every=50, eval_every=350),
     "cuda": dict(vocab_size=4096, context_length=512, d_model=512, num_layers=8, num_heads=4,
-                 d_ff=1408, batch_size=64, steps=1000, log_every=20, eval_every=250),
+                 d_ff=1408, batch_size=64, steps=1000, log_every=50, eval_every=250),
 }
 
 
@@ -1144,7 +1146,7 @@ def make_parser():
     add("micro_batch", 0, "windows at a time on a rank, 0 for all that fit")
     add("optimizer", None, "optimizer", choices=["muon", "adamw", "sgd"])
     add("lr", None, "learning rate of AdamW or SGD")
-    add("muon_lr", 0.02, "learning rate of Muon (the blocks' matrices)")
+    add("muon_lr", 0.03, "learning rate of Muon (the blocks' matrices)")
     add("weight_decay", None, "decay of matrices, per unit of learning rate")
     add("cautious", False, "decay only where the update shrinks the weight too", **yes_no)
     add("momentum", 0.95, "of Muon and SGD")

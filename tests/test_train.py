@@ -299,7 +299,7 @@ def test_sigterm_saves_first(corpus, tmp_path):
 def test_a_finished_run_says_how_to_go_on_and_a_different_one_is_refused(corpus, undisturbed):
     assert "--steps 24 goes on" in run(corpus, undisturbed).stdout
     done = run(corpus, undisturbed, "--lr", "0.5", check=False)
-    assert done.returncode == 2 and "--lr 0.003" in done.stderr and "--restart" in done.stderr
+    assert done.returncode == 2 and "--lr 0.024" in done.stderr and "--restart" in done.stderr
 
 
 def test_more_steps_branch_off_where_the_rate_was_full(corpus, tmp_path):
