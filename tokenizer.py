@@ -239,7 +239,6 @@ def find_words(parts, pattern):
     else:
         start = regex_starts(parts, pattern, inside)
     start[at] = True
-    start[at[at + 1 < len(start)] + 1] = True
     starts = np.flatnonzero(start)
     return data, starts, np.diff(starts, append=len(data)), np.searchsorted(starts, at)
 
@@ -292,8 +291,8 @@ class WordTable:
     numbered by a dict, and that number is the first half of its key.
     """
 
-    def __init__(self, capacity=MAX_WORDS):
-        self.table, self.long = KeyTable(capacity), {}
+    def __init__(self, words=0):
+        self.table, self.long = KeyTable(max(MAX_WORDS, words)), {}
         self.value = np.zeros(self.table.size, np.int64)  # of each word, for the caller
         byte = np.arange(16) < np.arange(16)[:, None]  # (length, byte): which bytes count
         self.low, self.high = (byte * np.uint8(255)).view("<u8").T.copy()
@@ -387,11 +386,14 @@ class Tape:
 
 
 def group(keys, at, weight):
-    """Sort places by key. -> (distinct keys, places, first place of each key, weight of each)"""
+    """Sort places by key. -> (distinct keys, places, first place of each key and their end, weight
+    of each key)"""
     order = keys.argsort()
     keys, at = keys[order], at[order]
-    first = np.concatenate(([0], (keys[1:] != keys[:-1]).nonzero()[0] + 1))
-    return keys[first], at, first, np.add.reduceat(weight[at], first)
+    edge = np.ones(len(keys) + 1, bool)
+    np.not_equal(keys[1:], keys[:-1], out=edge[1:-1])
+    first = edge.nonzero()[0]
+    return keys[first[:-1]], at, first, np.add.reduceat(weight[at], first[:-1])
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -415,13 +417,11 @@ def learn_merges(words, number):
     merges, heap, floor = [], [], 1 << 62
 
     def push(keys, at, first, count):
-        ends = np.append(first[1:], len(at))
-        often = (count >= floor).nonzero()[0]
-        for key, n, begin, end in zip(keys[often].tolist(), count[often].tolist(),
-                                      first[often].tolist(), ends[often].tolist()):
-            if key >= 0:
-                where[key] = at[begin:end]
-                heapq.heappush(heap, (-n, reverse[key >> 32], reverse[key & 0xFFFFFFFF], key))
+        for i in (count >= floor).nonzero()[0].tolist():
+            if (key := int(keys[i])) >= 0:
+                where[key] = at[first[i] : first[i + 1]]
+                heapq.heappush(heap, (-int(count[i]), reverse[key >> 32],
+                                      reverse[key & 0xFFFFFFFF], key))
 
     while len(merges) < number:
         if not heap:
@@ -461,7 +461,7 @@ def count_words(batch, pattern):
         data, starts, lengths, special = find_words(parts, pattern)
         if not table.has_room(len(starts)):
             total.update(counts())
-            table = WordTable(max(MAX_WORDS, len(starts)))
+            table = WordTable(len(starts))
         number = table.add(data, np.delete(starts, special), np.delete(lengths, special))
         np.add.at(table.value, number, 1)
     total.update(counts())
@@ -716,9 +716,9 @@ class Tokenizer:
         """int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (a -1 is in none)."""
         return self._rank[self._find_pair(left.ravel(), right.ravel())].reshape(left.shape)
 
-    def _reset_cache(self, capacity=MAX_WORDS):
+    def _reset_cache(self, words=0):
         """Word n has the ids pool[offset : offset + count] where offset << 32 | count = value[n]"""
-        self._words = WordTable(capacity)
+        self._words = WordTable(words)
         self._pool = np.zeros(0, self.dtype)
         self._short = {}  # str -> list of ids, for short texts
 
@@ -788,7 +788,7 @@ class Tokenizer:
             rank, at = rank[rank < NO_MERGE], at[rank < NO_MERGE]
             if len(rank):
                 rank, at, first, _ = group(rank, at, tape.weight)
-                for r, places in zip(rank.tolist(), np.split(at, first[1:])):
+                for r, places in zip(rank.tolist(), np.split(at, first[1:-1])):
                     if r not in where:
                         heapq.heappush(heap, r)
                     where.setdefault(r, []).append(places)
@@ -830,18 +830,20 @@ class Tokenizer:
             data, starts, lengths, special = find_words(parts, self.pattern)
             if not self._words.has_room(len(starts)):  # forget all words
                 out, chunks = [*out, self._look_up(chunks)], []
-                self._reset_cache(max(MAX_WORDS, len(starts)))
+                self._reset_cache(len(starts))
             ids = np.array([i for _, i in parts if i is not None], self.dtype)
             chunks.append((self._words.add(data, starts, lengths), special, ids))
         return self._join([*out, self._look_up(chunks)])
 
     def _look_up(self, chunks):
-        """Ids of chunks (word numbers, indices of those that are special tokens, their ids)."""
+        """Ids of chunks (word numbers, indices of those that are special tokens, their ids).
+
+        The word "\\0" in a special token's place is one id, which gives way to that of the token.
+        """
         self._learn_words()
         out = []
         for number, special, special_ids in chunks:
             offset, count = np.divmod(self._words.value[number], 1 << 32)
-            count[special] = 1
             ids = self._pool[ranges(offset, count)]
             ids[np.cumsum(count)[special] - 1] = special_ids
             out.append(ids)
