@@ -200,9 +200,8 @@ class LayerNorm(RMSNorm):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
 
 
-def make_norm(config, wanted=True):
-    """A norm of d_model, or nothing where it is not wanted."""
-    if not wanted or config.norm == "none":
+def make_norm(config):
+    if config.norm == "none":
         return nn.Identity()
     if config.norm_type == "rms":
         return RMSNorm(config.d_model, config.norm_eps)
@@ -484,8 +483,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks, norm, head: ids (B, T) int64 -> logits (B, T, V).
 
-    Also a method: stream, generate, save_pretrained, from_pretrained, num_parameters and
-    flops_per_token, functions further down given to the class there, so that it fits on a page.
+    Its other methods (stream, generate, save_pretrained, from_pretrained, num_parameters,
+    flops_per_token) are functions further down, given to the class there: this fits on a page.
     """
 
     def __init__(self, config):
@@ -503,7 +502,7 @@ class Transformer(nn.Module):
             Embedding(V, config.num_kv_heads * config.d_head, std=0.02)
             for _ in range(config.value_embeddings))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.norm = make_norm(config, config.norm != "post")
+        self.norm = make_norm(config) if config.norm != "post" else nn.Identity()
         if not config.tie_embeddings:
             self.lm_head = Linear(D, V)
             if config.zero_init:
@@ -659,7 +658,7 @@ class KVCache:
         self.model, self.device, self.graphs = model, w.device, {}
         self.running, self.first = 0, 0  # rows in use, and the first row of the next pass
 
-    def copy_row(self, source, target, length):
+    def copy_row(self, source, target, length=None):
         for t in self.k + self.v if source != target else ():
             t[target, :length] = t[source, :length]
 
@@ -693,14 +692,14 @@ class KVCache:
 
         The last token is then the first decoding step, so samples of a prompt share its prefill.
         """
-        self.first, new = self.running, [row.ids[:-1] for row in rows[self.running:]]
-        distinct = [ids for i, ids in enumerate(new) if ids not in new[:i]]
-        T = max(map(len, distinct), default=0)
+        self.first, new = self.running, [tuple(row.ids[:-1]) for row in rows[self.running:]]
+        place = {ids: i for i, ids in enumerate(dict.fromkeys(new))}  # of each different prompt
+        T = max(map(len, place), default=0)
         if T:
-            padded = torch.tensor([ids + [0] * (T - len(ids)) for ids in distinct])
-            self.model.hidden(padded.to(self.device), self, [0] * len(distinct))
-        for i in reversed(range(len(new))):  # backwards: a prompt's row is never below its number
-            self.copy_row(self.first + distinct.index(new[i]), self.first + i, len(new[i]))
+            padded = torch.tensor([ids + (0,) * (T - len(ids)) for ids in place])
+            self.model.hidden(padded.to(self.device), self, [0] * len(place))
+        for i in reversed(range(len(new))):  # backwards: no place is overwritten before it is read
+            self.copy_row(self.first + place[new[i]], self.first + i, len(new[i]))
         self.first, self.running = 0, len(rows)
 
     def step(self, ids, starts):
@@ -725,7 +724,7 @@ class KVCache:
     def keep(self, kept):
         """Move the rows that go on to the front."""
         for target, source in enumerate(kept):
-            self.copy_row(source, target, self.end)
+            self.copy_row(source, target)
         self.running = len(kept)
 
 
@@ -751,6 +750,8 @@ def stream(model, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1
     what it draws does not depend on the batch it happens to run in.
     """
     check_prompts(prompts, max_new_tokens, model.config)
+    if tokenizer is None and any(isinstance(s, str) for s in stop):
+        raise ValueError("stop holds a string: generate needs the tokenizer to find it")
     queue = deque(Completion(i, i // n, list(prompts[i // n])) for i in range(len(prompts) * n))
     k, filters = draft_tokens if draft else 0, (temperature, top_k, top_p, min_p)
     uniform = torch.rand(len(queue), max_new_tokens + k, 3,
@@ -1244,8 +1245,8 @@ def run_bench(args):
                 start = time.perf_counter()
                 run()
                 taken.append(time.perf_counter() - start)
-        # The first round only warms up.
-        fast, peer = (tokens / statistics.median(t[1:] or [math.nan]) for t in times)
+        times = (t[1:] or [math.nan] for t in times)  # the first round warms up
+        fast, peer = (tokens / statistics.median(t) for t in times)
         print(f"| {name} | {fast:.0f} | {peer:.0f} | {fast / peer:.2f} |", flush=True)
 
     ids = torch.randint(8192, (16, 256))

@@ -295,6 +295,19 @@ def test_speculation_needs_fewer_passes_when_guesses_are_good():
     assert passes == [(2, 2)] + [(15, 1)] * 3  # one prefill a prompt, however many samples
 
 
+@pytest.mark.parametrize("name", ["default", "window", "mla"])
+def test_a_step_whose_starts_are_a_tensor(name):
+    """What a CUDA graph records: every shape fixed, the whole cache behind a mask."""
+    model, ids = random_model(name), random_ids(2, 9)
+    cache = M.KVCache(model, 2, 32)
+    with torch.no_grad():
+        model.hidden(ids[:, :6], cache, [0, 0])
+        logits = model(torch.stack((ids[0, 6:8], ids[1, 5:7])), cache, torch.tensor([6, 5]))
+        want = model(ids)
+    torch.testing.assert_close(logits, torch.stack((want[0, 6:8], want[1, 5:7])),
+                               atol=1e-5, rtol=1e-5)
+
+
 def greedy(model, prompt, steps):
     ids = list(prompt)
     with torch.no_grad():
@@ -424,6 +437,9 @@ def test_why_it_stops():
             model.generate([prompt], 5)
     with pytest.raises(ValueError, match="context_length"):
         model(random_ids(1, 129))
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate([[1]], 5, stop=["a"])
+    assert model.generate([], 5) == []
 
 
 def test_int8_within_its_rounding():
