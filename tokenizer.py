@@ -255,7 +255,7 @@ class KeyTable:
     """
 
     def __init__(self, capacity):
-        self.size = 1 << (2 * capacity).bit_length()  # at most half full: searches stay short
+        self.size = 1 << (2 * capacity - 1).bit_length()  # at most half full: searches stay short
         self.keys = np.zeros((2, self.size), np.uint64)
         self.used, self.new = 0, []  # arrays of slots taken since the caller last emptied this list
 
