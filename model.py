@@ -1112,7 +1112,7 @@ def from_pretrained(directory, dtype=None, device=None):
         state[name] = t.to(device or "cpu", dtype).contiguous()
     for name in sorted(tensors.keys() - used):
         known = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # of no use to us
-        if not name.endswith(known + ("lm_head.weight",) * config.tie_embeddings):
+        if not name.endswith(known + ("lm_head.weight",) * bool(config.tie_embeddings)):
             raise ValueError(f"{directory}: tensor {name} has no place in a {kind} model")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
