@@ -116,9 +116,10 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
-def truncated_normal(std, *shape):
-    """A Parameter drawn from N(0, std^2), cut at three standard deviations."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -3 * std, 3 * std))
+def truncated_normal(std, *shape, **kind):
+    """A Parameter drawn from N(0, std^2), cut at three standard deviations; kind: device, dtype."""
+    weight = torch.empty(shape, **kind)
+    return nn.Parameter(nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std))
 
 
 def project(x, weight, bias=None):
@@ -136,10 +137,11 @@ def project(x, weight, bias=None):
 class Linear(nn.Module):
     """y = x W^T (+ b), W (d_out, d_in) of variance 2 / (d_in + d_out) (Glorot & Bengio 2010)."""
 
-    def __init__(self, d_in, d_out, bias=False):
+    def __init__(self, d_in, d_out, bias=False, device=None, dtype=None):
         super().__init__()
-        self.weight = truncated_normal(math.sqrt(2 / (d_in + d_out)), d_out, d_in)
-        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        kind, std = {"device": device, "dtype": dtype}, math.sqrt(2 / (d_in + d_out))
+        self.weight = truncated_normal(std, d_out, d_in, **kind)
+        self.bias = nn.Parameter(torch.zeros(d_out, **kind)) if bias else None
 
     def forward(self, x):
         return project(x, self.weight, self.bias)
@@ -148,9 +150,9 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """Row `id` of a (vocab_size, d_model) table."""
 
-    def __init__(self, vocab_size, d_model, std=1.0):
+    def __init__(self, vocab_size, d_model, std=1.0, device=None, dtype=None):
         super().__init__()
-        self.weight = truncated_normal(std, vocab_size, d_model)
+        self.weight = truncated_normal(std, vocab_size, d_model, device=device, dtype=dtype)
 
     def forward(self, ids):
         return F.embedding(ids, self.weight)
@@ -180,9 +182,9 @@ class ScaleByRMS(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in fp32 whatever x is (Zhang & Sennrich 2019)."""
 
-    def __init__(self, d_model, eps=1e-6):
+    def __init__(self, d_model, eps=1e-6, device=None, dtype=None):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
+        self.weight, self.eps = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype)), eps
 
     def forward(self, x):
         return ScaleByRMS.apply(x, self.weight, self.eps, compute_dtype(x))

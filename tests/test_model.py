@@ -673,3 +673,10 @@ def test_transformers_agree_both_ways(name, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(again) is type(theirs)
     torch.testing.assert_close(again.eval()(ids).logits, want.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_take_a_device_and_a_dtype():
+    kind = {"device": "meta", "dtype": torch.bfloat16}
+    for layer in (M.Linear(3, 5, bias=True, **kind), M.Embedding(7, 3, **kind),
+                  M.RMSNorm(3, **kind)):
+        assert all(p.is_meta and p.dtype == torch.bfloat16 for p in layer.parameters())
