@@ -543,6 +543,7 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
     mine = starts[RANK::WORLD_SIZE]
     lengths = byte_lengths(tok, args.vocab_size).to(device)
     nats, tokens, text_bytes = 0.0, 0, 0.0
+    model.eval()  # no balancing loss of a mixture of experts
     for i in range(0, len(mine), B):
         rows = np.stack([a[s:s + T + 1] for a, s in mine[i:i + B]]).astype(np.int64)
         ids = torch.from_numpy(rows).to(device)  # (B, T + 1)
@@ -550,6 +551,7 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
             nats += model.loss(ids[:, :-1], ids[:, 1:], reduction="sum").item()
         tokens += ids[:, 1:].numel()
         text_bytes += lengths[ids[:, 1:]].sum().item()
+    model.train()
     nats, tokens, text_bytes = all_reduce_sum([nats, tokens, text_bytes], device)
     loss = nats / tokens
     bits = nats / math.log(2) / text_bytes if text_bytes else math.nan
@@ -865,6 +867,9 @@ def train_step(run, step, stopping):
             group["lr"] = group["full_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    if run.model.config.balance == "bias":  # experts balanced without a loss
+        for experts in run.model.moes():
+            experts.balance()
     return loss, norm, factor, stop > 0
 
 
