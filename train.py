@@ -564,7 +564,7 @@ def show_samples(model, tok, args):
     for i, prompt in enumerate(args.sample_prompts):
         ids = [tok.eot_id] if tok.eot_id is not None else []
         ids += tok.encode(prompt, allowed_special=())
-        done = model.generate([ids], args.sample_tokens, temperature=0.7, top_k=50, seed=i,
+        done = model.generate([ids], args.sample_tokens, temperature=0.8, top_p=0.95, seed=i,
                               stop=[tok.eot_id], tokenizer=tok)[0]
         say(f"\n---- sample {i + 1} " + "-" * 60)
         say(prompt + done.text.replace(tokenizer_py.EOT, ""))
@@ -1084,7 +1084,8 @@ def fill_defaults(args, device):
     args.warmup = min(args.warmup, args.steps // 4)
     args.micro_batch = args.micro_batch or -(-args.batch_size // WORLD_SIZE)
     if args.sample_prompts is None:
-        args.sample_prompts = [""] if args.data else ["def", "class", "import"]
+        args.sample_prompts = [""] if args.data else [
+            "def read_file(path):", 'class Stack:\n    """', "    def close(self):"]
     for name in ("steps", "batch_size", "context_length", "micro_batch", "keep", "log_every"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
@@ -1177,7 +1178,7 @@ def make_parser():
     add("save_every", 100, "steps between checkpoints, 0 for only the last")
     add("keep", 1, "checkpoints to keep")
     add("sample_prompts", None, "what to continue at the end", nargs="*")
-    add("sample_tokens", 120, "tokens a sample")
+    add("sample_tokens", 160, "tokens a sample")
     return parser
 
 
