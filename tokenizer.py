@@ -963,14 +963,23 @@ class Tokenizer:
         return text + begin.format("assistant") * add_generation_prompt
 
     def save(self, path):
-        """Write tokenizer.json of Hugging Face tokenizers: a file, or into a directory; -> path."""
+        """Write tokenizer.json of Hugging Face tokenizers: a file, or into a directory; -> path.
+
+        In a directory, tokenizer_config.json beside it keeps transformers from splitting words as
+        the model's family does (Qwen 2's way for a model saved as Qwen 3).
+        """
+        files = {path: to_json(self)}
         if not str(path).endswith(".json"):
             os.makedirs(path, exist_ok=True)
-            path = os.path.join(path, "tokenizer.json")
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            json.dump(to_json(self), file, ensure_ascii=False, indent=1)
-        os.replace(f"{path}.part", path)
-        return path
+            config = {"tokenizer_class": "PreTrainedTokenizerFast",
+                      "eos_token": EOT if self.eot_id is not None else None}
+            files = {os.path.join(path, "tokenizer.json"): to_json(self),
+                     os.path.join(path, "tokenizer_config.json"): config}
+        for name, content in files.items():
+            with open(f"{name}.part", "w", encoding="utf-8") as file:
+                json.dump(content, file, ensure_ascii=False, indent=1)
+            os.replace(f"{name}.part", name)
+        return next(iter(files))
 
     @classmethod
     def load(cls, path):

@@ -628,7 +628,7 @@ def save_run(model, optimizers, step, args, tok):
     try:
         model.save_pretrained(work)
         if tok:
-            tok.save(work / "tokenizer.json")
+            tok.save(work)
         save_checkpoint(None, optimizers, step, work / "train_state.pt",
                         settings={k: getattr(args, k) for k in IDENTITY}, steps=args.steps,
                         full_rate_until=decay_start(args))

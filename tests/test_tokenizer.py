@@ -379,7 +379,9 @@ def test_save_and_load(tok, tmp_path):
     again = tk.Tokenizer.load(tmp_path / "tokenizer.json")
     for name in ("vocab", "merges", "special_tokens", "pattern", "vocab_size", "eot_id", "dtype"):
         assert getattr(again, name) == getattr(tok, name)
-    assert os.listdir(tmp_path) == ["tokenizer.json"]
+    assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer_config.json"]
+    tok.save(tmp_path / "alone.json")
+    assert len(os.listdir(tmp_path)) == 3
 
 
 def test_gpt2_files(small, tmp_path):
