@@ -1023,7 +1023,7 @@ def build_run(args, device):
 
 
 def train(args):
-    """Run, or go on with, the run that the flags describe. Returns the final Score, or None."""
+    """Begin the run that the flags describe, or go on with it."""
     began = time.time()
     device = setup_ranks(args.device)
     fill_defaults(args, device)
@@ -1032,7 +1032,7 @@ def train(args):
     if first_step >= args.steps:
         say(f"--out {args.out}: finished, {first_step} steps; --steps {2 * first_step} goes on, "
             "--restart begins again")
-        return None
+        return
     describe(run, warm_up(run), first_step)
     try:
         steps, why = train_loop(run, first_step)
@@ -1042,13 +1042,12 @@ def train(args):
                          f"{kept[-1] if kept else 'none'}; try a lower --lr") from None
     if why:
         say(f"{why} at step {steps}, saved in {args.out}; the same command goes on")
-        return None
+        return
     if run.data.tokenizer and RANK == 0:
         show_samples(run.model, run.data.tokenizer, args)
     say(f"\ndone in {clock(time.time() - began)}: {args.out}/model.safetensors, loss.png, log.jsonl"
         f"\npython model.py generate --model {args.out} --prompt \"def \"")
-    del lock
-    return None
+    del lock  # held until here
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -1185,7 +1184,7 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     try:
-        return train(args)
+        train(args)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
