@@ -23,13 +23,16 @@ import signal
 import sys
 import sysconfig
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 import model as model_py
 import tokenizer as tokenizer_py
@@ -285,17 +288,34 @@ def shuffled(index, n, key):
             return index
 
 
+def document_starts(array, eot, T):
+    """Where windows begin so that each starts a document, or goes on inside one longer than T.
+
+    A document cut by the end of a window is read again from its beginning in the next one.
+    """
+    begins = np.append(0, np.flatnonzero(array[:-T] == eot) + 1)
+    starts, at = [], 0
+    while at + T < len(array):
+        starts.append(at)
+        last = int(begins[np.searchsorted(begins, at + T, "right") - 1])
+        at = last if last > at else at + T
+    return np.array(starts, np.int64)
+
+
 class Windows:
     """Windows of T + 1 tokens over a list of token arrays, each once an epoch, in random order.
 
     Every epoch has its own order and its own first token (0 to T - 1), so the cuts between windows
-    move. Window number p of a run is a function of p and the seed alone: any number of ranks reads
-    the same batches, and a restarted run needs only its step.
+    move; packed windows (`eot` given) begin where documents do. Window number p of a run is a
+    function of p and the seed alone: any number of ranks reads the same batches, and a restarted
+    run needs only its step.
     """
 
-    def __init__(self, arrays, T, seed):
+    def __init__(self, arrays, T, seed, eot=None):
         self.arrays, self.T, self.seed = arrays, T, seed
+        self.starts = None if eot is None else [document_starts(a, eot, T) for a in arrays]
         counts = [max(0, (len(a) - T) // T) for a in arrays]  # for every offset in 0 .. T - 1
+        counts = [len(s) for s in self.starts] if self.starts else counts
         self.ends = np.cumsum(counts)
         self.per_epoch = int(self.ends[-1])
         if not self.per_epoch:
@@ -309,7 +329,7 @@ class Windows:
         shard = int(np.searchsorted(self.ends, index, "right"))
         index -= int(self.ends[shard - 1]) if shard else 0
         offset = shuffled(epoch % self.T, self.T, f"offset {self.seed}")
-        start = offset + index * self.T
+        start = self.starts[shard][index] if self.starts else offset + index * self.T
         return self.arrays[shard][start:start + self.T + 1]
 
     def batch(self, positions, device):
@@ -323,45 +343,49 @@ class Windows:
 # ---- optimizers --------------------------------------------------------------------------------
 
 
+def adamw_update(p, g, m, v, rates, beta1, beta2, eps):
+    """One AdamW step of a flat parameter p (N,), in place; rates = (lr / (1 - b1^t),
+    1 / sqrt(1 - b2^t), 1 - lr wd) is a tensor so that a compiled form holds for every step."""
+    step_size, correction, keep = rates.unbind()
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    scale = v.sqrt().mul_(correction).add_(eps)
+    p.mul_(keep).sub_(m.div(scale).mul_(step_size))
+
+
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
 
     m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
     p = p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
-    The _foreach calls do one operation on all parameters of a group: one kernel on a GPU.
+    Eight passes over memory; `compiled` makes them one.
     """
+
+    update = staticmethod(adamw_update)
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def compiled(self):
+        self.update = torch.compile(adamw_update, dynamic=True)  # one kernel for all sizes
+        return self
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
-            self.update(group, params)
+            group["step"] = t = group.get("step", 0) + 1
+            (b1, b2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+            rates = torch.tensor([lr / (1 - b1**t), (1 - b2**t) ** -0.5, 1 - lr * decay],
+                                 dtype=torch.float64)  # of no dimension: p's type decides
+            for p in group["params"]:
+                if p.grad is not None:
+                    if not self.state[p]:
+                        self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+                    m, v = self.state[p]["m"], self.state[p]["v"]
+                    flat = (x.reshape(-1) for x in (p, p.grad, m, v))
+                    self.update(*flat, rates, b1, b2, group["eps"])
         return loss
-
-    def update(self, group, params):
-        group["step"] = t = group.get("step", 0) + 1
-        (b1, b2), lr = group["betas"], group["lr"]
-        grads = [p.grad for p in params]
-        m = [self.state[p]["m"] for p in params]
-        v = [self.state[p]["v"] for p in params]
-        torch._foreach_lerp_(m, grads, 1 - b1)
-        torch._foreach_mul_(v, b2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - b2)
-        scale = torch._foreach_sqrt(v)
-        torch._foreach_div_(scale, math.sqrt(1 - b2**t))
-        torch._foreach_add_(scale, group["eps"])
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_addcdiv_(params, m, scale, -lr / (1 - b1**t))
 
 
 class SGD(torch.optim.Optimizer):
@@ -559,13 +583,16 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
 
 
 @torch.compiler.set_stance("force_eager")
-def show_samples(model, tok, args):
+def show_samples(run):
     """Print what the model writes after each of --sample-prompts."""
-    for i, prompt in enumerate(args.sample_prompts):
+    tok = run.data.tokenizer
+    if RANK or not tok:
+        return
+    for i, prompt in enumerate(run.args.sample_prompts):
         ids = [tok.eot_id] if tok.eot_id is not None else []
         ids += tok.encode(prompt, allowed_special=())
-        done = model.generate([ids], args.sample_tokens, temperature=0.8, top_p=0.95, seed=i,
-                              stop=[tok.eot_id], tokenizer=tok)[0]
+        done = run.model.generate([ids], run.args.sample_tokens, temperature=0.8, top_p=0.95,
+                                  seed=i, stop=[tok.eot_id], tokenizer=tok)[0]
         say(f"\n---- sample {i + 1} " + "-" * 60)
         say(prompt + done.text.replace(tokenizer_py.EOT, ""))
 
@@ -614,7 +641,7 @@ def step_folders(out):
     return sorted(Path(out).glob("step-[0-9]*[0-9]"), key=lambda p: int(p.name[5:]))
 
 
-def save_run(model, optimizers, step, args, tok):
+def save_run(run, step):
     """Write out/step-N whole, under another name first, and link its files into out/.
 
     A kill at any moment leaves the previous step-* folder intact; out/ itself always opens as a
@@ -622,16 +649,18 @@ def save_run(model, optimizers, step, args, tok):
     """
     if RANK:
         return
+    args, tok = run.args, run.data.tokenizer
     folder = Path(args.out) / f"step-{step:06d}"
     work = folder.with_name(f"saving-{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     try:
-        model.save_pretrained(work)
+        run.model.save_pretrained(work)
         if tok:
             tok.save(work)
-        save_checkpoint(None, optimizers, step, work / "train_state.pt",
+        save_checkpoint(None, run.optimizers, step, work / "train_state.pt",
                         settings={k: getattr(args, k) for k in IDENTITY}, steps=args.steps,
-                        full_rate_until=decay_start(args))
+                        full_rate_until=decay_start(args), loss_scale=run.loss_scale,
+                        good_steps=run.good_steps, skipped=run.skipped)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(work, folder)
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
@@ -701,11 +730,31 @@ def clock(seconds):
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
+def other_logs(args):
+    """Functions of a record for --tensorboard and --wandb, if asked for and installed."""
+    sinks = []
+    try:
+        if args.tensorboard and RANK == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(Path(args.out) / "tensorboard")
+            sinks.append(lambda record: [writer.add_scalar(name, value, record["step"])
+                                         for name, value in record.items() if value is not None])
+        if args.wandb and RANK == 0:
+            import wandb
+            run = wandb.init(project=args.wandb, dir=args.out, config=vars(args))
+            sinks.append(lambda record: run.log(record, step=record["step"]))
+    except ImportError as error:
+        flag = "wandb" if sinks or not args.tensorboard else "tensorboard"
+        raise ValueError(f"--{flag}: not installed ({error}); pip install {flag}") from None
+    return sinks
+
+
 class Log:
     """One line a step into log.jsonl, one in --log-every on the screen, a plot of it all."""
 
-    def __init__(self, out, resumed_at):
-        self.path, self.records = Path(out) / "log.jsonl", []
+    def __init__(self, args, resumed_at):
+        self.path, self.records = Path(args.out) / "log.jsonl", []
+        self.sinks = other_logs(args)
         if RANK == 0 and resumed_at and self.path.exists():
             for line in self.path.read_text().splitlines():
                 record = json.loads(line) if line.endswith("}") else {}  # a kill cuts lines short
@@ -719,8 +768,11 @@ class Log:
 
     def write(self, **record):
         if self.file:
+            record = {k: v if math.isfinite(v) else None for k, v in record.items()}
             self.records.append(record)
             self.file.write(json.dumps(record) + "\n")
+            for sink in self.sinks:
+                sink(record)
 
     def draw(self):
         """loss.png: the training loss, its running mean, and validation, against tokens."""
@@ -729,8 +781,8 @@ class Log:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
-        train = [(r["tokens"], r["loss"]) for r in self.records if "loss" in r]
-        val = [(r["tokens"], r["val_loss"]) for r in self.records if "val_loss" in r]
+        train = [(r["tokens"], r["loss"]) for r in self.records if r.get("loss") is not None]
+        val = [(r["tokens"], r["val_loss"]) for r in self.records if r.get("val_loss")]
         figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
         if train:
             x, y = np.array(train).T
@@ -773,16 +825,21 @@ def choose_dtype(args, device):
 
     Some CPUs multiply bf16 four times as fast (AVX512-BF16, AMX), others emulate it at a tenth.
     """
-    bf16, fp32 = (matmul_flops(device, d) for d in (torch.bfloat16, torch.float32))
-    use_bf16 = args.dtype == "bf16" or args.dtype == "auto" and bf16 > 1.5 * fp32
-    if not all_reduce_sum([float(use_bf16 and RANK == 0)], device)[0]:  # rank 0 decides for all
-        return torch.float32, fp32
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return torch.bfloat16, next((p * 1e12 for k, p in GPU_PEAKS.items() if k in gpu), bf16)
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+    speed = {name: matmul_flops(device, dtypes[name]) for name in ("bf16", "fp32")}
+    name = args.dtype
+    if name == "auto":  # rank 0 decides for all
+        better = float(speed["bf16"] > 1.5 * speed["fp32"] and RANK == 0)
+        name = "bf16" if all_reduce_sum([better], device)[0] else "fp32"
+    peak = speed["fp32" if name == "fp32" else "bf16"]
+    if device.type == "cuda" and name != "fp32":
+        gpu = torch.cuda.get_device_name(device)
+        peak = next((p * 1e12 for k, p in GPU_PEAKS.items() if k in gpu), peak)
+    return dtypes[name], peak
 
 
-def compile_blocks(model, args, device):
-    """torch.compile one block, which all layers share; returns "compiled" or why not.
+def compile_blocks(model, optimizers, args, device):
+    """torch.compile one block, which all layers share, and AdamW; returns "compiled" or why not.
 
     Compiling the whole model is no faster here and takes 40 s instead of 15 on two cores.
     """
@@ -793,6 +850,9 @@ def compile_blocks(model, args, device):
         return "eager (too few steps to pay for compiling)"
     for layer in model.layers:
         layer.compile()
+    for optimizer in optimizers:
+        if isinstance(optimizer, AdamW):
+            optimizer.compiled()
     return "compiled blocks"
 
 
@@ -818,22 +878,44 @@ class Run:
     data: Data
     windows: Windows
     device: torch.device
-    autocast: object  # a function that gives the context the forward pass runs in
+    dtype: torch.dtype  # of matrix products; weights are fp32
     peak: float  # FLOP/s, what MFU is measured against
-    compiled: str  # whether the blocks are compiled, in words
+    compiled: str = ""  # whether the blocks are compiled, in words
+    loss_scale: float = 1.0  # of fp16, whose gradients would vanish below 6e-8
+    good_steps: int = 0  # since loss_scale last changed
+    skipped: int = 0  # steps whose gradients were not finite
+    reader: object = None  # the thread that reads ahead for a GPU
+    ahead: dict = field(default_factory=dict)  # {step: what the thread is reading}
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def micro_batches(run, step):
-    """This rank's share of the step's batch, --micro-batch windows at a time."""
+def read_batch(run, step):
+    """This rank's share of a step's windows: [(inputs, targets)], --micro-batch windows each."""
     first = step * run.args.batch_size
     mine = np.array_split(np.arange(first, first + run.args.batch_size), WORLD_SIZE)[RANK]
-    for i in range(0, len(mine), run.args.micro_batch):
-        positions = mine[i:i + run.args.micro_batch].tolist()
-        inputs, targets = run.windows.batch(positions, run.device)
-        if targets.max() >= run.args.vocab_size:
-            raise ValueError(f"--data: token id {targets.max().item()} is outside the vocabulary "
-                             f"of {run.args.vocab_size}; give the --tokenizer it was made with")
-        yield inputs, targets
+    parts = [mine[i:i + run.args.micro_batch].tolist()
+             for i in range(0, len(mine), run.args.micro_batch)]
+    batch = [run.windows.batch(part, run.device) for part in parts]
+    largest = max((targets.max().item() for _, targets in batch), default=0)
+    if largest >= run.args.vocab_size:
+        raise ValueError(f"--data: token id {largest} is outside the vocabulary of "
+                         f"{run.args.vocab_size}; give the --tokenizer it was made with")
+    return batch
+
+
+def next_batch(run, step):
+    """read_batch; on a GPU a thread reads the next step's meanwhile, into pinned memory."""
+    if run.device.type != "cuda":
+        return read_batch(run, step)
+    run.reader = run.reader or ThreadPoolExecutor(1)
+    now = run.ahead.pop(step, None) or run.reader.submit(read_batch, run, step)
+    run.ahead = {step + 1: run.reader.submit(read_batch, run, step + 1)}
+    return now.result()
+
+
+PARTS = ("data", "forward", "backward", "ranks", "clip", "optimizer")  # of a step, for --profile
 
 
 def forward_backward(run, step):
@@ -844,32 +926,58 @@ def forward_backward(run, step):
     """
     tokens = run.args.batch_size * run.args.context_length
     total = torch.zeros((), device=run.device)
-    for inputs, targets in micro_batches(run, step):
-        with run.autocast():
+    with record_function("data"):
+        batch = next_batch(run, step)
+    for inputs, targets in batch:
+        with record_function("forward"), run.autocast():
             loss = run.model.loss(inputs, targets, reduction="sum") / tokens
-        loss.backward()
+        with record_function("backward"):
+            (loss * run.loss_scale).backward()
         total += loss.detach()
-    average_gradients(list(run.model.parameters()))
+    with record_function("ranks"):
+        average_gradients(list(run.model.parameters()))
     return total.item()
 
 
-def train_step(run, step, stopping):
-    """One update. Returns (mean loss, gradient norm, learning-rate factor, does a rank stop)."""
-    factor = schedule(step, run.args)
-    loss = forward_backward(run, step)
-    norm = clip_grad_norm(list(run.model.parameters()), run.args.clip).item()
-    loss, stop = all_reduce_sum([loss, float(stopping)], run.device)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}")
+def rescale(run, finite):
+    """fp16: halve the loss scale when gradients overflow, double it after 1,000 that did not."""
+    run.good_steps = run.good_steps + 1 if finite else 0
+    if not finite or run.good_steps % 1000 == 0:
+        run.loss_scale *= 2.0 if finite else 0.5
+
+
+def update(run, factor):
+    """Every optimizer's step at `factor` of its full learning rate."""
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group.setdefault("full_lr", group["lr"])
             group["lr"] = group["full_lr"] * factor
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     if run.model.config.balance == "bias":  # experts balanced without a loss
         for experts in run.model.moes():
             experts.balance()
+
+
+def train_step(run, step, stopping=False):
+    """One update. Returns (mean loss, gradient norm, learning-rate factor, must stop)."""
+    factor = schedule(step, run.args)
+    loss = forward_backward(run, step)
+    parameters = list(run.model.parameters())
+    with record_function("clip"):
+        if run.loss_scale != 1:
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], run.loss_scale)
+        norm = clip_grad_norm(parameters, run.args.clip).item()
+    loss, stop = all_reduce_sum([loss, float(stopping)], run.device)
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if run.dtype == torch.float16:
+        rescale(run, finite)
+    with record_function("optimizer"):
+        if finite:
+            update(run, factor)
+        elif run.args.nonfinite == "stop" and (run.dtype != torch.float16 or run.loss_scale < 1):
+            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}")
+        run.model.zero_grad(set_to_none=True)
+    run.skipped += not finite
     return loss, norm, factor, stop > 0
 
 
@@ -901,7 +1009,7 @@ def warm_up(run):
                                  "shorten it or shrink the model") from None
             run.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            run.args.micro_batch = (run.args.micro_batch + 1) // 2
+            run.args.micro_batch, run.ahead = (run.args.micro_batch + 1) // 2, {}
             say(f"{'memory':<12}full: micro-batches of {run.args.micro_batch} windows")
 
 
@@ -912,46 +1020,180 @@ def evaluate_and_log(run, log, step, max_tokens=None):
     log.write(step=step, tokens=tokens, val_loss=score.loss, bits_per_byte=score.bits_per_byte)
     log.draw()
     say(f"{step:>6}/{run.args.steps:<6} validation {score}")
-    return score
+
+
+def report_spike(losses, loss, step):
+    """Say when a loss is more than six deviations above the 50 before it."""
+    mean, deviation = (np.mean(losses), np.std(losses)) if len(losses) == 50 else (loss, 0)
+    if loss > mean + 6 * deviation:
+        say(f"{step:>6}        loss spike: {loss:.4f} is {(loss - mean) / deviation:.0f} standard "
+            "deviations above the 50 steps before")
 
 
 def train_loop(run, first_step):
-    """Steps first_step .. --steps; returns (steps done, why it ended early or None)."""
-    args, log, stop = run.args, Log(run.args.out, first_step), StopRequest()
+    """Steps first_step .. --steps; returns (steps done, whether all of them)."""
+    args, log, stop = run.args, Log(run.args, first_step), StopRequest()
     tokens_per_step = args.batch_size * args.context_length
     flops = run.model.flops_per_token(args.context_length) * tokens_per_step
     saves = {args.steps, decay_start(args)} | set(range(0, args.steps, args.save_every or 10**9))
-    recent, side_work = [], 0.0  # seconds of the last steps; of evaluating and saving so far
+    times, losses, side_work = deque(maxlen=50), deque(maxlen=50), 0.0
     say(COLUMNS)
     for step in range(first_step, args.steps):
         start = time.perf_counter()
         loss, norm, factor, stopping = train_step(run, step, stop.signal is not None)
-        recent = [*recent[-49:], time.perf_counter() - start]
-        done = step + 1
-        seconds = sorted(recent)[len(recent) // 2]
+        times.append(time.perf_counter() - start)
+        done, seconds = step + 1, float(np.median(times))
         log.write(step=done, tokens=done * tokens_per_step, loss=loss, gnorm=norm, lr=factor,
-                  seconds=round(recent[-1], 4))
+                  seconds=round(times[-1], 4))
+        if math.isfinite(loss):
+            report_spike(losses, loss, done)
+            losses.append(loss)
         if done % args.log_every == 0 or done in (1, args.steps):
             share = side_work / max(1, done - first_step)  # a step's share of the side work
             say(f"{done:>6}/{args.steps:<6} {loss:7.4f} {factor:6.3f} {norm:6.2f} "
                 f"{tokens_per_step / seconds:8,.0f} {flops / seconds / run.peak / WORLD_SIZE:5.1%} "
-                f"{memory_gb(run.device):5.2f} {clock((args.steps - done) * (seconds + share))}")
+                f"{memory_gb(run.device):5.2f} {clock((args.steps - done) * (seconds + share))}"
+                + (f"  {run.skipped} skipped" if run.skipped else ""))
         start = time.perf_counter()
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
             evaluate_and_log(run, log, done, args.eval_tokens)
+        if args.sample_every and done % args.sample_every == 0 and done < args.steps:
+            show_samples(run)
         if done in saves or stopping:
-            save_run(run.model, run.optimizers, done, args, run.data.tokenizer)
+            save_run(run, done)
         side_work += time.perf_counter() - start
         if stopping and done < args.steps:
-            return done, "stopped"
+            return done, False
     evaluate_and_log(run, log, args.steps)
-    return args.steps, None
+    return args.steps, True
 
 
 def decay_start(args):
     """The last step at the full rate of a WSD run: its checkpoint is kept, to branch from."""
     decay = args.decay if args.schedule == "wsd" else 1.0
     return args.steps - int(decay * (args.steps - args.warmup))
+
+
+# ---- where time and memory go ------------------------------------------------------------------
+
+
+def profile_steps(run, step, steps=10):
+    """--profile: where a step's time goes, part by part and operator by operator, and a trace.
+
+    The parts are record_function ranges; emit_nvtx makes them NVTX ranges for Nsight on CUDA.
+    """
+    cuda = run.device.type == "cuda"
+    train_step(run, step)  # compiles the optimizer
+    with torch.autograd.profiler.emit_nvtx(cuda), torch.profiler.profile() as profiler:
+        start = time.perf_counter()
+        for i in range(step + 1, step + 1 + steps):
+            train_step(run, i)
+        whole = (time.perf_counter() - start) / steps * 1e3
+    events = {e.key: e for e in profiler.key_averages()}
+    parts = [events.pop(p) for p in PARTS if p in events]
+    rows = [(e.key, e.cpu_time_total, e.device_time_total) for e in parts]
+    rows += sorted([(e.key[:40], e.self_cpu_time_total, e.self_device_time_total)
+                    for e in events.values()], key=lambda row: -max(row[1:]))[:12]
+    say(f"\n{'a step':<40} {whole:>9.2f} ms\n{'part, then operator by itself':<40} {'host ms':>9} "
+        f"{'device ms':>9} {'share':>6}")
+    for name, host, device in rows:
+        host, device = host / steps / 1e3, device / steps / 1e3
+        say(f"{name:<40} {host:>9.2f} {device:>9.2f} {max(host, device) / whole:>6.1%}")
+    trace = Path(run.args.out) / f"trace-{RANK}.json"
+    profiler.export_chrome_trace(str(trace))
+    say(f"\n{trace}: open it in https://ui.perfetto.dev")
+
+
+@torch.compiler.set_stance("force_eager")
+def report_memory(run, step):
+    """--memory: the bytes that one micro-batch keeps for its backward pass, by part of the model.
+
+    Every storage counts once, where it is kept first; parameters do not count.
+    """
+    kept, where = {}, ["head and loss"]
+    seen = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept[where[-1]] = kept.get(where[-1], 0) + storage.nbytes()
+        return tensor
+
+    for i, layer in enumerate(run.model.layers):
+        for name, module in layer.named_children():
+            module.register_forward_pre_hook(lambda *_, n=f"layer {i} {name}": where.append(n))
+            module.register_forward_hook(lambda *_: where.pop() and None)
+    if run.device.type == "cuda":
+        torch.cuda.memory._record_memory_history()
+    inputs, targets = read_batch(run, step)[0]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), run.autocast():
+        run.model.loss(inputs, targets).backward()
+    for name, size in kept.items():
+        say(f"{name:<24} {size / 2**20:>9.2f} MiB")
+    say(f"{'in all':<24} {sum(kept.values()) / 2**20:>9.2f} MiB for {inputs.numel():,} tokens")
+    if run.device.type == "cuda":
+        torch.cuda.memory._dump_snapshot(f"{run.args.out}/memory.pickle")
+        say(f"{run.args.out}/memory.pickle: open it in https://pytorch.org/memory_viz")
+
+
+BENCHES = {  # by device: (d_model, num_layers, num_heads, d_ff, vocab_size, context_length, B)
+    "cuda": [(768, 12, 6, 2048, 50304, 1024, 32), (2048, 16, 16, 5632, 50304, 2048, 8)],
+    "cpu": [(192, 4, 2, 512, 4096, 256, 16)],
+}
+
+
+def bench(args, device):
+    """--bench: whole steps on random tokens, ours and the same model with torch's own parts."""
+    names = ("d_model", "num_layers", "num_heads", "d_ff", "vocab_size", "context_length",
+             "batch_size")
+    say(f"{'parameters and batch':<24} {'ours':<6} {'tokens/s':>9} {'MFU':>6} {'GB':>6} "
+        f"{'plain':>9} ratio")
+    for sizes in BENCHES[device.type]:
+        for name, value in zip(names, sizes):
+            setattr(args, name, value)
+        args.micro_batch, args.compile = args.batch_size, "on"
+        T, tokens = args.context_length, args.batch_size * args.context_length
+        ids = np.random.default_rng(0).integers(0, args.vocab_size, 2_000_000, np.uint16)
+        data = Data([ids], [ids], None, "random")
+        for args.optimizer in ("adamw", "muon"):
+            model = build_model(args, data, None).to(device)
+            run = Run(args, model, make_optimizers(model, args), data, Windows([ids], T, 0),
+                      device, *choose_dtype(args, device))
+            compile_blocks(model, run.optimizers, args, device)
+            ours, memory = median_seconds(partial(train_step, run)), memory_gb(device)
+            plain = median_seconds(plain_step(run))
+            mfu = model.flops_per_token(T) * tokens / ours / run.peak
+            say(f"{model.num_parameters() / 1e6:>6.1f}M, {args.batch_size:>3} x {T:<9} "
+                f"{args.optimizer:<6} {tokens / ours:>9,.0f} {mfu:>6.1%} {memory:>6.2f} "
+                f"{tokens / plain:>9,.0f} {plain / ours:>5.2f}")
+
+
+def plain_step(run):
+    """The peer of --bench: compiled as a whole, F.cross_entropy, fused torch.optim.AdamW."""
+    fresh = model_py.Transformer(run.model.config).to(run.device)
+    forward, optimizer = torch.compile(fresh), torch.optim.AdamW(fresh.parameters(), fused=True)
+
+    def step(i):
+        (inputs, targets), = read_batch(run, i)
+        with run.autocast():
+            logits = forward(inputs).flatten(0, 1)  # (B T, V)
+            loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return step
+
+
+def median_seconds(step, count=12, warmup=4):
+    times = []
+    for i in range(count):
+        start = time.perf_counter()
+        step(i)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[warmup:]))
 
 
 # ---- putting a run together --------------------------------------------------------------------
@@ -985,7 +1227,7 @@ def describe(run, seconds_per_step, first_step):
     say(f"{'model':<12}{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, d_ff "
         f"{c.d_ff}, {c.ffn}; {run.model.num_parameters() / 1e6:.2f}M parameters, "
         f"{run.model.num_parameters(embeddings=False) / 1e6:.2f}M without tables")
-    dtype = "bf16 products, fp32 weights" if run.autocast is not nullcontext else "fp32"
+    dtype = f"{str(run.dtype)[6:]} products, float32 weights"
     say(f"{'device':<12}{run.device.type} x {WORLD_SIZE}, {torch.get_num_threads()} threads each, "
         f"{dtype}, {run.peak / 1e12:.2f} TFLOP/s peak, {run.compiled}")
     say(f"{'batch':<12}{args.batch_size} windows of {T} = {args.batch_size * T:,} tokens")
@@ -1010,15 +1252,17 @@ def build_run(args, device):
     elif RANK == 0:
         for folder in step_folders(args.out):
             shutil.rmtree(folder)
-    windows = Windows(data.train, args.context_length, args.seed)
-    dtype, peak = choose_dtype(args, device)
-
-    def autocast():
-        return torch.autocast(device.type, dtype)
-
-    run = Run(args, model, optimizers, data, windows, device,
-              nullcontext if dtype == torch.float32 else autocast, peak,
-              compile_blocks(model, args, device))
+    eot = data.tokenizer.eot_id if data.tokenizer and args.pack else None
+    if args.pack and eot is None:
+        raise ValueError("--pack: needs a tokenizer with <|endoftext|> to find the documents by")
+    windows = Windows(data.train, args.context_length, args.seed, eot)
+    run = Run(args, model, optimizers, data, windows, device, *choose_dtype(args, device))
+    run.loss_scale = 2.0**16 if run.dtype == torch.float16 else 1.0
+    if resume_from:
+        state = torch.load(resume_from / "train_state.pt", weights_only=True, mmap=True)
+        run.loss_scale, run.good_steps, run.skipped = (
+            state[k] for k in ("loss_scale", "good_steps", "skipped"))
+    run.compiled = compile_blocks(model, optimizers, args, device)
     return run, first_step
 
 
@@ -1027,6 +1271,8 @@ def train(args):
     began = time.time()
     device = setup_ranks(args.device)
     fill_defaults(args, device)
+    if args.bench:
+        return bench(args, device)
     lock = lock_run(args.out)
     run, first_step = build_run(args, device)
     if first_step >= args.steps:
@@ -1034,17 +1280,20 @@ def train(args):
             "--restart begins again")
         return
     describe(run, warm_up(run), first_step)
+    if args.profile or args.memory:
+        profile_steps(run, first_step) if args.profile else report_memory(run, first_step)
+        return
     try:
-        steps, why = train_loop(run, first_step)
+        steps, complete = train_loop(run, first_step)
     except FloatingPointError as error:
         kept = step_folders(args.out)
         raise ValueError(f"{error}: stopped; the last good checkpoint is "
-                         f"{kept[-1] if kept else 'none'}; try a lower --lr") from None
-    if why:
-        say(f"{why} at step {steps}, saved in {args.out}; the same command goes on")
+                         f"{kept[-1] if kept else 'none'}; try a lower --lr, or --nonfinite skip"
+                         ) from None
+    if not complete:
+        say(f"stopped at step {steps}, saved in {args.out}; the same command goes on")
         return
-    if run.data.tokenizer and RANK == 0:
-        show_samples(run.model, run.data.tokenizer, args)
+    show_samples(run)
     say(f"\ndone in {clock(time.time() - began)}: {args.out}/model.safetensors, loss.png, log.jsonl"
         f"\npython model.py generate --model {args.out} --prompt \"def \"")
     del lock  # held until here
@@ -1125,6 +1374,7 @@ def make_parser():
     add("vocab_size", None, "ids of the tokenizer to train")
     add("val_fraction", 0.05, "share of the documents held out")
     add("cache", "data", "folder for tokenizers and tokens, by content")
+    add("pack", False, "begin windows where documents begin", **yes_no)
     group = parser.add_argument_group("model")
     add("init_from", None, "folder of a checkpoint to start from")
     add("context_length", None, "tokens a window")
@@ -1164,20 +1414,29 @@ def make_parser():
     add("warmup", None, "steps of linear warm-up")
     add("decay", None, "share of the steps in which WSD falls")
     add("min_lr", None, "last learning rate, as a share of the full one")
+    add("nonfinite", "stop", "what a loss or gradient that is not finite does",
+        choices=["stop", "skip"])
     add("seed", 0, "of the weights and the order of the data")
     group = parser.add_argument_group("run")
     add("out", "out", "folder of the checkpoint, log.jsonl and loss.png")
     add("restart", False, "begin again, dropping the run in --out", action="store_true")
     add("device", "auto", "cpu, cuda, cuda:1, ...")
-    add("dtype", "auto", "of matrix products", choices=["auto", "bf16", "fp32"])
+    add("dtype", "auto", "of matrix products", choices=["auto", "bf16", "fp16", "fp32"])
     add("compile", "auto", "torch.compile", choices=["auto", "on", "off"])
     add("log_every", None, "steps between lines")
     add("eval_every", None, "steps between validations, 0 for only the last")
     add("eval_tokens", 50_000, "validation tokens between; the last validation uses all")
     add("save_every", 100, "steps between checkpoints, 0 for only the last")
     add("keep", 1, "checkpoints to keep")
+    add("sample_every", 0, "steps between samples, 0 for only at the end")
     add("sample_prompts", None, "what to continue at the end", nargs="*")
     add("sample_tokens", 160, "tokens a sample")
+    add("tensorboard", False, "log to OUT/tensorboard too", action="store_true")
+    add("wandb", None, "Weights & Biases project to log to as well")
+    add("profile", False, "show where ten steps' time goes, and stop", action="store_true")
+    add("memory", False, "show what a batch keeps for the backward pass, and stop",
+        action="store_true")
+    add("bench", False, "time a step beside torch's own parts, and stop", action="store_true")
     return parser
 
 

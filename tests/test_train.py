@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,13 @@ def test_adamw_is_torchs():
     ours = steps_of(lambda p: train.AdamW(p, **options))
     theirs = steps_of(lambda p: torch.optim.AdamW(p, **options))
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-6)
+
+
+def test_compiled_adamw_is_the_eager_one():
+    options = dict(lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    compiled = steps_of(lambda p: train.AdamW(p, **options).compiled(), steps=20)
+    theirs = steps_of(lambda p: torch.optim.AdamW(p, **options), steps=20)
+    torch.testing.assert_close(compiled, theirs, atol=1e-9, rtol=1e-6)
 
 
 @pytest.mark.parametrize("momentum,decay", [(0.0, 0.0), (0.9, 0.0), (0.9, 0.05)])
@@ -175,6 +183,19 @@ def test_every_window_comes_once_an_epoch_from_every_shard():
     inputs, targets = windows.batch([0, 5], torch.device("cpu"))
     assert inputs.shape == targets.shape == (2, 8) and inputs.dtype == torch.int64
     assert (targets == inputs + 1).all()
+
+
+def test_packed_windows_begin_with_documents():
+    eot = 9
+    #         0  1  2    3  4  5  6  7  8  9 10 11   12 13    14 15 16
+    tokens = [1, 2, 9,   1, 2, 3, 4, 5, 6, 7, 8, 9,  1, 9,    1, 2, 9]
+    starts = train.document_starts(np.array(tokens), eot, 4)
+    # 0 sees the first document whole and the second's start; 3 and 7 read the long one through;
+    # the document at 12 begins inside window 11, which 11 would start on its <|endoftext|>
+    assert starts.tolist() == [0, 3, 7, 11, 12]
+    windows = train.Windows([np.array(tokens)], 4, 0, eot)
+    seen = sorted(tuple(windows.window(i)[:4]) for i in range(windows.per_epoch))
+    assert seen == sorted(tuple(tokens[s:s + 4]) for s in starts)
 
 
 def test_get_batch_covers_every_start():
@@ -353,7 +374,7 @@ def test_bits_per_byte_against_a_hand_count(tmp_path):
 
     val = np.array([97, 256, 256, 98, 257, 256, 97, 97, 97], np.uint16)
     args = train.argparse.Namespace(context_length=4, micro_batch=3, vocab_size=258)
-    score = train.evaluate(Zeros(), [val], args, torch.device("cpu"), tok, train.nullcontext)
+    score = train.evaluate(Zeros(), [val], args, torch.device("cpu"), tok, nullcontext)
     # targets: 256 256 98 257 | 256 97 97 97 = 8 tokens of 2 + 2 + 1 + 0 + 2 + 1 + 1 + 1 bytes
     assert score.loss == pytest.approx(math.log(258), rel=1e-6)
     assert score.bits_per_byte == pytest.approx(8 * math.log2(258) / 10, rel=1e-6)
@@ -403,6 +424,80 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(corpus, tmp_pa
         train.main(flags)
     assert stop.value.code == 2 and "last good checkpoint" in capsys.readouterr().err
     assert all(v.isfinite().all() for v in weights(tmp_path / "out").values())
+
+
+def test_steps_that_are_not_finite_are_skipped_by_flag(corpus, tmp_path, capsys, monkeypatch):
+    clean = train.clip_grad_norm
+    norms = iter([1.0, math.nan, math.inf, 1.0, 1.0])
+    monkeypatch.setattr(train, "clip_grad_norm", lambda p, m: clean(p, m) * next(norms))
+    train.main([*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--steps",
+                "5", "--out", str(tmp_path), "--nonfinite", "skip", "--log-every", "1"])
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    finite = [r["gnorm"] is not None for r in records if "gnorm" in r]
+    assert finite == [True, False, False, True, True]
+    assert "2 skipped" in capsys.readouterr().out
+    assert all(v.isfinite().all() for v in weights(tmp_path).values())
+
+
+def test_fp16_finds_its_loss_scale(corpus, tmp_path):
+    """A scale far too large overflows and is halved until steps go through."""
+    train.main([*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--steps",
+                "8", "--out", str(tmp_path), "--dtype", "fp16"])
+    state = torch.load(tmp_path / "train_state.pt", weights_only=True)
+    assert state["loss_scale"] == 2.0**16 / 2**state["skipped"] and state["skipped"] < 8
+    run = train.argparse.Namespace(good_steps=998, loss_scale=4.0)
+    for finite, scale in ((True, 4.0), (True, 8.0), (True, 8.0), (False, 4.0), (True, 4.0)):
+        train.rescale(run, finite)
+        assert run.loss_scale == scale
+
+
+def test_a_spike_is_reported_and_noise_is_not(capsys):
+    before = [2.0 + 0.01 * (i % 2) for i in range(50)]
+    train.report_spike(before, 2.02, 51)
+    train.report_spike(before[1:], 9.0, 50)  # too early to say
+    assert not capsys.readouterr().out
+    train.report_spike(before, 2.1, 51)
+    assert "loss spike: 2.1000 is 19 standard" in capsys.readouterr().out
+
+
+def test_profile_and_memory_show_their_tables(corpus, tmp_path, capsys):
+    flags = [*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--out",
+             str(tmp_path)]
+    train.main([*flags, "--profile"])
+    out = capsys.readouterr().out
+    assert all(f"\n{part} " in out for part in train.PARTS)
+    assert json.loads((tmp_path / "trace-0.json").read_text())["traceEvents"]
+    train.main([*flags, "--memory", "--batch-size", "2"])
+    table = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines()
+                 if line.endswith("MiB"))
+    # RMSNorm on (2, 32, 32) fp32: at least its input, once, though attention uses it too
+    assert float(table["layer 1 attn_norm"].split()[0]) >= 2 * 32 * 32 * 4 / 2**20 - 0.005
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_other_logs_get_every_record(corpus, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    class FakeRun:
+        def log(self, record, step):
+            seen.append((step, record))
+
+    fake = train.argparse.Namespace(init=lambda **kwargs: FakeRun())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train.main([*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--out",
+                str(tmp_path), "--steps", "3", "--wandb", "course", "--sample-every", "2",
+                "--sample-prompts", "1 plus", "--sample-tokens", "4"])
+    assert [step for step, _ in seen] == [1, 2, 3, 3]
+    assert capsys.readouterr().out.count("---- sample 1") == 2  # after two steps and at the end
+
+
+def test_bench_times_ours_and_the_plain_model(monkeypatch, capsys):
+    monkeypatch.setattr(train, "BENCHES", {"cpu": [(32, 1, 2, 64, 300, 16, 2)]})
+    with torch.compiler.set_stance("force_eager"):
+        train.main(["--bench", "--dtype", "fp32"])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[4] for row in rows] == ["adamw", "muon"], rows
+    assert all(float(row.split()[-1]) > 0 for row in rows)
 
 
 def test_transformers_opens_the_checkpoint_and_its_tokenizer(undisturbed):
