@@ -633,7 +633,7 @@ def load_checkpoint(src, model, optimizer):
 # What a run is: to go on under other values would be a different run.
 IDENTITY = ("recipe", "optimizer", "batch_size", "schedule", "warmup", "decay", "min_lr", "lr",
             "muon_lr", "weight_decay", "cautious", "momentum", "beta1", "beta2", "eps", "clip",
-            "seed", "context_length", "data_name")
+            "seed", "context_length", "data_name", "dtype")
 
 
 def step_folders(out):
@@ -694,6 +694,8 @@ def find_run(args):
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folders[-1]}/train_state.pt: cannot be read; remove {folders[-1]} to "
                          "go on from the one before it, or --restart") from error
+    if args.dtype == "auto":  # what was measured then need not be what would be measured now
+        args.dtype = state["settings"]["dtype"]
     other = [f"--{k.replace('_', '-')} {state['settings'][k]}" for k in IDENTITY
              if state["settings"][k] != getattr(args, k)]
     if other:
@@ -707,8 +709,11 @@ def lock_run(out):
     """Refuse a second process that would write into the same folder; the lock dies with us."""
     if RANK:
         return None
-    Path(out).mkdir(parents=True, exist_ok=True)
-    lock = open(Path(out) / ".lock", "w")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(out) / ".lock", "w")
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written to ({error.strerror})") from None
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -808,7 +813,7 @@ class Log:
 GPU_PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "B200": 2250}
 
 
-def matmul_flops(device, dtype, size=1024, repeats=5):
+def matmul_flops(device, dtype, size=1024, repeats=3):
     """FLOP/s of a (size, size) matrix product here, best of a few."""
     a = torch.randn(size, size, device=device).to(dtype)
     best = math.inf
@@ -826,11 +831,14 @@ def choose_dtype(args, device):
     Some CPUs multiply bf16 four times as fast (AVX512-BF16, AMX), others emulate it at a tenth.
     """
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    speed = {name: matmul_flops(device, dtypes[name]) for name in ("bf16", "fp32")}
+    speed = dict(bf16=0.0, fp32=0.0)
+    for name in ["bf16", "fp32"] * 4:  # in turns: on a busy machine either may be held up once
+        speed[name] = max(speed[name], matmul_flops(device, dtypes[name]))
     name = args.dtype
     if name == "auto":  # rank 0 decides for all
         better = float(speed["bf16"] > 1.5 * speed["fp32"] and RANK == 0)
         name = "bf16" if all_reduce_sum([better], device)[0] else "fp32"
+    args.dtype = name
     peak = speed["fp32" if name == "fp32" else "bf16"]
     if device.type == "cuda" and name != "fp32":
         gpu = torch.cuda.get_device_name(device)
@@ -1345,7 +1353,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         for word in message.split():
-            near = difflib.get_close_matches(word, self._option_string_actions, 1, 0.5)
+            near = difflib.get_close_matches(word, self._option_string_actions, 1, 0.6)
             if word.startswith("--") and word not in self._option_string_actions and near:
                 message += f"; did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: {message}\n")
