@@ -60,75 +60,87 @@ def prefix_id(tok):
 
 
 @torch.inference_mode()
-def score_batch(model, rows):
-    """[(context ids, continuation ids)] -> [(sum of log-probabilities, all greedy?)].
+def score_batch(model, contexts, continuations):
+    """Log-probabilities of several continuations of each context: lists of ids, lists of lists.
 
-    The prefix that all rows share is computed once into a KV cache and copied. Rows are padded on
-    the right, where no causal model looks; the head runs at the continuations' places only.
+    Returns [(sum of log-probabilities, all greedy?)], context by context. What contexts have in
+    common at their beginning (worked examples) goes through the model once, each context once, and
+    then only the continuations, all by way of a KV cache whose rows are copied.
     """
-    limit, device = model.config.context_length, model.embed.weight.device
-    rows = [((c + d)[-(limit + 1):], len(d)) for c, d in rows]  # the left is cut off
-    inputs = [ids[:-1] for ids, _ in rows]
-    shared = 0
-    if len(rows) > 1:
-        shortest = min(len(ids) - n for (ids, n) in rows)  # leave one token of context a row
-        first, last = min(inputs), max(inputs)
-        while shared < shortest - 1 and first[shared] == last[shared]:
-            shared += 1
-    T = max(map(len, inputs)) - shared
-    padded = torch.tensor([ids[shared:] + [0] * (T - len(ids) + shared) for ids in inputs])
+    device = model.embed.weight.device
+    counts = [len(c) for c in continuations]
+    owner = [i for i, n in enumerate(counts) for _ in range(n)]
+    flat = [d for group in continuations for d in group]
+    common = len(os.path.commonprefix(contexts)) if len(contexts) > 1 else 0
+    shared = min(common, min(map(len, contexts)) - 1)  # at least one token is left of each
+    T, T2 = max(map(len, contexts)) - shared, max(map(len, flat)) - 1
+    cache = model_py.KVCache(model, len(contexts), shared + T)
     if shared:
-        cache = model_py.KVCache(model, len(rows), shared + T)
-        model.hidden(torch.tensor([inputs[0][:shared]], device=device), cache, [0])
+        model.hidden(torch.tensor([contexts[0][:shared]], device=device), cache, [0])
         for t in cache.k + cache.v:
             t[1:, :shared] = t[:1, :shared]
-        hidden = model.hidden(padded.to(device), cache, [shared] * len(rows))  # (B, T, D)
-    else:
-        hidden = model.hidden(padded.to(device))
-    counts = [min(n, len(ids) - 1) for ids, n in rows]
-    at = [(i, len(ids) - 1 - shared - n + j) for i, ((ids, _), n) in enumerate(zip(rows, counts))
-          for j in range(n)]
-    picked = hidden[tuple(torch.tensor(at).T)] if at else hidden[:0, 0]  # (all continuations, D)
-    scores = model.head(picked).float().log_softmax(-1)
-    targets = torch.tensor([t for (ids, _), n in zip(rows, counts) for t in ids[len(ids) - n:]],
-                           dtype=torch.long, device=device)
-    logprobs = scores.gather(1, targets[:, None])[:, 0].cpu().split(counts)
-    greedy = (scores.argmax(-1) == targets).cpu().split(counts)
-    return [(x.double().sum().item(), bool(g.all())) for x, g in zip(logprobs, greedy)]
+    hidden = model.hidden(pad([c[shared:] for c in contexts], T, device), cache,
+                          [shared] * len(contexts))  # (contexts, T, D)
+    ends = torch.tensor([len(c) - shared - 1 for c in contexts], device=device)
+    hidden = hidden[torch.arange(len(contexts), device=device), ends][owner][:, None]
+    if T2:
+        wider = model_py.KVCache(model, len(flat), shared + T + T2)
+        for new, old in zip(wider.k + wider.v, cache.k + cache.v):
+            new[:, :shared + T] = old[owner]
+        rest = model.hidden(pad([d[:-1] for d in flat], T2, device), wider,
+                            [len(contexts[i]) for i in owner])  # (continuations, T2, D)
+        hidden = torch.cat((hidden, rest), 1)
+    lengths = [len(d) for d in flat]
+    real = torch.arange(T2 + 1, device=device) < torch.tensor(lengths, device=device)[:, None]
+    scores = model.head(hidden[real]).float().log_softmax(-1)  # (all tokens, V)
+    targets = torch.tensor([t for d in flat for t in d], device=device)
+    logprobs = scores.gather(1, targets[:, None])[:, 0].double().cpu().split(lengths)
+    greedy = (scores.argmax(-1) == targets).cpu().split(lengths)
+    return [(x.sum().item(), bool(g.all())) for x, g in zip(logprobs, greedy)]
 
 
-def score_tokens(model, pairs, batch_tokens=16384, progress=None):
-    """score_batch over any number of pairs: equal ones once, neighbours in a batch share a prefix.
+def pad(rows, T, device):
+    return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=device)  # (B, T)
 
-    batch_tokens bounds a batch's padded size; it is halved when memory runs out.
+
+def score_tokens(model, pairs, batch_tokens=8192, progress=None):
+    """score_batch over any number of (context ids, continuation ids), equal ones once.
+
+    A context too long for the model loses its left. batch_tokens bounds the padded size of a
+    batch, and is halved when memory runs out.
     """
-    distinct = sorted({(tuple(c), tuple(d)) for c, d in pairs}, key=lambda p: p[0] + p[1])
-    limit, done, at = model.config.context_length, {}, 0
-    if len(distinct) > 1:  # without long prefixes in common, similar lengths are worth more
-        common = [len(os.path.commonprefix((a[0], b[0]))) for a, b in zip(distinct, distinct[1:])]
-        if sum(common) < 0.4 * sum(len(c) for c, _ in distinct):
-            distinct.sort(key=lambda p: len(p[0]) + len(p[1]))
-    while at < len(distinct):
-        size, longest = 0, 0
-        while at + size < len(distinct) and size < 256:
-            row = distinct[at + size]
-            longest = max(longest, min(limit, len(row[0]) + len(row[1])))
-            if size and longest * (size + 1) > batch_tokens:
+    room, done, wanted = model.config.context_length + 1, {}, {}
+    pairs = [(tuple(c[-max(1, room - len(d)):]), tuple(d)) for c, d in pairs]
+    for c, d in pairs:
+        if d:
+            wanted.setdefault(c, {})[d] = None
+        done[c, d] = (0.0, True)  # an empty continuation is certain
+    contexts, at = sorted(wanted), 0
+    common = sum(len(os.path.commonprefix(p)) for p in zip(contexts, contexts[1:]))
+    if common < 0.4 * sum(map(len, contexts)):  # then similar lengths are worth more
+        contexts.sort(key=len)
+    while at < len(contexts):
+        size, rows, longest = 0, 0, 0
+        for c in contexts[at:at + 256]:
+            rows += len(wanted[c])
+            longest = max(longest, len(c) + max(map(len, wanted[c])))
+            if size and longest * rows > batch_tokens:
                 break
             size += 1
-        batch = distinct[at:at + size]
+        batch = contexts[at:at + size]
         try:
-            done |= zip(batch, score_batch(model, [(list(c), list(d)) for c, d in batch]))
+            scores = iter(score_batch(model, batch, [list(wanted[c]) for c in batch]))
         except torch.cuda.OutOfMemoryError:
             if size == 1:
                 raise ValueError("one item does not fit the GPU's memory") from None
-            batch_tokens = longest * size // 2
+            batch_tokens = longest * rows // 2
             torch.cuda.empty_cache()
             continue
+        done |= {(c, d): next(scores) for c in batch for d in wanted[c]}
         at += size
         if progress:
-            progress(at, len(distinct))
-    return [done[tuple(c), tuple(d)] for c, d in pairs]
+            progress(at, len(contexts))
+    return [done[pair] for pair in pairs]
 
 
 def loglikelihood(model, tokenizer, pairs, **options):

@@ -660,10 +660,6 @@ class KVCache:
         self.model, self.device, self.graphs = model, w.device, {}
         self.running, self.first = 0, 0  # rows in use, and the first row of the next pass
 
-    def copy_row(self, source, target, length=None):
-        for t in self.k + self.v if source != target else ():
-            t[target, :length] = t[source, :length]
-
     def begin(self, starts, T, window=None):
         """Positions (B, T) of T new tokens a row, and the mask (B, 1, T, S) over the cache.
 
@@ -700,8 +696,10 @@ class KVCache:
         if T:
             padded = torch.tensor([ids + (0,) * (T - len(ids)) for ids in place])
             self.model.hidden(padded.to(self.device), self, [0] * len(place))
-        for i in reversed(range(len(new))):  # backwards: no place is overwritten before it is read
-            self.copy_row(self.first + place[new[i]], self.first + i, len(new[i]))
+        if len(place) < len(new):
+            source = torch.tensor([self.first + place[ids] for ids in new], device=self.device)
+            for t in self.k + self.v:
+                t[self.first:len(rows), :T] = t[source, :T]
         self.first, self.running = 0, len(rows)
 
     def step(self, ids, starts):
@@ -725,8 +723,10 @@ class KVCache:
 
     def keep(self, kept):
         """Move the rows that go on to the front."""
-        for target, source in enumerate(kept):
-            self.copy_row(source, target)
+        if len(kept) < self.running:
+            source = torch.tensor(kept, dtype=torch.long, device=self.device)
+            for t in self.k + self.v:
+                t[:len(kept), :self.end] = t[source, :self.end]
         self.running = len(kept)
 
 

@@ -689,15 +689,15 @@ def sweep(args):
     planned = plan_runs(60 * args.budget_minutes * args.flops_per_second / 1.5, args.budgets,
                         args.sizes, args.ratio)  # the other third is for the larger run
     print_plan(planned, args.flops_per_second)
-    ledger = Ledger(out / "ledger.json", 60 * args.budget_minutes)
+    ledger = Ledger(out / "ledger.json", 1.01 * sum(run["C"] for run in planned))  # in FLOPs
     records = []
     for run in planned:
         request = {k: run[k] for k in ("width", "steps", "N")}
         key = json.dumps(request, sort_keys=True)
         if key not in ledger.entries:
-            ledger.submit(request, run["C"] / args.flops_per_second)
+            ledger.submit(request, run["C"])
         records.append(train_run(run, args))
-        ledger.charge(key, records[-1]["seconds"])
+        ledger.charge(key, records[-1]["C"])
         beside = out / "runs.tmp"
         beside.write_text("".join(json.dumps(r) + "\n" for r in records))
         os.replace(beside, out / "runs.jsonl")

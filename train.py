@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
 
 import model as model_py
 import tokenizer as tokenizer_py
@@ -864,6 +865,17 @@ def compile_blocks(model, optimizers, args, device):
     return "compiled blocks"
 
 
+def checkpoint_blocks(model):
+    """Keep only each block's input for the backward pass and compute the block again there."""
+    for layer in model.layers:
+        def forward(*args, run=layer.forward, **context):
+            if not torch.is_grad_enabled():
+                return run(*args, **context)
+            return checkpoint(run, *args, use_reentrant=False, **context)
+
+        layer.forward = forward
+
+
 def memory_gb(device):
     """Peak memory: the allocator's on a GPU, the process's (resident) on a CPU."""
     if device.type == "cuda":
@@ -1263,6 +1275,8 @@ def build_run(args, device):
     eot = data.tokenizer.eot_id if data.tokenizer and args.pack else None
     if args.pack and eot is None:
         raise ValueError("--pack: needs a tokenizer with <|endoftext|> to find the documents by")
+    if args.checkpoint_activations:
+        checkpoint_blocks(model)
     windows = Windows(data.train, args.context_length, args.seed, eot)
     run = Run(args, model, optimizers, data, windows, device, *choose_dtype(args, device))
     run.loss_scale = 2.0**16 if run.dtype == torch.float16 else 1.0
@@ -1431,6 +1445,8 @@ def make_parser():
     add("device", "auto", "cpu, cuda, cuda:1, ...")
     add("dtype", "auto", "of matrix products", choices=["auto", "bf16", "fp16", "fp32"])
     add("compile", "auto", "torch.compile", choices=["auto", "on", "off"])
+    add("checkpoint_activations", False, "compute blocks again in the backward pass, for memory",
+        **yes_no)
     add("log_every", None, "steps between lines")
     add("eval_every", None, "steps between validations, 0 for only the last")
     add("eval_tokens", 50_000, "validation tokens between; the last validation uses all")
