@@ -14,6 +14,7 @@ T tokens, V vocabulary.
 import argparse
 import csv
 import html
+import io
 import json
 import math
 import os
@@ -277,10 +278,10 @@ def rows_of(path, *keys):
     for file in files:
         text = Path(file).read_text(encoding="utf-8")
         if file.endswith(".csv"):
-            rows = csv.DictReader(text.splitlines())
+            rows = csv.DictReader(io.StringIO(text, newline=""))
         else:
             rows = json.loads(text) if file.endswith(".json") else map(
-                json.loads, filter(str.strip, text.splitlines()))
+                json.loads, filter(str.strip, text.split("\n")))  # U+2028 may stand in a string
         for i, row in enumerate(rows):
             missing = [k for k in keys if k not in row]
             if missing:
@@ -296,8 +297,9 @@ def read_mmlu(path):
     """A folder with test/*_test.csv (and dev/*_dev.csv): question, four choices, letter."""
     for file in sorted(Path(path).glob("test/*.csv")) or sorted(Path(path).glob("*.csv")):
         subject = re.sub(r"_(test|val|dev)$", "", file.stem).replace("_", " ")
-        for i, row in enumerate(csv.reader(file.read_text(encoding="utf-8").splitlines())):
-            if len(row) != 6 or row[5] not in "ABCD":
+        text = io.StringIO(file.read_text(encoding="utf-8"), newline="")
+        for i, row in enumerate(csv.reader(text)):
+            if len(row) != 6 or row[5] not in list("ABCD"):
                 raise ValueError(f"{file}: row {i + 1} has {len(row)} columns, not a question, "
                                  "four choices and a letter")
             lines = [row[0].strip(), *(f"{c}. {t}" for c, t in zip("ABCD", row[1:5])), "Answer:"]
@@ -416,9 +418,10 @@ def add_shots(items, shots, tok=None):
         item.contexts = item.contexts and [before + c for c in item.contexts]
         item.context = before + item.context
         if tok:  # a chat model reads it all as the user's turn
-            item.context = tok.apply_chat_template([dict(role="user", content=item.context)],
-                                                   add_generation_prompt=True)
-            item.delimiter = ""
+            item.context, *rest = (
+                tok.apply_chat_template([dict(role="user", content=c)], add_generation_prompt=True)
+                for c in (item.context, *(item.contexts or ())))
+            item.contexts, item.delimiter = rest or None, ""
 
 
 # ---- scoring a task ----------------------------------------------------------------------------
@@ -901,7 +904,7 @@ def same_answer(a, b):
     pairs = [re.fullmatch(r"\((.*)\)", s) for s in (a, b)]
     if all(pairs) and any(len(split_top(p.group(1), ",")) > 1 for p in pairs):
         return same_lists(*(split_top(p.group(1), ",") for p in pairs), True)
-    choice = [re.fullmatch(r"\(?([A-Z])\)?[.:]?(?: .*)?", s) for s in (a, b)]
+    choice = [re.fullmatch(r"\(?([A-Z])(?:[.:)]+(?: .*)?)?", s) for s in (a, b)]
     if all(choice):
         return choice[0].group(1) == choice[1].group(1)
     lists = [split_top(re.sub(r",? and ", ", ", s), ",") for s in (a, b)]
@@ -937,10 +940,10 @@ def extract_boxed(text):
     if start < 0:
         return None
     depth, at = 0, start + len("\\boxed")
-    for i in range(at, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
+    for brace in re.compile(r"[{}]").finditer(text, at):
+        depth += 1 if brace.group() == "{" else -1
         if depth == 0:
-            return text[at + 1:i]
+            return text[at + 1:brace.start()]
     return None
 
 

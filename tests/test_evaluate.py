@@ -203,6 +203,17 @@ def test_prompts_are_the_harness_ones(data):
     assert items["lambada"][0].choices == ["7."] and items["gsm8k"][0].gold == "1,002"
 
 
+def test_line_breaks_inside_fields_and_strings_stay(tmp_path):
+    with open(tmp_path / "x_test.csv", "w", newline="") as f:
+        csv.writer(f).writerow(["one\ntwo", "a", "b", "c", "d", "A"])
+    assert next(evaluate.read_mmlu(tmp_path)).context.startswith("one\ntwo\nA. a")
+    (tmp_path / "t.jsonl").write_text('{"text": "a\u2028b c"}\n', encoding="utf-8")
+    assert next(evaluate.read_lambada(tmp_path / "t.jsonl")).context == "a\u2028b"
+    (tmp_path / "x_test.csv").write_text("q,a,b,c,d,\n")
+    with pytest.raises(ValueError, match="row 1"):
+        list(evaluate.read_mmlu(tmp_path))
+
+
 def test_shots_come_with_their_subjects_heading(data):
     items, shots = (list(evaluate.read_mmlu(data / "mmlu")),
                     [evaluate.Item("What is 9 + 1?\nAnswer:", list("ABCD"), 2, group="odd sums"),
@@ -285,7 +296,8 @@ WRONG_WITH_BLANKS = [
     ("5 cm^2", "5 cm"), ("3 1/2", "3/2"), ("4 5", "45"), ("4 5", "9"), ("4 5", "20"),
     ("5 dollars", "5 cents"), ("90 degrees", "80 degrees"), ("5 apples 6", "5"), ("", ""),
     ("7 hours", "7 minutes"), ("maybe 5", "5"), ("5 and 6", "5"), ("the red one", "the blue one"),
-    ("__import__('os').system('true')", "5"), ("2 kg", "2 g"), ("[1, 2", "[1, 2]")]
+    ("__import__('os').system('true')", "5"), ("2 kg", "2 g"), ("[1, 2", "[1, 2]"),
+    ("A dog", "A cat"), ("A dog", "A")]
 
 
 def pairs_of(table, more):
