@@ -1006,12 +1006,15 @@ class StopRequest:
 
     def __init__(self):
         self.signal = None
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self.note)
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def note(self, number, frame):
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self):  # for who calls main() and goes on: processes it forks inherit the handlers
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def warm_up(run):
@@ -1050,9 +1053,9 @@ def report_spike(losses, loss, step):
             "deviations above the 50 steps before")
 
 
-def train_loop(run, first_step):
+def train_loop(run, first_step, stop):
     """Steps first_step .. --steps; returns (steps done, whether all of them)."""
-    args, log, stop = run.args, Log(run.args, first_step), StopRequest()
+    args, log = run.args, Log(run.args, first_step)
     tokens_per_step = args.batch_size * args.context_length
     flops = run.model.flops_per_token(args.context_length) * tokens_per_step
     saves = {args.steps, decay_start(args)} | set(range(0, args.steps, args.save_every or 10**9))
@@ -1305,13 +1308,16 @@ def train(args):
     if args.profile or args.memory:
         profile_steps(run, first_step) if args.profile else report_memory(run, first_step)
         return
+    stop = StopRequest()
     try:
-        steps, complete = train_loop(run, first_step)
+        steps, complete = train_loop(run, first_step, stop)
     except FloatingPointError as error:
         kept = step_folders(args.out)
         raise ValueError(f"{error}: stopped; the last good checkpoint is "
                          f"{kept[-1] if kept else 'none'}; try a lower --lr, or --nonfinite skip"
                          ) from None
+    finally:
+        stop.restore()
     if not complete:
         say(f"stopped at step {steps}, saved in {args.out}; the same command goes on")
         return

@@ -513,3 +513,10 @@ def test_transformers_opens_the_checkpoint_and_its_tokenizer(undisturbed):
     logits = transformers.AutoModelForCausalLM.from_pretrained(undisturbed)(ids).logits
     ours = model.Transformer.from_pretrained(undisturbed)(ids)
     torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-4)
+
+
+def test_signal_handlers_are_given_back(corpus, tmp_path):
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    train.main([*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--steps",
+                "1", "--out", str(tmp_path)])
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
