@@ -26,6 +26,7 @@ import heapq
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -492,6 +493,7 @@ def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN
 def keep(function):
     """Done once in each worker process: the function stays there, with the words it has learned."""
     call_kept.function = function
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool ends its workers by it
 
 
 def call_kept(item):
