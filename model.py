@@ -726,7 +726,7 @@ class KVCache:
         if len(kept) < self.running:
             source = torch.tensor(kept, dtype=torch.long, device=self.device)
             for t in self.k + self.v:
-                t[:len(kept), :self.end] = t[source, :self.end]
+                t[:len(kept)] = t[source]  # whole: a replayed CUDA graph does not set self.end
         self.running = len(kept)
 
 
