@@ -614,7 +614,7 @@ def new_sorter(args):
 
 
 def open_session(args, head=False):
-    device = train_py.setup_ranks(args.device)
+    device = train_py.init_distributed(args.device)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     task = load_task(args) if args.task else None
     if args.model:
@@ -741,7 +741,7 @@ def optimizer_step(s, factor=1.0):
     for p in parameters:
         if p.grad is None:  # a rank without rows still takes part in the sum
             p.grad = torch.zeros_like(p)
-    train_py.average_gradients(parameters)
+    train_py.sum_gradients(parameters)
     norm = train_py.clip_grad_norm(parameters, s.args.clip).item()
     if not math.isfinite(norm):
         raise ValueError(f"step {s.step + 1}: the gradient is not finite; the checkpoint of the "

@@ -307,6 +307,8 @@ def attend(q, k, v, mask, config):
     mask as from `visible`; None means causal when T == S, everything when T == 1.
     """
     causal, softcap = mask is None and q.shape[1] > 1, config.attention_softcap
+    if callable(config.attention):  # distributed.py's, over a sequence that several ranks share
+        return config.attention(q, k, v)
     if config.attention == "flash" and mask is None and q.shape[-1] == v.shape[-1]:
         from kernels import flash_attention
         return flash_attention(q, k, v, window=config.sliding_window, softcap=softcap)
@@ -353,7 +355,8 @@ class FusedCrossEntropy(torch.autograd.Function):
         target = targets[:, None].masked_fill(~kept, 0)
         total = torch.zeros((), device=hidden.device, dtype=wide(hidden))
         if need_grad:
-            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            d_hidden = torch.empty_like(hidden)
+            d_weight = torch.zeros_like(weight, dtype=wide(weight))  # a sum over all chunks
         for start in range(0, len(hidden), chunk):
             n = slice(start, start + chunk)
             h, keep = hidden[n].to(dtype), kept[n]  # (N, D), (N, 1)
@@ -374,12 +377,13 @@ class FusedCrossEntropy(torch.autograd.Function):
                 d_weight += p.T @ h
         if need_grad:
             ctx.save_for_backward(d_hidden, d_weight)
+            ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad, d_weight * grad, None, None, None, None, None
+        return d_hidden * grad, (d_weight * grad).to(ctx.dtype), None, None, None, None, None
 
 
 class SwiGLU(nn.Module):
@@ -510,6 +514,9 @@ class Transformer(nn.Module):
             if config.zero_init:
                 nn.init.zeros_(self.lm_head.weight)
 
+    def positions(self, T, device):
+        return torch.arange(T, device=device)
+
     def hidden(self, ids, cache=None, starts=None):
         """ids (B, T) -> the residual stream (B, T, D) after the final norm.
 
@@ -521,7 +528,7 @@ class Transformer(nn.Module):
         elif c.context_length < T:
             raise ValueError(f"{T} tokens do not fit context_length={c.context_length}")
         else:
-            positions = torch.arange(T, device=ids.device)
+            positions = self.positions(T, ids.device)
             if c.sliding_window and c.sliding_window < T and c.attention != "flash":
                 mask = visible(positions[None], positions, c.sliding_window)
         x = self.embed(ids)  # (B, T, D)
@@ -625,16 +632,23 @@ class MoE(nn.Module):
         weight = p.gather(-1, chosen)  # (N, k)
         if c.normalize_router:
             weight = weight / weight.sum(-1, keepdim=True)
-        y = self.shared(flat) if c.num_shared_experts else torch.zeros_like(flat)
-        for e, expert in enumerate(self.experts):
-            token, place = (chosen == e).nonzero(as_tuple=True)
-            out = expert(flat[token]) * weight[token, place, None]
-            y = y.index_add(0, token, out.to(y.dtype))
+        y = self.mix(flat, chosen, weight)
+        if c.num_shared_experts:
+            y = y + self.shared(flat)
         share = F.one_hot(chosen, c.num_experts).sum((0, 1)).to(p.dtype)
         if self.training:
             self.load = self.load + share.detach()
         self.aux = c.num_experts * (share / chosen.numel() * p.mean(0)).sum()
         return y.view_as(x)
+
+    def mix(self, flat, chosen, weight):
+        """Sum of the chosen experts' outputs: flat (N, D), chosen and weight (N, k) -> (N, D)."""
+        y = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, place = (chosen == e).nonzero(as_tuple=True)
+            out = expert(flat[token]) * weight[token, place, None]
+            y = y.index_add(0, token, out.to(y.dtype))
+        return y
 
     @torch.no_grad()
     def balance(self, rate=1e-3):

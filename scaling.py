@@ -827,7 +827,7 @@ def coordinate_check(args):
 def learning_rates(args):
     """Loss after short runs, by width and learning rate, in both parametrisations; and a plot.
 
-    Returns {(parametrisation, width): [mean loss of the last tenth, one a rate]}.
+    Returns {(parametrisation, width): [mean loss of the last tenth over the seeds, one a rate]}.
     """
     import train
     tokens, table = corpus_tokens(args), {}
@@ -837,11 +837,14 @@ def learning_rates(args):
         for width in args.widths:
             losses = []
             for lr in args.rates:
-                np.random.seed(0)  # the same batches for all
-                model, groups = small_model(width, kind, args.widths[0], 0)
-                run = train_small(model, groups, lr, args.steps,
-                                  lambda step: train.get_batch(tokens, 8, 64, "cpu"))
-                losses.append(float(np.mean(run[-max(1, args.steps // 10):])))
+                runs = []
+                for seed in range(args.seeds):
+                    np.random.seed(seed)  # the same batches for all
+                    model, groups = small_model(width, kind, args.widths[0], seed)
+                    run = train_small(model, groups, lr, args.steps,
+                                      lambda step: train.get_batch(tokens, 8, 64, "cpu"))
+                    runs.append(np.mean(run[-max(1, args.steps // 10):]))
+                losses.append(float(np.mean(runs)))
             table[kind, width] = losses
             print(f"{width:<16}" + "".join(f"{v:>8.4f}" for v in losses)
                   + f"{args.rates[int(np.nanargmin(losses))]:>9.2g}", flush=True)
@@ -1048,8 +1051,10 @@ def make_parser():
     add = command("learning-rates", learning_rates, "does the best learning rate stay put?")
     corpus(add)
     add("widths", [64, 128, 256, 512], "widths", type=int, nargs="*")
-    add("rates", [2.0**-e for e in range(9, 3, -1)], "learning rates", type=float, nargs="*")
+    add("rates", [2.0**-(e + 0.5) for e in range(9, 3, -1)], "learning rates", type=float,
+        nargs="*")
     add("steps", 120, "steps of a run")
+    add("seeds", 3, "runs to average")
     add("out", "learning_rates.png", "file of the plot")
     add = command("noise", noise, "gradient noise scale of a checkpoint")
     corpus(add)

@@ -25,7 +25,8 @@ import sysconfig
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,34 +36,21 @@ import torch.distributed as dist
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
+import distributed
 import model as model_py
 import tokenizer as tokenizer_py
+from distributed import init_distributed, sum_gradients  # noqa: F401  align.py has them from here
 
 # ---- ranks -------------------------------------------------------------------------------------
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three; without it there is one process
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these; without it there is one process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def say(*words):
     """Print once, not once a rank."""
     if RANK == 0:
         print(*words, flush=True)
-
-
-def setup_ranks(name):
-    """Pick this rank's device, divide the cores among the ranks and join the process group."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(best if name == "auto" else name)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, cores // LOCAL_WORLD_SIZE))
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 def all_reduce_sum(values, device):
@@ -72,21 +60,6 @@ def all_reduce_sum(values, device):
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
-
-
-def average_gradients(parameters):
-    """Sum the gradients over the ranks, all in one message.
-
-    Every rank has already divided its loss by the tokens of the *whole* batch, so the sum of the
-    ranks' gradients is the gradient of the mean: no rank needs an equal share.
-    """
-    if WORLD_SIZE == 1:
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
-        grad.copy_(piece.view_as(grad))
 
 
 # ---- the corpus --------------------------------------------------------------------------------
@@ -435,7 +408,8 @@ class Muon(torch.optim.Optimizer):
 
     p = p - lr sqrt(max(1, m / n)) newton_schulz(g + mu buffer), for hidden matrices only; tables,
     head, norms and scalars want AdamW. Momentum mu warms up from 0.85 over 300 steps. Matrices of
-    one shape go through Newton-Schulz together, as one batched product.
+    one shape go through Newton-Schulz together, as one batched product; where ranks have pieces of
+    them, distributed.py brings those together first.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, cautious=False):
@@ -451,7 +425,8 @@ class Muon(torch.optim.Optimizer):
             shapes = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
+                    cuts = tuple(dim for dim, *_ in getattr(p, "splits", ()))
+                    shapes.setdefault((p.shape, cuts), []).append(p)
             for params in shapes.values():
                 self.update(group, params, mu)
         return loss
@@ -461,9 +436,10 @@ class Muon(torch.optim.Optimizer):
             buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
             buffer.lerp_(p.grad, 1 - mu)
         nesterov = torch.stack([p.grad.lerp(self.state[p]["buffer"], mu) for p in params])
-        rows, columns = nesterov.shape[1:]
+        rows, columns = distributed.whole_shape(params[0])
         lr, wd = group["lr"] * max(1, rows / columns) ** 0.5, group["lr"] * group["weight_decay"]
-        for p, change in zip(params, newton_schulz(nesterov).to(params[0].dtype)):
+        changes = distributed.orthogonalize_sharded(newton_schulz, nesterov, params[0])
+        for p, change in zip(params, changes.to(params[0].dtype)):
             if wd:  # cautious: only where the step itself points towards zero (Liang et al. 2024)
                 p.sub_(p * (p * change > 0) * wd if group["cautious"] else p * wd)
             p.sub_(change, alpha=lr)
@@ -559,23 +535,27 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
     """Score the validation arrays in windows of T tokens that do not overlap, shared by the ranks.
 
     Bits per byte divides all nats, those of <|endoftext|> too, by the bytes of the text, so it
-    compares across tokenizers: nats / ln 2 / bytes.
+    compares across tokenizers: nats / ln 2 / bytes. Every rank makes equally many calls of
+    model.loss, since where the model is split they need each other; model is a Parallel, or
+    anything with such a loss.
     """
     T, B = args.context_length, args.micro_batch
     starts = [(a, i) for a in val for i in range(0, len(a) - T, T)]
     starts = starts or [(a, 0) for a in val if len(a) > 1]  # shorter than one window: as it is
     starts = starts[:max(1, (max_tokens or 10**12) // T)]
-    mine = starts[RANK::WORLD_SIZE]
+    rank, ranks, readers = getattr(model, "data_ranks", (RANK, WORLD_SIZE, 1))
+    mine = starts[rank::ranks]
     lengths = byte_lengths(tok, args.vocab_size).to(device)
     nats, tokens, text_bytes = 0.0, 0, 0.0
     model.eval()  # no balancing loss of a mixture of experts
-    for i in range(0, len(mine), B):
-        rows = np.stack([a[s:s + T + 1] for a, s in mine[i:i + B]]).astype(np.int64)
-        ids = torch.from_numpy(rows).to(device)  # (B, T + 1)
+    for i in range(0, -(-len(starts) // ranks), B):
+        rows = [a[s:s + T + 1] for a, s in mine[i:i + B] or starts[:1]]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, T + 1)
+        counts = i < len(mine)  # or this rank has nothing left, and only keeps the others company
         with autocast():
-            nats += model.loss(ids[:, :-1], ids[:, 1:], reduction="sum").item()
-        tokens += ids[:, 1:].numel()
-        text_bytes += lengths[ids[:, 1:]].sum().item()
+            nats += counts * model.loss(ids[:, :-1], ids[:, 1:], reduction="sum").item()
+        tokens += counts * ids[:, 1:].numel() / readers
+        text_bytes += counts * lengths[ids[:, 1:]].sum().item() / readers
     model.train()
     nats, tokens, text_bytes = all_reduce_sum([nats, tokens, text_bytes], device)
     loss = nats / tokens
@@ -586,13 +566,13 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
 @torch.compiler.set_stance("force_eager")
 def show_samples(run):
     """Print what the model writes after each of --sample-prompts."""
-    tok = run.data.tokenizer
+    tok, model = run.data.tokenizer, whole_model(run)
     if RANK or not tok:
         return
     for i, prompt in enumerate(run.args.sample_prompts):
         ids = [tok.eot_id] if tok.eot_id is not None else []
         ids += tok.encode(prompt, allowed_special=())
-        done = run.model.generate([ids], run.args.sample_tokens, temperature=0.8, top_p=0.95,
+        done = model.generate([ids], run.args.sample_tokens, temperature=0.8, top_p=0.95,
                                   seed=i, stop=[tok.eot_id], tokenizer=tok)[0]
         say(f"\n---- sample {i + 1} " + "-" * 60)
         say(prompt + done.text.replace(tokenizer_py.EOT, ""))
@@ -631,6 +611,56 @@ def load_checkpoint(src, model, optimizer):
     return state["iteration"]
 
 
+def whole_model(run):
+    """The model as one process has it: put together on rank 0 where ranks have parts of it."""
+    if run.parallel.copies_only:
+        return run.model
+    weights, _ = run.parallel.whole_state()
+    if RANK:
+        return None
+    model = model_py.Transformer(replace(run.config))
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def whole_optimizers(run):
+    """The same of the optimizers: a checkpoint does not depend on the layout that wrote it."""
+    if run.parallel.copies_only:
+        return run.optimizers
+    _, states = run.parallel.whole_state(run.optimizers)
+    if RANK:
+        return None
+    plain, names = plain_optimizers(run)
+    for optimizer in plain:
+        for group in optimizer.param_groups:
+            group["step"] = run.optimizers[0].param_groups[0].get("step", 0)
+            for p in group["params"]:
+                optimizer.state[p] = states[names[p]]
+    return plain
+
+
+def plain_optimizers(run):
+    """One process's optimizers over a model without storage, and the names of its parameters."""
+    with torch.device("meta"):
+        model = model_py.Transformer(replace(run.config))
+    return make_optimizers(model, run.args), {p: name for name, p in model.named_parameters()}
+
+
+def load_optimizers(run, src):
+    """Restore the optimizers from a checkpoint, each rank its part; returns the step."""
+    if run.parallel.copies_only:
+        return load_checkpoint(src, None, run.optimizers)
+    plain, names = plain_optimizers(run)
+    saved, states = torch.load(src, map_location="cpu", weights_only=True), {}
+    for optimizer, state in zip(plain, saved["optimizers"]):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        states |= {names[params[i]]: s for i, s in state["state"].items()}
+    run.parallel.take_state(states, run.optimizers)
+    for group in (g for optimizer in run.optimizers for g in optimizer.param_groups):
+        group["step"] = saved["optimizers"][0]["param_groups"][0].get("step", 0)
+    return saved["iteration"]
+
+
 # What a run is: to go on under other values would be a different run.
 IDENTITY = ("recipe", "optimizer", "batch_size", "schedule", "warmup", "decay", "min_lr", "lr",
             "muon_lr", "weight_decay", "cautious", "momentum", "beta1", "beta2", "eps", "clip",
@@ -648,6 +678,7 @@ def save_run(run, step):
     A kill at any moment leaves the previous step-* folder intact; out/ itself always opens as a
     model. Older folders than the newest --keep go.
     """
+    model, optimizers = whole_model(run), whole_optimizers(run)
     if RANK:
         return
     args, tok = run.args, run.data.tokenizer
@@ -655,10 +686,10 @@ def save_run(run, step):
     work = folder.with_name(f"saving-{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     try:
-        run.model.save_pretrained(work)
+        model.save_pretrained(work)
         if tok:
             tok.save(work)
-        save_checkpoint(None, run.optimizers, step, work / "train_state.pt",
+        save_checkpoint(None, optimizers, step, work / "train_state.pt",
                         settings={k: getattr(args, k) for k in IDENTITY}, steps=args.steps,
                         full_rate_until=decay_start(args), loss_scale=run.loss_scale,
                         good_steps=run.good_steps, skipped=run.skipped)
@@ -857,9 +888,15 @@ def compile_blocks(model, optimizers, args, device):
         return "eager" if args.compile == "off" else "eager (torch.compile finds no C++ compiler)"
     if args.compile == "auto" and device.type == "cpu" and args.steps < 100:
         return "eager (too few steps to pay for compiling)"
+    if args.tp * args.cp * args.ep > 1:
+        return "eager (torch.compile and the collectives inside a block do not go together)"
     for layer in model.layers:
-        layer.compile()
+        if args.parallel == "fsdp":  # weights come and go outside of what is compiled
+            layer.forward = torch.compile(layer.forward)
+        else:
+            layer.compile()
     for optimizer in optimizers:
+        optimizer = getattr(optimizer, "local", optimizer)
         if isinstance(optimizer, AdamW):
             optimizer.compiled()
     return "compiled blocks"
@@ -893,19 +930,26 @@ class Run:
     """What the loop carries from step to step."""
 
     args: argparse.Namespace
-    model: torch.nn.Module
+    parallel: distributed.Parallel  # the model, spread over the ranks
+    config: model_py.ModelConfig  # of the whole model
     optimizers: list
     data: Data
     windows: Windows
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights are fp32
     peak: float  # FLOP/s, what MFU is measured against
+    flops_per_token: float  # of the whole model
+    sizes: str  # its parameters, in words
     compiled: str = ""  # whether the blocks are compiled, in words
     loss_scale: float = 1.0  # of fp16, whose gradients would vanish below 6e-8
     good_steps: int = 0  # since loss_scale last changed
     skipped: int = 0  # steps whose gradients were not finite
     reader: object = None  # the thread that reads ahead for a GPU
     ahead: dict = field(default_factory=dict)  # {step: what the thread is reading}
+
+    @property
+    def model(self):  # this rank's part of it
+        return self.parallel.model
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -914,9 +958,8 @@ class Run:
 def read_batch(run, step):
     """This rank's share of a step's windows: [(inputs, targets)], --micro-batch windows each."""
     first = step * run.args.batch_size
-    mine = np.array_split(np.arange(first, first + run.args.batch_size), WORLD_SIZE)[RANK]
-    parts = [mine[i:i + run.args.micro_batch].tolist()
-             for i in range(0, len(mine), run.args.micro_batch)]
+    mine = run.parallel.share(list(range(first, first + run.args.batch_size)))
+    parts = [mine[i:i + run.args.micro_batch] for i in range(0, len(mine), run.args.micro_batch)]
     batch = [run.windows.batch(part, run.device) for part in parts]
     largest = max((targets.max().item() for _, targets in batch), default=0)
     if largest >= run.args.vocab_size:
@@ -948,15 +991,12 @@ def forward_backward(run, step):
     total = torch.zeros((), device=run.device)
     with record_function("data"):
         batch = next_batch(run, step)
-    for inputs, targets in batch:
-        with record_function("forward"), run.autocast():
-            loss = run.model.loss(inputs, targets, reduction="sum") / tokens
-        with record_function("backward"):
-            (loss * run.loss_scale).backward()
-        total += loss.detach()
+    for i, (inputs, targets) in enumerate(batch):
+        with nullcontext() if i == len(batch) - 1 else run.parallel.no_sync():
+            total += run.parallel.loss(inputs, targets, backward_scale=run.loss_scale / tokens)
     with record_function("ranks"):
-        average_gradients(list(run.model.parameters()))
-    return total.item()
+        run.parallel.finish()
+    return total.item() / tokens
 
 
 def rescale(run, finite):
@@ -973,8 +1013,10 @@ def update(run, factor):
             group.setdefault("full_lr", group["lr"])
             group["lr"] = group["full_lr"] * factor
         optimizer.step()
-    if run.model.config.balance == "bias":  # experts balanced without a loss
+    if run.config.balance == "bias":  # experts balanced without a loss
         for experts in run.model.moes():
+            if WORLD_SIZE > 1:
+                dist.all_reduce(experts.load)
             experts.balance()
 
 
@@ -986,7 +1028,8 @@ def train_step(run, step, stopping=False):
     with record_function("clip"):
         if run.loss_scale != 1:
             torch._foreach_div_([p.grad for p in parameters if p.grad is not None], run.loss_scale)
-        norm = clip_grad_norm(parameters, run.args.clip).item()
+        clip = clip_grad_norm if run.parallel.copies_only else distributed.clip_grad_norm
+        norm = clip(parameters, run.args.clip).item()
     loss, stop = all_reduce_sum([loss, float(stopping)], run.device)
     finite = math.isfinite(loss) and math.isfinite(norm)
     if run.dtype == torch.float16:
@@ -1038,7 +1081,7 @@ def warm_up(run):
 
 def evaluate_and_log(run, log, step, max_tokens=None):
     tokens = step * run.args.batch_size * run.args.context_length
-    score = evaluate(run.model, run.data.val, run.args, run.device, run.data.tokenizer,
+    score = evaluate(run.parallel, run.data.val, run.args, run.device, run.data.tokenizer,
                      run.autocast, max_tokens)
     log.write(step=step, tokens=tokens, val_loss=score.loss, bits_per_byte=score.bits_per_byte)
     log.draw()
@@ -1057,7 +1100,7 @@ def train_loop(run, first_step, stop):
     """Steps first_step .. --steps; returns (steps done, whether all of them)."""
     args, log = run.args, Log(run.args, first_step)
     tokens_per_step = args.batch_size * args.context_length
-    flops = run.model.flops_per_token(args.context_length) * tokens_per_step
+    flops = run.flops_per_token * tokens_per_step
     saves = {args.steps, decay_start(args)} | set(range(0, args.steps, args.save_every or 10**9))
     times, losses, side_work = deque(maxlen=50), deque(maxlen=50), 0.0
     say(COLUMNS)
@@ -1181,12 +1224,11 @@ def bench(args, device):
         data = Data([ids], [ids], None, "random")
         for args.optimizer in ("adamw", "muon"):
             model = build_model(args, data, None).to(device)
-            run = Run(args, model, make_optimizers(model, args), data, Windows([ids], T, 0),
-                      device, *choose_dtype(args, device))
-            compile_blocks(model, run.optimizers, args, device)
+            run = spread(args, model, data, Windows([ids], T, 0), device)
+            compile_blocks(run.model, run.optimizers, args, device)
             ours, memory = median_seconds(partial(train_step, run)), memory_gb(device)
             plain = median_seconds(plain_step(run))
-            mfu = model.flops_per_token(T) * tokens / ours / run.peak
+            mfu = run.flops_per_token * tokens / ours / run.peak
             say(f"{model.num_parameters() / 1e6:>6.1f}M, {args.batch_size:>3} x {T:<9} "
                 f"{args.optimizer:<6} {tokens / ours:>9,.0f} {mfu:>6.1%} {memory:>6.2f} "
                 f"{tokens / plain:>9,.0f} {plain / ours:>5.2f}")
@@ -1194,7 +1236,7 @@ def bench(args, device):
 
 def plain_step(run):
     """The peer of --bench: compiled as a whole, F.cross_entropy, fused torch.optim.AdamW."""
-    fresh = model_py.Transformer(run.model.config).to(run.device)
+    fresh = model_py.Transformer(run.config).to(run.device)
     forward, optimizer = torch.compile(fresh), torch.optim.AdamW(fresh.parameters(), fused=True)
 
     def step(i):
@@ -1240,7 +1282,7 @@ def build_model(args, data, resume_from):
 
 def describe(run, seconds_per_step, first_step):
     """The decisions, in aligned lines."""
-    args, c, tok, T = run.args, run.model.config, run.data.tokenizer, run.args.context_length
+    args, c, tok, T = run.args, run.config, run.data.tokenizer, run.args.context_length
     train, val = (sum(map(len, arrays)) for arrays in (run.data.train, run.data.val))
     tokens = args.steps * args.batch_size * T
     ids = np.concatenate([a[:10**6] for a in run.data.val])
@@ -1248,8 +1290,7 @@ def describe(run, seconds_per_step, first_step):
     say(f"{'tokenizer':<12}{args.vocab_size:,} ids, {per_token:.2f} bytes a token")
     say(f"{'tokens':<12}{train:,} to train on, {val:,} to validate")
     say(f"{'model':<12}{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, d_ff "
-        f"{c.d_ff}, {c.ffn}; {run.model.num_parameters() / 1e6:.2f}M parameters, "
-        f"{run.model.num_parameters(embeddings=False) / 1e6:.2f}M without tables")
+        f"{c.d_ff}, {c.ffn}; {run.sizes}")
     dtype = f"{str(run.dtype)[6:]} products, float32 weights"
     say(f"{'device':<12}{run.device.type} x {WORLD_SIZE}, {torch.get_num_threads()} threads each, "
         f"{dtype}, {run.peak / 1e12:.2f} TFLOP/s peak, {run.compiled}")
@@ -1261,6 +1302,41 @@ def describe(run, seconds_per_step, first_step):
     say(f"{'expected':<12}{left / 60:.1f} minutes\n")
 
 
+def make_mesh(args):
+    """--tp, --cp, --pp and --ep ranks for those; all others share the data."""
+    split = {axis: getattr(args, axis) for axis in ("tp", "cp", "pp", "ep")}
+    count = math.prod(split.values())
+    if WORLD_SIZE % count:
+        product = " x ".join(f"--{axis} {n}" for axis, n in split.items() if n > 1)
+        raise ValueError(f"{product}: {WORLD_SIZE} ranks are not a multiple of {count}; see "
+                         "torchrun's --nproc-per-node")
+    data = WORLD_SIZE // count
+    if args.batch_size % (data * args.ep) and args.parallel == "fsdp" or (
+            args.batch_size < data * args.ep):
+        raise ValueError(f"--batch-size {args.batch_size}: {data * args.ep} ranks cannot share it")
+    return distributed.Mesh(**{"fsdp" if args.parallel == "fsdp" else "dp": data}, **split)
+
+
+def spread(args, model, data, windows, device):
+    """A Run: the model on the mesh of all ranks, and optimizers for this rank's part of it."""
+    dtype, peak = choose_dtype(args, device)
+    config, flops = replace(model.config), model.flops_per_token(args.context_length)
+    sizes = (f"{model.num_parameters() / 1e6:.2f}M parameters, "
+             f"{model.num_parameters(embeddings=False) / 1e6:.2f}M without tables")
+    if args.checkpoint_activations:
+        checkpoint_blocks(model)
+    mesh = make_mesh(args)
+    parallel = distributed.Parallel(model, mesh, args.parallel,
+                                    None if dtype == torch.float32 else dtype)
+    optimizers = make_optimizers(parallel.model, args)
+    if args.parallel == "zero1":
+        optimizers = [distributed.ShardedOptimizer(o.param_groups, type(o), mesh.group("dp", "cp"))
+                      for o in optimizers]
+    run = Run(args, parallel, config, optimizers, data, windows, device, dtype, peak, flops, sizes)
+    parallel.autocast = run.autocast
+    return run
+
+
 def build_run(args, device):
     """Everything from --data to a model ready for its next step: (Run, first step)."""
     data = prepare_data(args)
@@ -1268,33 +1344,30 @@ def build_run(args, device):
     resume_from = None if args.restart else find_run(args)
     torch.manual_seed(args.seed)
     model = build_model(args, data, resume_from).to(device)
-    optimizers = make_optimizers(model, args)
-    first_step = 0
-    if resume_from:
-        first_step = load_checkpoint(resume_from / "train_state.pt", None, optimizers)
-    elif RANK == 0:
-        for folder in step_folders(args.out):
-            shutil.rmtree(folder)
     eot = data.tokenizer.eot_id if data.tokenizer and args.pack else None
     if args.pack and eot is None:
         raise ValueError("--pack: needs a tokenizer with <|endoftext|> to find the documents by")
-    if args.checkpoint_activations:
-        checkpoint_blocks(model)
     windows = Windows(data.train, args.context_length, args.seed, eot)
-    run = Run(args, model, optimizers, data, windows, device, *choose_dtype(args, device))
+    run = spread(args, model, data, windows, device)
+    first_step = 0
+    if resume_from:
+        first_step = load_optimizers(run, resume_from / "train_state.pt")
+    elif RANK == 0:
+        for folder in step_folders(args.out):
+            shutil.rmtree(folder)
     run.loss_scale = 2.0**16 if run.dtype == torch.float16 else 1.0
     if resume_from:
         state = torch.load(resume_from / "train_state.pt", weights_only=True, mmap=True)
         run.loss_scale, run.good_steps, run.skipped = (
             state[k] for k in ("loss_scale", "good_steps", "skipped"))
-    run.compiled = compile_blocks(model, optimizers, args, device)
+    run.compiled = compile_blocks(run.model, run.optimizers, args, device)
     return run, first_step
 
 
 def train(args):
     """Begin the run that the flags describe, or go on with it."""
     began = time.time()
-    device = setup_ranks(args.device)
+    device = init_distributed(args.device)
     fill_defaults(args, device)
     if args.bench:
         return bench(args, device)
@@ -1358,11 +1431,13 @@ def fill_defaults(args, device):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.warmup = min(args.warmup, args.steps // 4)
-    args.micro_batch = args.micro_batch or -(-args.batch_size // WORLD_SIZE)
+    readers = max(1, WORLD_SIZE // (args.tp * args.cp * args.pp))
+    args.micro_batch = args.micro_batch or -(-args.batch_size // readers)
     if args.sample_prompts is None:
         args.sample_prompts = [""] if args.data else [
             "def read_file(path):", 'class Stack:\n    """', "    def close(self):"]
-    for name in ("steps", "batch_size", "context_length", "micro_batch", "keep", "log_every"):
+    for name in ("steps", "batch_size", "context_length", "micro_batch", "keep", "log_every", "tp",
+                 "cp", "pp", "ep"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {getattr(args, name)}: must be at least 1")
@@ -1445,6 +1520,13 @@ def make_parser():
     add("nonfinite", "stop", "what a loss or gradient that is not finite does",
         choices=["stop", "skip"])
     add("seed", 0, "of the weights and the order of the data")
+    group = parser.add_argument_group("ranks, under torchrun")
+    add("parallel", "ddp", "what the ranks that share the data keep: everything, the optimizer's "
+        "state in parts, or the weights too", choices=["ddp", "zero1", "fsdp"])
+    add("tp", 1, "ranks that split the matrices")
+    add("cp", 1, "ranks that split the sequence")
+    add("pp", 1, "ranks that split the layers")
+    add("ep", 1, "ranks that split the experts")
     group = parser.add_argument_group("run")
     add("out", "out", "folder of the checkpoint, log.jsonl and loss.png")
     add("restart", False, "begin again, dropping the run in --out", action="store_true")
@@ -1481,8 +1563,7 @@ def main(argv=None):
         print("train.py: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        distributed.close_distributed()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,2061 @@
+"""Many processes, one model: every kind of parallelism, written out on torch.distributed.
+
+    torchrun --nproc-per-node 2 distributed.py bench
+    python distributed.py plan --model 8b --gpus 1024 --gpu h100 --tokens-per-step 4194304
+    torchrun --nproc-per-node 4 train.py --parallel fsdp --tp 2       # train.py runs on this file
+
+From averaging gradients (DDP) over sharding optimizer state (ZeRO-1, Rajbhandari et al. 2019,
+arXiv:1910.02054) and weights (FSDP, Zhao et al. 2023, 2304.11277) to splitting the matrices (tensor
+parallel, Shoeybi et al. 2019, 1909.08053; with sequences, Korthikanti et al. 2022, 2205.05198), the
+sequence (ring attention, Liu et al. 2023, 2310.01889), the layers (pipelines: GPipe 1811.06965;
+1F1B and interleaved, Narayanan et al. 2021, 2104.04473) and the experts (GShard, 2006.16668).
+
+Runs on gloo (CPU) and NCCL (GPU). Shapes: B batch, T time, D d_model, H heads, K key/value heads,
+E d_head, V vocabulary, F d_ff; N ranks of the group at hand.
+"""
+
+import argparse
+import atexit
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+# torch 2.13 gave two collectives new names
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = (getattr(dist, "reduce_scatter_single", None)
+                         or dist.reduce_scatter_tensor)
+
+# ---- start-up ----------------------------------------------------------------------------------
+
+
+def init_distributed(device="auto"):
+    """Join torchrun's ranks, or be the only rank of a world of one; returns this rank's device.
+
+    NCCL where the device is a GPU, gloo elsewhere; the CPU's cores are shared out among the ranks
+    of a machine. Torn down when the process ends, or by close_distributed.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = torch.device(kind)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, **alone)
+        atexit.register(close_distributed)
+    return device
+
+
+def close_distributed():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Mesh:
+    """The ranks as a box with a side for each kind of parallelism; neighbours are tensor parallel.
+
+    Of 8 ranks, Mesh(fsdp=4, tp=2) puts 0 and 1 in a tensor-parallel group, and 0, 2, 4, 6 in an
+    FSDP one. dp copies the model, ep splits its experts (and its data), cp the sequence.
+    """
+
+    AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
+
+    def __init__(self, **sizes):
+        if unknown := set(sizes) - set(self.AXES):
+            raise ValueError(f"Mesh: no axis {', '.join(unknown)}, only {', '.join(self.AXES)}")
+        self.sizes = {a: sizes.get(a, 1) for a in self.AXES}
+        shape, world = tuple(self.sizes.values()), dist.get_world_size()
+        if math.prod(shape) != world:
+            product = " x ".join(f"{a} {n}" for a, n in self.sizes.items() if n != 1) or "1"
+            raise ValueError(f"Mesh: {product} = {math.prod(shape)} ranks, but there are {world}")
+        self.ranks = np.arange(world).reshape(shape)
+        self.at = dict(zip(self.AXES, map(int, np.unravel_index(dist.get_rank(), shape))))
+        self.groups = {}
+        for axis in self.AXES:
+            self.group(axis)
+
+    def group(self, *axes):
+        """The ranks that differ from this one along `axes` only.
+
+        A new combination is made by all ranks together: ask for it everywhere, in the same order.
+        """
+        key = tuple(a for a in self.AXES if a in axes and self.sizes[a] > 1)
+        if key not in self.groups:
+            index = [self.AXES.index(a) for a in key]
+            rows = np.moveaxis(self.ranks, index, range(-len(index), 0))
+            for row in rows.reshape(-1, self.size(*key)).tolist():
+                group = dist.new_group(row)
+                if dist.get_rank() in row:
+                    self.groups[key] = group
+        return self.groups[key]
+
+    def size(self, *axes):
+        return math.prod(self.sizes[a] for a in axes)
+
+    def rank(self, *axes):
+        return dist.get_rank(self.group(*axes))
+
+
+def check_same(module, group=None):
+    """Refuse ranks whose parameters differ in name, shape or type: they would wait for ever."""
+    text = repr([(n, tuple(p.shape), str(p.dtype)) for n, p in module.named_parameters()])
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    ends = torch.tensor([digest, -digest], device=device)
+    if device.type != "meta":
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+        if ends[0] != -ends[1]:
+            raise ValueError("the ranks' models differ in the names, shapes or types of their "
+                             "parameters; give every rank the same flags and checkpoint")
+
+
+def broadcast_module(module, group=None):
+    """Give every rank the parameters and buffers of the group's first rank."""
+    source = dist.get_global_rank(group or dist.group.WORLD, 0)
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.device.type != "meta":
+            dist.broadcast(tensor.data, source, group=group)
+
+
+# ---- collectives, with gradients ---------------------------------------------------------------
+
+
+class CommCounter(TorchDispatchMode):
+    """Counts what every collective makes this rank send, in bytes, by the ring algorithm.
+
+    Of a whole tensor of S bytes: all-gather and reduce-scatter S (N-1)/N, all-reduce twice that,
+    broadcast and point-to-point S, all-to-all what goes to others. `log` has (name, bytes, N).
+    """
+
+    NAMES = {"allreduce_": ("all_reduce", 2), "_allgather_base_": ("all_gather", 1),
+             "_reduce_scatter_base_": ("reduce_scatter", 1), "alltoall_base_": ("all_to_all", 1),
+             "broadcast_": ("broadcast", None), "send": ("send", None)}
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.partition("::")[2]
+        if function.namespace == "c10d" and name in self.NAMES:
+            label, times = self.NAMES[name]
+            tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:2]
+            size = max(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+            group = next(a for a in args if isinstance(a, torch.ScriptObject))
+            n = dist.ProcessGroup.unbox(group).size()
+            self.log.append((label, size if times is None else times * size * (n - 1) / n, n))
+        return function(*args, **(kwargs or {}))
+
+    def total(self, label=None):
+        return sum(size for name, size, _ in self.log if label in (None, name))
+
+
+def all_reduce(x, group):
+    """The sum over the group, as a new tensor; half-precision sums are made in fp32."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.clone()
+    dist.all_reduce(wide.contiguous(), group=group)
+    return wide.to(x.dtype)
+
+
+def all_gather(x, group, dim=0):
+    """Every rank's x, one after the other along dim."""
+    n = dist.get_world_size(group)
+    out = x.new_empty(n, *x.shape)
+    all_gather_single(out.flatten(0, 1) if x.ndim else out, x.contiguous(), group=group)
+    return torch.cat(out.unbind(0), dim) if dim else out.flatten(0, 1)
+
+
+def reduce_scatter(x, group, dim=0):
+    """This rank's piece along dim of the sum over the group."""
+    pieces = torch.cat(x.chunk(dist.get_world_size(group), dim)) if dim else x.contiguous()
+    wide = pieces.float() if x.dtype in (torch.bfloat16, torch.float16) else pieces
+    n, first = dist.get_world_size(group), wide.shape[0]
+    out = wide.new_empty(first // n, *wide.shape[1:])
+    reduce_scatter_single(out, wide, group=group)
+    return out.to(x.dtype)
+
+
+class Exchange(torch.autograd.Function):
+    """forward by one function of a tensor, backward by another: a collective and its conjugate."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        y = there(x)
+        return y.view_as(y) if y is x else y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.back(dy.contiguous()), None, None
+
+
+def same(x):
+    return x
+
+
+def enter(x, group):
+    """Into a region where each rank does part of the work on the same x: gradients add up."""
+    return Exchange.apply(x, same, partial(all_reduce, group=group))
+
+
+def leave(x, group):
+    """Out of it: the ranks' partial results add up, and the gradient is for all of them."""
+    return Exchange.apply(x, partial(all_reduce, group=group), same)
+
+
+def gather_sequence(x, group):
+    """enter() for a sequence that is split: (B, T/N, D) -> (B, T, D)."""
+    return Exchange.apply(x, partial(all_gather, group=group, dim=1),
+                          partial(reduce_scatter, group=group, dim=1))
+
+
+def scatter_sequence(x, group):
+    """leave() for one: (B, T, D) of partial sums -> (B, T/N, D)."""
+    return Exchange.apply(x, partial(reduce_scatter, group=group, dim=1),
+                          partial(all_gather, group=group, dim=1))
+
+
+def send_to_all(x, sends, receives, group):
+    """Rows of x to the ranks, sends[r] of them to r; gradients go back the way they came."""
+    def move(x, sends, receives):
+        out = x.new_empty(sum(receives), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+        return out
+
+    return Exchange.apply(x, partial(move, sends=sends, receives=receives),
+                          partial(move, sends=receives, receives=sends))
+
+
+def sum_gradients(parameters, group=None):
+    """Sum the gradients over the group in one message: 2 (N-1)/N of their bytes."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat, group=group)
+    for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(piece.view_as(grad))
+
+
+# ---- pieces of a parameter ---------------------------------------------------------------------
+# A split parameter has .splits, a list of (dim, group, size): cut along dim, of `size` before the
+# cut, into the group's ranks, padded to equal pieces; cuts lie in each other in that order. .parts
+# says how many ranks hold different parts of the model here, .full_name its name in the model of
+# one process, where that is not its own.
+
+
+def cut(x, dim, group):
+    """This rank's piece of x along dim, zero rows filling up the last ones."""
+    n, size = dist.get_world_size(group), x.shape[dim]
+    rows = -(-size // n)
+    first = dist.get_rank(group) * rows
+    piece = x.narrow(dim, min(first, size), max(0, min(rows, size - first)))
+    missing = list(piece.shape)
+    missing[dim] = rows - piece.shape[dim]
+    return torch.cat((piece, piece.new_zeros(missing)), dim) if missing[dim] else piece.clone()
+
+
+def split_parameter(p, dim, group):
+    """p -> a Parameter that holds this rank's piece along dim."""
+    piece = nn.Parameter(cut(p.detach(), dim, group), p.requires_grad)
+    piece.splits = [*getattr(p, "splits", []), (dim, group, p.shape[dim])]
+    piece.parts = getattr(p, "parts", 1) * dist.get_world_size(group)
+    for name in ("full_name", "expert"):
+        if hasattr(p, name):
+            setattr(piece, name, getattr(p, name))
+    return piece
+
+
+def whole(x, p):
+    """Gather x, which is cut as the parameter p is (its gradient, its momentum, p itself)."""
+    x = x.detach()
+    for dim, group, size in reversed(getattr(p, "splits", [])):
+        x = all_gather(x, group, dim).narrow(dim, 0, size)
+    return x
+
+
+def piece_of(x, p):
+    """Cut a whole tensor as the parameter p is."""
+    for dim, group, _ in getattr(p, "splits", []):
+        x = cut(x, dim, group)
+    return x
+
+
+def whole_shape(p):
+    """The shape p has in the model of one process."""
+    shape = list(p.shape)
+    for dim, _, size in reversed(getattr(p, "splits", [])):
+        shape[dim] = size
+    return tuple(shape)
+
+
+def clip_grad_norm(parameters, max_norm, group=None):
+    """Scale gradients so that the norm over all parts of the model is at most max_norm; returns
+    the norm. A part that several ranks hold alike counts once: each adds its share of it."""
+    parameters = [p for p in parameters if p.grad is not None]
+    world = dist.get_world_size(group)
+    device = parameters[0].grad.device if parameters else None
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for p in parameters:
+        square += p.grad.double().square().sum() * getattr(p, "parts", 1) / world
+    dist.all_reduce(square, group=group)
+    norm = square.sqrt().float()
+    if max_norm:
+        for p in parameters:
+            p.grad.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
+# ---- data parallel -----------------------------------------------------------------------------
+
+
+class DDP(nn.Module):
+    """Every rank has the whole model and part of the batch; gradients are averaged.
+
+    naive    one all-reduce a parameter, after the backward pass
+    flat     one all-reduce for all of them: the latency once
+    overlap  one a parameter, as soon as its gradient is there, while the backward pass goes on
+    bucket   the same for buckets of bucket_mb MiB: both (Li et al. 2020, arXiv:2006.15704)
+
+    Each step sends 2 (N-1)/N times (the bytes of the gradients + 4 a parameter, which tell whether
+    any rank has used it: what none has used keeps no gradient). average=False sums instead.
+    """
+
+    def __init__(self, module, mode="bucket", bucket_mb=25, group=None, average=True):
+        super().__init__()
+        if mode not in ("naive", "flat", "overlap", "bucket"):
+            raise ValueError(f"mode {mode!r} is not one of naive, flat, overlap, bucket")
+        check_same(module, group)
+        broadcast_module(module, group)
+        self.module, self.group, self.syncing = module, group, True
+        self.scale = 1 / dist.get_world_size(group) if average else 1
+        self.eager = mode in ("overlap", "bucket")
+        limit = {"flat": math.inf, "bucket": bucket_mb * 2**20}.get(mode, 0)
+        self.params = [p for p in module.parameters() if p.requires_grad]
+        self.buckets = self.fill_buckets(self.params[::-1], limit)  # gradients come last first
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        for p in self.params if self.eager else ():
+            p.register_post_accumulate_grad_hook(self.ready)
+        self.reset()
+
+    @staticmethod
+    def fill_buckets(params, limit):
+        buckets, size = [], 0
+        for p in params:
+            size += p.numel() * p.element_size()
+            if not buckets or size > limit or buckets[-1][0].dtype != p.dtype:
+                buckets.append([])
+                size = p.numel() * p.element_size()
+            buckets[-1].append(p)
+        return buckets
+
+    def reset(self):
+        self.next, self.flying = 0, []  # the first bucket not sent; what is on its way
+        self.missing = [len(bucket) for bucket in self.buckets]
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self):
+        """Gradients of the backward passes inside only add up, on this rank."""
+        self.syncing = False
+        try:
+            yield
+        finally:
+            self.syncing = True
+
+    def ready(self, p):
+        """Hook: p has its gradient. Buckets leave in their order, so that all ranks agree on it,
+        whichever parameters a rank leaves unused."""
+        if not self.syncing:
+            return
+        if self.bucket_of[p] < self.next:
+            raise RuntimeError("a second backward pass before finish_gradient_synchronization(); "
+                               "put the first ones under no_sync()")
+        self.missing[self.bucket_of[p]] -= 1
+        while self.next < len(self.buckets) and not self.missing[self.next]:
+            self.send()
+
+    def send(self):
+        bucket = self.buckets[self.next]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = grads[0] if len(grads) == 1 else torch.cat([g.flatten() for g in grads])
+        self.flying.append((dist.all_reduce(flat, group=self.group, async_op=True), flat))
+        self.next += 1
+
+    def finish_gradient_synchronization(self):
+        """Send what has not been sent, wait for everything, put the gradients in place."""
+        used = torch.tensor([float(p.grad is not None) for p in self.params],
+                            device=self.params[0].device)
+        while self.next < len(self.buckets):
+            self.send()
+        dist.all_reduce(used, group=self.group)
+        used = dict(zip(self.params, used.tolist()))
+        for (work, flat), bucket in zip(self.flying, self.buckets):
+            work.wait()
+            flat.mul_(self.scale)
+            for p, piece in zip(bucket, flat.view(-1).split([p.numel() for p in bucket])):
+                p.grad = piece.view_as(p) if used[p] else None
+        self.reset()
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """ZeRO-1: each rank keeps the optimizer state of 1/N of the parameters and updates those.
+
+    Whole parameters, the largest first to whoever has least, so Muon's matrices stay whole. A step
+    ends with each rank broadcasting what it updated: the bytes of the parameters, in all.
+    """
+
+    def __init__(self, params, optimizer_cls, group=None, **kwargs):
+        self.group, self.owner, self.local = group, {}, None
+        self.held = [0] * dist.get_world_size(group)  # elements a rank
+        self.me = dist.get_rank(group)
+        super().__init__(params, kwargs)
+        groups = [dict(g, params=self.own(g)) for g in self.param_groups]
+        self.local = optimizer_cls(groups, **kwargs)
+        for mine, of_all in zip(self.local.param_groups, self.param_groups):
+            of_all.update({k: v for k, v in mine.items() if k != "params"})
+
+    def own(self, group):
+        return [p for p in group["params"] if self.owner[p] == self.me]
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in sorted(group["params"], key=lambda p: -p.numel()):
+            self.owner[p] = min(range(len(self.held)), key=self.held.__getitem__)
+            self.held[self.owner[p]] += p.numel()
+        if self.local:
+            self.local.add_param_group(dict(group, params=self.own(group)))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        pairs = list(zip(self.local.param_groups, self.param_groups))
+        for mine, of_all in pairs:  # schedules change the rates here
+            mine.update({k: v for k, v in of_all.items() if k != "params"})
+        self.local.step()
+        for mine, of_all in pairs:
+            of_all.update({k: v for k, v in mine.items() if k != "params"})
+        self.share()
+        return loss
+
+    def share(self):
+        flying = []
+        kinds = {(self.owner[p], p.dtype) for p in self.owner}
+        for owner, dtype in sorted(kinds, key=str):
+            params = [p for p, o in self.owner.items() if o == owner and p.dtype == dtype]
+            flat = torch.cat([p.flatten() for p in params])
+            source = dist.get_global_rank(self.group or dist.group.WORLD, owner)
+            flying.append((dist.broadcast(flat, source, group=self.group, async_op=True),
+                           flat, params))
+        for work, flat, params in flying:
+            work.wait()
+            for p, piece in zip(params, flat.split([p.numel() for p in params])):
+                p.copy_(piece.view_as(p))
+
+    def state_dict(self):
+        """As the optimizer would give it in one process; every rank must ask."""
+        index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        mine = {index[p]: s for p, s in self.local.state.items()}
+        shares = [None] * len(self.held)
+        dist.all_gather_object(shares, mine, group=self.group)
+        groups = [dict(g, params=[index[p] for p in g["params"]]) for g in self.param_groups]
+        return {"state": {k: v for s in shares for k, v in s.items()}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict):
+        """Take this rank's share of a whole state."""
+        params = [p for g in self.param_groups for p in g["params"]]
+        self.local.state.clear()
+        for i, state in state_dict["state"].items():
+            if self.owner[params[i]] == self.me:
+                self.local.state[params[i]] = {
+                    k: v.to(params[i].device).clone() if torch.is_tensor(v) and v.ndim else v
+                    for k, v in state.items()}
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+
+
+# ---- fully sharded data parallel ---------------------------------------------------------------
+
+
+class ShardedLayer:
+    """The 2-D weights of one layer: each rank keeps 1/N of the rows of every one.
+
+    gather() starts one all-gather for all of them; wait() puts the whole weights into the modules.
+    The whole weights are the same tensors all the time, since autograd remembers them: between uses
+    only their storage goes (resize_(0)), which is what frees the memory.
+    """
+
+    def __init__(self, places, fsdp):
+        """places: {parameter: [(module, name), ...]}, more than one where weights are tied."""
+        self.fsdp, self.group, self.places = fsdp, fsdp.group, list(places.values())
+        self.n = dist.get_world_size(self.group)
+        self.shards = [split_parameter(p, 0, self.group) for p in places]
+        self.full, self.sizes = [], [s.numel() for s in self.shards]
+        for p, shard in zip(places, self.shards):
+            dtype = fsdp.compute_dtype or p.dtype
+            room = torch.empty(self.n * shard.numel(), dtype=dtype, device=p.device)
+            full = nn.Parameter(room[:p.numel()].view(p.shape), p.requires_grad)
+            if p.requires_grad:
+                full.register_post_accumulate_grad_hook(self.accumulated)
+            self.full.append(full)
+        self.trainable = sum(p.requires_grad for p in places)
+        self.gathering = self.gathered = self.reducing = None
+        self.missing = self.trainable
+        self.gathered = True
+        self.free()
+
+    def gather(self):
+        if self.gathered or self.gathering:
+            return
+        dtype = self.full[0].dtype
+        mine = torch.cat([s.detach().to(dtype).flatten() for s in self.shards])
+        out = mine.new_empty(self.n * len(mine))
+        self.gathering = all_gather_single(out, mine, group=self.group, async_op=True), out
+
+    def wait(self):
+        self.gather()
+        if self.gathered:
+            return
+        work, out = self.gathering
+        work.wait()
+        pieces = out.view(self.n, -1).split(self.sizes, 1)  # (N, numel) of each weight
+        for full, piece, places in zip(self.full, pieces, self.places):
+            full.untyped_storage().resize_(piece.numel() * piece.element_size())
+            full.data.as_strided(piece.shape, (piece.shape[1], 1)).copy_(piece)  # .data: autograd
+            for module, name in places:  # must not take this for a change of the weight
+                module._parameters[name] = full
+        self.gathering, self.gathered = None, True
+
+    def free(self):
+        if not self.gathered:
+            return
+        for full, shard, places in zip(self.full, self.shards, self.places):
+            full.untyped_storage().resize_(0)
+            for module, name in places:
+                module._parameters[name] = shard
+        self.gathered = False
+
+    def accumulated(self, _):
+        """Hook: one more weight has its gradient. After the last the layer is done with."""
+        self.missing -= 1
+        if not self.missing:
+            if self.fsdp.syncing:
+                self.reduce()
+            self.missing = self.trainable
+            self.free()
+
+    def reduce(self):
+        """Start the reduce-scatter of the whole gradients."""
+        self.settle()
+        rows = []
+        for full, shard in zip(self.full, self.shards):
+            if full.requires_grad:
+                grad = torch.zeros_like(full) if full.grad is None else full.grad
+                grad = grad.to(self.fsdp.reduce_dtype).flatten()
+                rows.append(F.pad(grad, (0, self.n * shard.numel() - len(grad))).view(self.n, -1))
+                full.grad = None
+        flat = torch.cat(rows, 1)  # (N, elements of a rank)
+        out = flat.new_empty(flat.shape[1])
+        self.reducing = reduce_scatter_single(out, flat.view(-1), group=self.group,
+                                              async_op=True), out
+
+    def finish(self):
+        if self.fsdp.syncing and any(full.grad is not None for full in self.full):
+            self.reduce()  # not all weights were used
+        self.missing = self.trainable
+        self.free()
+        self.settle()
+
+    def settle(self):
+        """Wait for the reduction under way; its result joins the shards' gradients."""
+        if not self.reducing:
+            return
+        work, out = self.reducing
+        work.wait()
+        shards = [s for s in self.shards if s.requires_grad]
+        for shard, piece in zip(shards, out.split([s.numel() for s in shards])):
+            grad = piece.mul(self.fsdp.scale).view_as(shard).to(shard.dtype)
+            shard.grad = grad if shard.grad is None else shard.grad + grad
+        self.reducing = None
+
+
+class FSDP(nn.Module):
+    """Weights, gradients and optimizer state sharded over the ranks (ZeRO-3).
+
+    A layer is a member of a ModuleList, or where there is none, a module with a 2-D weight of its
+    own. It is gathered before it runs and freed after it, in both passes: `prefetch` layers are
+    gathered or on their way at any time, layer l + prefetch only once l is done. What lies outside
+    the layers (embedding, head) is gathered once a step. Parameters of other dimensions are small:
+    they stay whole, and their gradients are all-reduced.
+
+    Weights travel in compute_dtype (their own if None), gradients in reduce_dtype; the shards that
+    the optimizer sees, and their gradients, keep the weights' own dtype. With W weights, w of them
+    outside the layers, a step sends (N-1)/N of 2 (W - w) + w in compute_dtype and W in
+    reduce_dtype: three halves of DDP's bytes. Ranks must use the same weights in the same order.
+    """
+
+    def __init__(self, module, compute_dtype=None, reduce_dtype=torch.float32, prefetch=2,
+                 group=None, average=True):
+        super().__init__()
+        check_same(module, group)
+        broadcast_module(module, group)
+        self.module, self.group, self.prefetch = module, group, max(1, prefetch)
+        self.compute_dtype, self.reduce_dtype = compute_dtype, reduce_dtype
+        self.scale = 1 / dist.get_world_size(group) if average else 1
+        self.syncing, self.backward_runs = True, False
+        places, self.homes = {}, {}
+        for m in module.modules():
+            for name, p in m._parameters.items():
+                if p is not None and p.ndim == 2:
+                    places.setdefault(p, []).append((m, name))
+        for layer, inside in self.layers_of(module).items():
+            taken = {p: places.pop(p) for p in list(places)
+                     if all(m in inside for m, _ in places[p])}
+            if taken:
+                self.homes[layer] = ShardedLayer(taken, self)
+        has_lists = any(isinstance(m, nn.ModuleList) for m in module.modules())
+        rest = [ShardedLayer({p: where}, self) for p, where in places.items()]
+        self.root, self.order = (rest, list(self.homes.values())) if has_lists else ([], [])
+        if not has_lists:  # tied weights, too, are gathered wherever they are used
+            self.homes |= {m: layer for layer in rest for where in layer.places for m, _ in where}
+            self.order = list(dict.fromkeys(self.homes.values()))
+        self.seen = []
+        for m, layer in self.homes.items():
+            m.register_forward_pre_hook(partial(self.before, layer))
+            m.register_forward_hook(partial(self.after, layer))
+        sharded = {s for layer in (*self.root, *self.order) for s in layer.shards}
+        self.small = [p for p in module.parameters() if p not in sharded and p.requires_grad]
+
+    @staticmethod
+    def layers_of(module):
+        """{layer: the modules inside it}, of the outermost ModuleLists."""
+        layers, inside = {}, set()
+        for m in module.modules():
+            if isinstance(m, nn.ModuleList) and m not in inside:
+                inside |= set(m.modules())
+                layers |= {child: set(child.modules()) for child in m}
+        return layers
+
+    def before(self, layer, module, inputs):
+        layer.wait()
+        if not self.backward_runs:
+            self.seen.append(layer)
+            i = self.order.index(layer)
+            for ahead in self.order[i + 1:i + self.prefetch]:
+                ahead.gather()
+
+    def after(self, layer, module, inputs, output):
+        if self.backward_runs:  # a layer that activation checkpointing runs again
+            return
+        layer.free()
+        for tensor in (output,) if torch.is_tensor(output) else output:
+            if torch.is_tensor(tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(self.before_backward, layer))
+        i = self.order.index(layer) + self.prefetch
+        if i < len(self.order):
+            self.order[i].gather()
+
+    def before_backward(self, layer, grad):
+        self.backward_runs = True
+        i = self.order.index(layer)
+        for later in self.order[i + 1:]:
+            if not later.trainable:
+                later.free()
+        layer.wait()
+        for ahead in self.order[max(0, i + 1 - self.prefetch):i][::-1]:
+            ahead.gather()
+
+    def run(self, function, *args, **kwargs):
+        self.backward_runs = False
+        for layer in self.root:
+            layer.gather()
+        for layer in self.root:
+            layer.wait()
+        self.seen = []
+        output = function(*args, **kwargs)
+        if len(self.seen) == len(self.order):
+            self.order = list(dict.fromkeys(self.seen + self.order))
+        if not torch.is_grad_enabled():
+            for layer in (*self.root, *self.order):
+                layer.free()
+        return output
+
+    def forward(self, *args, **kwargs):
+        return self.run(self.module, *args, **kwargs)
+
+    def loss(self, *args, **kwargs):
+        """module.loss, for models that have it."""
+        return self.run(self.module.loss, *args, **kwargs)
+
+    @contextmanager
+    def no_sync(self):
+        """Whole gradients of the backward passes inside add up on this rank, in memory."""
+        self.syncing = False
+        try:
+            yield
+        finally:
+            self.syncing = True
+
+    def finish_gradient_synchronization(self):
+        for layer in (*self.root, *self.order):
+            layer.finish()
+        if self.syncing and self.small:
+            for p in self.small:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            sum_gradients(self.small, self.group)
+            for p in self.small if self.scale != 1 else ():
+                p.grad.mul_(self.scale)
+        self.backward_runs = False
+
+    def clip_grad_norm_(self, max_norm):
+        return clip_grad_norm(self.module.parameters(), max_norm, self.group)
+
+    def full_state_dict(self):
+        """The whole weights on every rank, in their own dtype, under the module's own names."""
+        return {name: whole(p, p) if isinstance(p, nn.Parameter) else p
+                for name, p in self.module.state_dict(keep_vars=True).items()}
+
+
+# ---- tensor parallel ---------------------------------------------------------------------------
+
+
+class VocabParallelEmbedding(nn.Module):
+    """A table whose rows are split: each rank looks up the ids it has, and the results add up."""
+
+    def __init__(self, embedding, group, leave):
+        super().__init__()
+        self.weight, self.leave = split_parameter(embedding.weight, 0, group), leave
+        self.first = dist.get_rank(group) * len(self.weight)
+
+    def forward(self, ids):
+        local = ids - self.first
+        here = (local >= 0) & (local < len(self.weight))
+        rows = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
+        return self.leave(rows * here[..., None])
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(z)[target] where each rank has columns first .. first + V/N of z.
+
+    z (tokens, V/N) fp32. Three numbers a token go round, not the logits: the largest one, the sum
+    of the exponentials, the target's.
+    """
+
+    @staticmethod
+    def forward(ctx, z, targets, first, group, ignore_index):
+        top = z.amax(-1)
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        p = (z - top[:, None]).exp_()
+        local, kept = targets - first, targets != ignore_index
+        here = (local >= 0) & (local < z.shape[1]) & kept
+        local = local.clamp(0, z.shape[1] - 1)[:, None]
+        picked = z.gather(1, local)[:, 0].masked_fill(~here, 0)
+        size, picked = all_reduce(torch.stack((p.sum(-1), picked)), group)
+        ctx.save_for_backward(p.div_(size[:, None]), local, here, kept)
+        return ((size.log() + top - picked) * kept).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        p, local, here, kept = ctx.saved_tensors
+        dz = p.scatter_add(1, local, -here[:, None].to(p.dtype)) * kept[:, None]
+        return dz * grad, None, None, None, None
+
+
+def check_tensor_parallel(model, n):
+    c = model.config
+    for name in ("num_heads", "num_kv_heads", "d_ff"):
+        if getattr(c, name) % n:
+            raise ValueError(f"tensor parallel over {n}: {name}={getattr(c, name)} is not a "
+                             "multiple of it")
+    for name in ("num_experts", "kv_rank", "value_embeddings"):
+        if getattr(c, name):
+            raise ValueError(f"tensor parallel: {name}={getattr(c, name)} cannot be split here")
+    if c.qk_norm == "full":
+        raise ValueError("tensor parallel: qk_norm='full' needs all heads on one rank")
+
+
+def tensor_parallel(model, group, sequence=False):
+    """Split our Transformer's matrices over the group; returns parameters whose gradients are
+    partial: call sum_gradients(them, group) after the backward pass.
+
+    Attention has H/N heads on a rank, the feed-forward network F/N columns: the first matrix of
+    each is cut by rows of W (its outputs), the second by columns (its inputs), so one all-reduce a
+    part and pass is enough: 4 a layer of B T D numbers, sent 2 (N-1)/N times each. With `sequence`
+    what lies between the parts is split along T: 4 all-gathers and 4 reduce-scatters of the same
+    bytes in all, and 1/N of the activations there.
+    """
+    n = dist.get_world_size(group)
+    check_tensor_parallel(model, n)
+    into, out = (gather_sequence, scatter_sequence) if sequence else (enter, leave)
+    into, out = partial(into, group=group), partial(out, group=group)
+    partials = []
+    for name, m in model.named_modules():
+        if name.endswith((".attn", ".ffn")):
+            m.register_forward_pre_hook(
+                lambda m, args, kwargs: ((into(args[0]), *args[1:]), kwargs), with_kwargs=True)
+        if name.endswith((".q", ".k", ".v", ".w1", ".w3")):
+            for p_name, p in list(m.named_parameters()):
+                m.register_parameter(p_name, split_parameter(p, 0, group))
+        elif name.endswith((".o", ".w2")):
+            m.register_parameter("weight", split_parameter(m.weight, 1, group))
+            after, m.bias = m.bias, None  # added once, to the sum
+            if after is not None:
+                after.full_name = f"{name}.bias"
+                m.register_parameter("row_bias", after)
+                partials += [after] * sequence
+            m.register_forward_hook(
+                lambda m, x, y: out(y) if m.row_bias is None else out(y) + m.row_bias)
+            m.row_bias = getattr(m, "row_bias", None)
+        elif name.endswith(("q_norm", "k_norm")) or sequence and name.endswith("norm"):
+            partials += m.parameters(recurse=False)
+        if sequence and hasattr(m, "residual"):
+            partials.append(m.residual)
+    table = VocabParallelEmbedding(model.embed, group, out)
+    if not model.config.tie_embeddings:
+        model.lm_head.weight = split_parameter(model.lm_head.weight, 0, group)
+    model.embed = table
+    model.loss = partial(tensor_parallel_loss, model, into, group)
+    model.head = partial(tensor_parallel_head, model, into, group)
+    return partials
+
+
+def local_logits(model, into, group, hidden):
+    """This rank's columns of the logits (..., V/N) in fp32; -inf where the table is padding."""
+    c = model.config
+    weight = (model.embed if c.tie_embeddings else model.lm_head).weight
+    z = F.linear(into(hidden), weight).float()
+    if c.logit_softcap:
+        z = c.logit_softcap * torch.tanh(z / c.logit_softcap)
+    padding = (dist.get_rank(group) + 1) * len(weight) - c.vocab_size
+    if padding > 0:
+        z = z.masked_fill(torch.arange(len(weight), device=z.device) >= len(weight) - padding,
+                          -math.inf)
+    return z
+
+
+def tensor_parallel_head(model, into, group, hidden):
+    z = local_logits(model, into, group, hidden)
+
+    def own(dz):
+        return dz.narrow(-1, dist.get_rank(group) * z.shape[-1], z.shape[-1])
+
+    logits = Exchange.apply(z, partial(all_gather, group=group, dim=-1), own)
+    return logits[..., :model.config.vocab_size]
+
+
+def tensor_parallel_loss(model, into, group, ids, targets, reduction="mean", ignore_index=-100):
+    """Transformer.loss of a model that is split: the logits are never whole anywhere."""
+    z = local_logits(model, into, group, model.hidden(ids)).flatten(0, 1)  # (B T, V/N)
+    first = dist.get_rank(group) * z.shape[-1]
+    total = VocabParallelCrossEntropy.apply(z, targets.flatten(), first, group, ignore_index)
+    return total / (targets != ignore_index).sum() if reduction == "mean" else total
+
+
+# ---- context parallel --------------------------------------------------------------------------
+
+
+def zigzag(x, group, dim=1):
+    """This rank's share of a sequence: chunks r and 2N-1-r of 2N, so that causal work is even."""
+    n, r = dist.get_world_size(group), dist.get_rank(group)
+    if x.shape[dim] % (2 * n):
+        raise ValueError(f"context parallel over {n}: {x.shape[dim]} tokens are not a multiple of "
+                         f"{2 * n}")
+    chunks = x.chunk(2 * n, dim)
+    return torch.cat((chunks[r], chunks[2 * n - 1 - r]), dim)
+
+
+def attention_with_lse(q, k, v, causal):
+    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E), and the log-sum-exp of
+    each row's scores (B, H, T). kernels.py's on a GPU, plain elsewhere."""
+    if q.device.type == "cuda":
+        from kernels import flash_attention
+        return flash_attention(q, k, v, causal=causal, return_lse=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1),
+                                    -math.inf)
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp().to(v.dtype) @ v).transpose(1, 2), lse
+
+
+class RingAttention(torch.autograd.Function):
+    """Causal attention over a zig-zag-split sequence; keys and values travel round a ring.
+
+    At each of N steps a rank attends to the keys of the rank `step` before it, and merges by
+    log-sum-exp: out = sum_i exp(lse_i - lse) out_i. Keys of earlier ranks: only their first half
+    is in the past, of all its queries; of later ranks: all are in the past of its second half. So
+    every step is half a block, for every rank. The backward pass sends the ring round again, with
+    the keys' gradients in their company. Sent: (N-1) times k and v, and N times both with their
+    gradients.
+    """
+
+    @staticmethod
+    def part(step, rank, q, k, v):
+        """Queries and keys that meet at this step, and whether the mask is causal."""
+        half = q.shape[1] // 2
+        if step == 0:
+            return q, k, v, True
+        if step <= rank:  # from an earlier rank
+            return q, k[:, :half], v[:, :half], False
+        return q[:, half:], k, v, False
+
+    @staticmethod
+    def forward(ctx, q, k, v, group):
+        n, rank = dist.get_world_size(group), dist.get_rank(group)
+        ctx.group, travellers = group, torch.stack((k, v))
+        out = torch.zeros_like(q)
+        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, device=q.device,
+                         dtype=torch.promote_types(q.dtype, torch.float32))  # (B, H, T)
+        for step in range(n):
+            coming = pass_on(travellers, group) if step < n - 1 else None
+            q_i, k_i, v_i, causal = RingAttention.part(step, rank, q, *travellers)
+            out_i, lse_i = attention_with_lse(q_i, k_i, v_i, causal)
+            rows = slice(q.shape[1] - q_i.shape[1], None)
+            both = torch.logaddexp(lse[..., rows], lse_i)
+            old = (lse[..., rows] - both).exp().mT[..., None].to(q.dtype)  # (B, T, H, 1)
+            new = (lse_i - both).exp().mT[..., None].to(q.dtype)
+            out[:, rows] = out[:, rows] * old + out_i * new
+            lse[..., rows] = both
+            travellers = coming() if coming else travellers
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, out, lse = ctx.saved_tensors
+        group, n, rank = ctx.group, dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
+        dq, travellers = torch.zeros_like(q), torch.stack((k, v, *torch.zeros_like(torch.stack(
+            (k, v)))))  # k, v and their gradients
+        for step in range(n):
+            parts = RingAttention.part(step, rank, q, *travellers[:2])
+            rows = slice(q.shape[1] - parts[0].shape[1], None)
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in parts[:3]]
+                out_i, lse_i = attention_with_lse(*leaves, parts[3])
+            weight = (lse_i - lse[..., rows]).exp().mT[..., None].detach()  # (B, T, H, 1)
+            do_i = do[:, rows] * weight.to(do.dtype)
+            gap = ((out_i.detach() - out[:, rows]) * do_i).sum(-1).mT.to(lse.dtype)
+            grads = torch.autograd.grad((out_i, lse_i), leaves, (do_i, gap))
+            dq[:, rows] += grads[0]
+            travellers[2][:, :parts[1].shape[1]] += grads[1]
+            travellers[3][:, :parts[1].shape[1]] += grads[2]
+            travellers = pass_on(travellers, group)()  # after N steps they are home
+        return dq, travellers[2], travellers[3], None
+
+
+def pass_on(tensor, group):
+    """Start sending to the next rank of the ring; returns a function that waits for what comes."""
+    n, rank = dist.get_world_size(group), dist.get_rank(group)
+    if n == 1:
+        return lambda: tensor
+    to, source = (dist.get_global_rank(group or dist.group.WORLD, (rank + d) % n) for d in (1, -1))
+    came = torch.empty_like(tensor)
+    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor.contiguous(), to, group),
+                                    dist.P2POp(dist.irecv, came, source, group)])
+
+    def wait():
+        for work in works:
+            work.wait()
+        return came
+
+    return wait
+
+
+def ring_attention(q, k, v, group=None):
+    """Causal attention where each rank has zigzag()'s share: q (B, T/N, H, E), k, v (.., K, E)."""
+    return RingAttention.apply(q, k, v, group)
+
+
+def context_parallel(model, group):
+    """Let our Transformer run on zigzag()'s shares of its sequences. Every gradient is partial."""
+    c = model.config
+    if c.sliding_window or c.attention_softcap or c.kv_rank:
+        raise ValueError("context parallel: no sliding_window, attention_softcap or kv_rank here")
+
+    def positions(T, device):
+        return zigzag(torch.arange(T * dist.get_world_size(group), device=device), group, dim=0)
+
+    c.attention = partial(ring_attention, group=group)
+    model.positions = positions
+
+
+# ---- pipeline parallel -------------------------------------------------------------------------
+
+
+def pipeline_order(rank, p, m, schedule, chunks=1):
+    """What a rank does, one after the other: ("F" or "B", micro-batch, chunk of its layers).
+
+    gpipe: all forward passes, then all backward. 1f1b: as soon as it can, one of each in turns, so
+    rank r keeps p - r micro-batches in memory, not m. interleaved: 1f1b with `chunks` thin stages
+    a rank, round and round the ranks, which divides the bubble by their number.
+    """
+    n = m * chunks
+    if schedule == "interleaved":
+        first = min(n, (p - rank - 1) * 2 + (chunks - 1) * p)
+    else:
+        first = m if schedule == "gpipe" else min(m, p - rank - 1)
+
+    def forward(k):
+        return "F", k // (p * chunks) * p + k % p, k % (p * chunks) // p
+
+    def backward(k):
+        return "B", k // (p * chunks) * p + k % p, chunks - 1 - k % (p * chunks) // p
+
+    if chunks == 1:
+        forward, backward = (lambda k: ("F", k, 0)), (lambda k: ("B", k, 0))
+    order = [forward(k) for k in range(first)]
+    for k in range(first, n):
+        order += [forward(k), backward(k - first)]
+    return order + [backward(k) for k in range(n - first, n)]
+
+
+def pipeline_table(p, m, schedule="1f1b", chunks=1):
+    """Rows are ticks, columns ranks; an entry is what the rank does, or None: the bubble.
+
+    One entry takes one tick. Of gpipe's and 1f1b's 2 (m + p - 1) ticks a rank idles 2 (p - 1): a
+    share of (p - 1) / (m + p - 1); interleaved (p - 1) / (m chunks + p - 1).
+    """
+    if schedule not in ("gpipe", "1f1b", "interleaved"):
+        raise ValueError(f"schedule {schedule!r} is not one of gpipe, 1f1b, interleaved")
+    if schedule == "interleaved" and m % p:
+        raise ValueError(f"interleaved: {m} micro-batches are not a multiple of {p} ranks")
+    orders = [pipeline_order(r, p, m, schedule, chunks) for r in range(p)]
+    at, done, table, last = [0] * p, {}, [], p * chunks - 1
+    while any(a < len(o) for a, o in zip(at, orders)):
+        row = [None] * p
+        for r in range(p):
+            if at[r] == len(orders[r]):
+                continue
+            kind, micro, chunk = orders[r][at[r]]
+            stage = chunk * p + r
+            before = [("F", micro, stage - 1)] if kind == "F" else [("F", micro, stage)] + (
+                [("B", micro, stage + 1)] if stage < last else [])
+            if all(b in done or b[2] < 0 for b in before):
+                row[r] = kind, micro, chunk
+        for r, entry in enumerate(row):
+            if entry:
+                done[entry[0], entry[1], entry[2] * p + r] = len(table)
+                at[r] += 1
+        if not any(row):
+            raise RuntimeError(f"{schedule} of {p} ranks and {m} micro-batches waits for itself")
+        table.append(row)
+    return table
+
+
+class Pipeline:
+    """The layers spread over the ranks; micro-batches follow each other through them.
+
+    stage: this rank's module, or a list of them (interleaved: stages rank, rank + N, ...). All but
+    the last map activations to activations of one shape; the last is called with (activations,
+    targets) and returns a loss. step(x, y) leaves the gradients of the sum of the micro-batches'
+    losses and returns that sum on every rank. Each boundary carries the activations forwards and
+    their gradients backwards, once: 2 B T D numbers a step.
+    """
+
+    def __init__(self, stage, group=None, microbatches=4, schedule="1f1b"):
+        self.chunks = list(stage) if isinstance(stage, (list, tuple)) else [stage]
+        if len(self.chunks) > 1 and schedule != "interleaved":
+            raise ValueError(f"{schedule}: one stage a rank; several need schedule='interleaved'")
+        self.group, self.m = group, microbatches
+        self.p, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.table = pipeline_table(self.p, microbatches, schedule, len(self.chunks))
+        self.last = self.p * len(self.chunks) - 1
+        self.kind, self.most_kept = None, 0  # (shape, dtype) between stages; peak of micro-batches
+
+    def destination(self, rank, entry):
+        """Who gets what this entry makes, and under which name; None at the ends."""
+        kind, micro, chunk = entry
+        stage = chunk * self.p + rank + (1 if kind == "F" else -1)
+        return (stage % self.p, (kind, micro, stage)) if 0 <= stage <= self.last else None
+
+    def exchange(self, row, made, inbox, device):
+        """Pass on what this tick made: one batch of sends and receives for all neighbours, so the
+        ranks meet in the same order. Nobody waits until it needs what comes."""
+        ops, receiving = [], []
+        for source, entry in enumerate(row):
+            goal = entry and self.destination(source, entry)
+            if not goal or self.rank not in (source, goal[0]):
+                continue
+            if source == goal[0]:
+                inbox[goal[1]] = [], made
+                continue
+            peer = dist.get_global_rank(self.group or dist.group.WORLD,
+                                        goal[0] if self.rank == source else source)
+            if self.rank == source:
+                ops.append(dist.P2POp(dist.isend, made, peer, self.group))
+            else:
+                came = torch.empty(self.kind[0], dtype=self.kind[1], device=device)
+                ops.append(dist.P2POp(dist.irecv, came, peer, self.group))
+                receiving.append((goal[1], came))
+        works = dist.batch_isend_irecv(ops) if ops else []
+        for name, came in receiving:
+            inbox[name] = works, came
+        return works, made
+
+    def step(self, x, y, backward=True):
+        xs, ys = x.chunk(self.m), y.chunk(self.m)
+        if len(xs) != self.m:
+            raise ValueError(f"a batch of {len(x)} does not make {self.m} micro-batches")
+        self.learn_shape(xs[0])
+        kept, inbox, flying = {}, {}, []
+        total = torch.zeros((), device=x.device)
+
+        def take(name):
+            works, tensor = inbox.pop(name)
+            while works:  # once each: gloo would wait for another message the second time
+                works.pop().wait()
+            return tensor
+
+        for row in self.table:
+            made = None
+            row = [e if e and (backward or e[0] == "F") else None for e in row]
+            if row[self.rank]:
+                kind, micro, chunk = row[self.rank]
+                stage = chunk * self.p + self.rank
+                if kind == "F":
+                    given = xs[micro] if stage == 0 else take((kind, micro, stage))
+                    given = given if stage == 0 else given.requires_grad_(backward)
+                    targets = (ys[micro],) if stage == self.last else ()
+                    out = self.chunks[chunk](given, *targets)
+                    made = out.detach()
+                    total += made if targets else 0
+                    if backward:
+                        kept[micro, stage] = given, out
+                    self.most_kept = max(self.most_kept, len(kept))
+                else:
+                    given, out = kept.pop((micro, stage))
+                    out.backward(None if stage == self.last else take((kind, micro, stage)))
+                    made = given.grad
+            made = made if made is None else made.contiguous()
+            flying.append(self.exchange(row, made, inbox, x.device))
+        for works, _ in flying:
+            while works:
+                works.pop().wait()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def learn_shape(self, x):
+        """The shape between stages, from the first one's output."""
+        if self.kind and self.kind[0][0] == len(x):
+            return
+        told = [None]
+        if self.rank == 0 and self.last:
+            with torch.no_grad():
+                out = self.chunks[0](x)
+            told = [(tuple(out.shape), out.dtype)]
+        source = dist.get_global_rank(self.group or dist.group.WORLD, 0)
+        dist.broadcast_object_list(told, source, group=self.group)
+        self.kind = told[0]
+
+
+class Stage(nn.Module):
+    """Layers a .. b of our Transformer; the first stage has its embedding, the last its head.
+
+    The module keeps its parts' names; what a stage does not have becomes the identity.
+    """
+
+    def __init__(self, model, index, count):
+        super().__init__()
+        c, n = model.config, len(model.layers)
+        if n < count or c.residual_scalars or c.value_embeddings:
+            raise ValueError(f"pipeline of {count} stages: needs at least as many layers, and no "
+                             "residual_scalars or value_embeddings")
+        for name, p in model.named_parameters():
+            p.full_name = getattr(p, "full_name", name)
+            p.parts = getattr(p, "parts", 1) * count
+        self.last, self.tied = index == count - 1, None
+        a, b = n * index // count, n * (index + 1) // count
+        model.layers = nn.ModuleList(model.layers[a:b])
+        if c.tie_embeddings and count > 1 and (index == 0 or self.last):
+            self.tied = model.embed.weight  # first and last stage have a copy each
+            if self.last:  # the copy counts for nothing in the gradient's norm
+                model.lm_head, c.tie_embeddings = model.embed, False
+                self.tied.parts = 0
+        if index:
+            model.embed = nn.Identity()
+            c.position = "none" if c.position == "learned" else c.position
+            model.pos = None
+        if not self.last:
+            model.norm, model.lm_head = nn.Identity(), None
+        self.model = model
+
+    def forward(self, x, y=None):
+        return self.model.loss(x, y, reduction="sum") if self.last else self.model.hidden(x)
+
+
+def sum_tied(stages, group):
+    """The gradient of a tied table is what the first and the last stage have of it; ranks in
+    between add nothing."""
+    c, device = stages[0].model.config, next(stages[0].parameters()).device
+    own = [s.tied for s in stages if s.tied is not None]
+    grad = sum((p.grad for p in own), torch.zeros(c.vocab_size, c.d_model, device=device))
+    dist.all_reduce(grad, group=group)
+    for p in own:
+        p.grad.copy_(grad)
+
+
+# ---- expert parallel ---------------------------------------------------------------------------
+
+
+def expert_parallel(model, group):
+    """Give each rank num_experts / N of the experts of every mixture; tokens travel to them.
+
+    The experts' gradients come from all ranks' tokens already; all others must be summed.
+    """
+    n, rank = dist.get_world_size(group), dist.get_rank(group)
+    for name, moe in model.named_modules():
+        if not hasattr(moe, "experts"):
+            continue
+        count = len(moe.experts)
+        if count % n:
+            raise ValueError(f"expert parallel over {n}: {count} experts are not a multiple of it")
+        for p_name, p in moe.experts.named_parameters():
+            p.full_name, p.parts = f"{name}.experts.{p_name}", getattr(p, "parts", 1) * n
+            p.expert = True
+        moe.experts = nn.ModuleList(moe.experts[rank * count // n:(rank + 1) * count // n])
+        moe.mix = partial(dispatch, moe, group)
+
+
+def dispatch(moe, group, flat, chosen, weight):
+    """Send tokens flat (tokens, D) to the ranks of their experts chosen (tokens, k), run those,
+    send the results home and add them up by weight (tokens, k) -> (tokens, D).
+
+    Each way carries k rows of D a token, as many to a rank as its experts were chosen.
+    """
+    n, k, here = dist.get_world_size(group), chosen.shape[1], len(moe.experts)
+    expert, order = chosen.flatten().sort(stable=True)
+    token = order // k
+    counts = torch.bincount(expert, minlength=n * here)
+    coming = torch.empty_like(counts)  # [rank, expert here] of what comes
+    dist.all_to_all_single(coming, counts, group=group)
+    sends, receives = (c.view(n, here).sum(1).tolist() for c in (counts, coming))
+    x = send_to_all(flat[token], sends, receives, group)  # by rank, then by expert
+    local = torch.arange(here, device=x.device).repeat(n).repeat_interleave(coming)
+    back = local.argsort(stable=True)  # rows by expert
+    rows = x[back].split(torch.bincount(local, minlength=here).tolist())
+    y = torch.cat([e(r) for e, r in zip(moe.experts, rows)])
+    y = torch.zeros_like(y).index_copy(0, back, y)
+    y = send_to_all(y, receives, sends, group) * weight.flatten()[order, None]
+    return torch.zeros_like(flat).index_add(0, token, y.to(flat.dtype))
+
+
+# ---- activation checkpointing ------------------------------------------------------------------
+
+
+def checkpointed(functions, x, scheme="block"):
+    """functions[-1](... functions[0](x)), keeping fewer activations for the backward pass.
+
+    Of n functions, in inputs kept (and beside them the inside of one function):
+    none    all inside of every function is kept
+    block   n inputs; each function runs twice
+    sqrt    about 2 sqrt(n): segments of sqrt(n), each function twice (Chen et al. 2016, 1604.06174)
+    nested  about log2(n): halves of halves, each function up to log2(n) + 1 times
+    """
+    n = len(functions)
+    if scheme == "none" or n == 0:
+        for f in functions:
+            x = f(x)
+        return x
+    if scheme == "block" or scheme == "nested" and n == 1:
+        for f in functions:
+            x = checkpoint(f, x, use_reentrant=False)
+        return x
+    if scheme == "sqrt":
+        size = max(1, round(math.sqrt(n)))
+        parts = [functions[i:i + size] for i in range(0, n, size)]
+        for part in parts:
+            x = checkpoint(checkpointed, part, x, "none", use_reentrant=False)
+        return x
+    if scheme != "nested":
+        raise ValueError(f"scheme {scheme!r} is not one of none, block, sqrt, nested")
+    for half in (functions[:n // 2], functions[n // 2:]):
+        x = checkpoint(checkpointed, half, x, "nested", use_reentrant=False)
+    return x
+
+
+# ---- Muon across ranks -------------------------------------------------------------------------
+
+
+def orthogonalize_sharded(orthogonalize, stack, p):
+    """Orthogonalise matrices that are cut as the parameter p is: stack (n, rows, columns) of
+    this rank's pieces -> the same pieces of the results.
+
+    Where the rows are sharded (FSDP), an all-to-all gives each rank whole matrices, ceil(n / N) of
+    them; tensor parallel pieces are gathered; the results go back the same way. The products are
+    shared out instead of repeated N times.
+    """
+    splits = getattr(p, "splits", [])
+    if not splits or splits[-1][0] == 1:
+        return orthogonalize_whole(orthogonalize, stack, splits)
+    (_, group, size), n = splits[-1], len(stack)
+    N, rank = dist.get_world_size(group), dist.get_rank(group)
+    each = -(-n // N)
+    padded = torch.cat((stack, stack.new_zeros(each * N - n, *stack.shape[1:])))
+    mine = torch.empty_like(padded)
+    dist.all_to_all_single(mine, padded, group=group)  # my matrices' rows, rank after rank
+    rows, columns = stack.shape[1:]
+    mine = mine.view(N, each, rows, columns).transpose(0, 1).reshape(each, N * rows, columns)
+    real = max(0, min(each, n - rank * each))
+    done = torch.zeros_like(mine)
+    done[:real, :size] = orthogonalize_whole(orthogonalize, mine[:real, :size], splits[:-1])
+    done = done.view(each, N, rows, columns).transpose(0, 1).contiguous()
+    back = torch.empty_like(padded)
+    dist.all_to_all_single(back, done.flatten(0, 1), group=group)
+    return back[:n]
+
+
+def orthogonalize_whole(orthogonalize, stack, splits):
+    """The same where pieces are gathered, and every rank of the groups does the whole work."""
+    full = stack
+    for dim, group, size in reversed(splits):
+        full = all_gather(full, group, dim + 1).narrow(dim + 1, 0, size)
+    full = orthogonalize(full).to(stack.dtype) if len(full) else full
+    for dim, group, _ in splits:
+        full = cut(full, dim + 1, group)
+    return full
+
+
+# ---- checkpoints in pieces ---------------------------------------------------------------------
+
+
+def box(p):
+    """Where this rank's piece of p lies in the whole: (shape of the whole, offset, extent)."""
+    shape, offset, extent = list(whole_shape(p)), [0] * p.ndim, list(p.shape)
+    for dim, group, size in getattr(p, "splits", []):
+        rows = -(-size // dist.get_world_size(group))
+        offset[dim] += dist.get_rank(group) * rows
+        extent[dim] = max(0, min(rows, size - dist.get_rank(group) * rows))
+    extent = [max(0, min(e, s - o)) for e, s, o in zip(extent, shape, offset)]
+    return shape, offset, extent
+
+
+def held_tensors(model, optimizers):
+    """{key: (tensor, parameter)} of the weights and of the optimizer state cut like them."""
+    held = {}
+    for name, p in model.named_parameters():
+        name = getattr(p, "full_name", name)
+        held[name] = p.detach(), p
+        for optimizer in optimizers:
+            state = getattr(optimizer, "local", optimizer).state.get(p, {})
+            held |= {f"{name} {k}": (v, p) for k, v in state.items()
+                     if torch.is_tensor(v) and v.shape == p.shape}
+    return held
+
+
+def save_sharded(folder, model, optimizers=(), step=0):
+    """Write folder/step-N: a file a rank, and an index last. Equal pieces are written once.
+
+    The index gives the shape of every whole tensor and where each piece lies in it, so any number
+    of ranks, or one process, can read it. Without its index a checkpoint does not count.
+    """
+    place, rank = Path(folder) / f"step-{step:06d}", dist.get_rank()
+    held = held_tensors(model, optimizers)
+    boxes = {key: box(p) for key, (_, p) in held.items()}
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, boxes)
+    index = {}
+    for r, theirs in enumerate(everyone):
+        for key, (shape, offset, extent) in theirs.items():
+            entry = index.setdefault(key, {"shape": shape, "pieces": []})
+            if math.prod(extent) and all(offset != o for _, o, _ in entry["pieces"]):
+                entry["pieces"].append([r, offset, extent])
+    if rank == 0:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+    dist.barrier()
+    mine = {}
+    for key, (tensor, _) in held.items():
+        if any(r == rank and o == boxes[key][1] for r, o, _ in index[key]["pieces"]):
+            inside = tuple(slice(0, e) for e in boxes[key][2])
+            mine[key] = tensor[inside].cpu().clone()
+    torch.save(mine, place / f"rank-{rank:05d}.pt")
+    dist.barrier()
+    if rank == 0:
+        groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups]
+                  for o in optimizers]
+        beside = place / "index.tmp"
+        beside.write_text(json.dumps({"step": step, "groups": groups, "tensors": index}))
+        os.replace(beside, place / "index.json")
+    dist.barrier()
+
+
+def load_sharded(folder, model, optimizers=()):
+    """Read the newest complete checkpoint of save_sharded in whatever layout the model has now;
+    returns its step."""
+    complete = sorted(p.parent for p in Path(folder).glob("step-*/index.json"))
+    if not complete:
+        raise ValueError(f"{folder}: no complete checkpoint in it")
+    index = json.loads((complete[-1] / "index.json").read_text())
+    files = {}
+
+    def read(key, p):
+        """This rank's piece of a tensor, put together from the pieces that overlap it."""
+        entry, (_, offset, extent) = index["tensors"][key], box(p)
+        out = torch.zeros_like(p)
+        for r, o, e in entry["pieces"]:
+            low = [max(a, b) for a, b in zip(offset, o)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, extent, o, e)]
+            if all(a < b for a, b in zip(low, high)) or not p.ndim:
+                if r not in files:
+                    files[r] = torch.load(complete[-1] / f"rank-{r:05d}.pt", mmap=True,
+                                          weights_only=True)
+                there = tuple(slice(a - b, c - b) for a, b, c in zip(low, o, high))
+                here = tuple(slice(a - b, c - b) for a, b, c in zip(low, offset, high))
+                out[here] = files[r][key][there].to(out)
+        return out
+
+    owned = [(o, {id(p) for g in o.param_groups for p in g["params"]})
+             for o in (getattr(o, "local", o) for o in optimizers)]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            name = getattr(p, "full_name", name)
+            if name not in index["tensors"]:
+                raise ValueError(f"{complete[-1]}: has no {name}")
+            if index["tensors"][name]["shape"] != list(whole_shape(p)):
+                raise ValueError(f"{complete[-1]}: {name} is {index['tensors'][name]['shape']}, "
+                                 f"the model's {list(whole_shape(p))}")
+            p.copy_(read(name, p))
+            keys = [k for k in index["tensors"] if k.startswith(name + " ")]
+            for optimizer, theirs in owned:
+                if id(p) in theirs:
+                    optimizer.state[p] = {k[len(name) + 1:]: read(k, p) for k in keys}
+    for optimizer, groups in zip(optimizers, index["groups"]):
+        for group, saved in zip(optimizer.param_groups, groups):
+            group.update(saved)
+    return index["step"]
+
+
+# ---- all of it together ------------------------------------------------------------------------
+
+
+class Parallel:
+    """Our Transformer on a mesh: what a training loop needs of it, whatever the layout.
+
+    kind: ddp, zero1 (for the loop to wrap its optimizers with) or fsdp, over the data ranks (dp,
+    fsdp, ep). Every rank builds the same whole model and keeps its part. forward_backward divides
+    the summed loss by the tokens of the whole batch, so gradients are summed and never averaged:
+    no rank needs an equal share. `model` holds this rank's parameters.
+    """
+
+    def __init__(self, model, mesh, kind="ddp", compute_dtype=None):
+        self.mesh, self.kind, self.config = mesh, kind, model.config
+        self.partials, self.wrapped, self.pipeline = [], None, None
+        self.autocast, size = nullcontext, mesh.size
+        if self.config.num_experts and max(size("tp"), size("pp")) > 1:
+            raise ValueError("--tp, --pp: not with experts; split those with --ep")
+        if size("ep") > 1 and not self.config.num_experts:
+            raise ValueError("--ep: the model has no experts")
+        check_same(model)
+        broadcast_module(model)
+        if size("ep") > 1:
+            expert_parallel(model, mesh.group("ep"))
+        if size("tp") > 1:
+            self.partials = tensor_parallel(model, mesh.group("tp"))
+        if size("cp") > 1:
+            context_parallel(model, mesh.group("cp"))
+        self.model = self.runner = model
+        if size("pp") > 1:
+            self.runner = Stage(model, mesh.rank("pp"), size("pp"))
+        self.ties = size("pp") > 1 and self.config.tie_embeddings
+        others = [a for a in ("dp", "ep", "cp") if size(a) > 1]
+        if kind == "fsdp" and size("fsdp") > 1:
+            self.runner = FSDP(self.runner, compute_dtype, group=mesh.group("fsdp"), average=False)
+        elif size("ep", "pp") == 1:
+            others = []
+            if size("dp", "fsdp", "cp") > 1:
+                self.wrapped = DDP(model, group=mesh.group("dp", "fsdp", "cp"), average=False)
+        else:
+            others.append("fsdp")
+        self.sums = mesh.group(*others) if others else None
+        self.expert_sums = mesh.group(*(a for a in others if a != "ep")) if others else None
+
+    @property
+    def copies_only(self):
+        """Whether every rank has the model as one process has it."""
+        others = self.mesh.size("tp", "cp", "pp", "ep")
+        return others == 1 and (self.kind == "ddp" or dist.get_world_size() == 1)
+
+    @property
+    def data_ranks(self):
+        """(which of the ranks that share the data, how many, how many read the same)."""
+        mesh = self.mesh
+        return (mesh.rank("dp", "fsdp", "ep"), mesh.size("dp", "fsdp", "ep"),
+                mesh.size("tp", "cp", "pp"))
+
+    def train(self):
+        self.model.train()
+
+    def eval(self):
+        self.model.eval()
+
+    def share(self, items):
+        """This data rank's part of a list, about equal."""
+        r, n, _ = self.data_ranks
+        return items[len(items) * r // n:len(items) * (r + 1) // n]
+
+    def split(self, *tensors):
+        if self.mesh.size("cp") == 1:
+            return tensors
+        return [zigzag(t, self.mesh.group("cp")) for t in tensors]
+
+    def loss(self, inputs, targets, reduction="sum", backward_scale=None):
+        """This rank's share of the summed loss of (B, T) tokens: over all ranks they add up to it.
+        With backward_scale, leaves gradients of it times that number."""
+        inputs, targets = self.split(inputs, targets)
+        if self.mesh.size("pp") > 1:
+            loss = self.pipeline_loss(inputs, targets, backward_scale)
+            return loss / self.mesh.size("tp", "pp")
+        with record_function("forward"), self.autocast():
+            loss = self.runner.loss(inputs, targets, reduction="sum")
+        if backward_scale is not None:
+            with record_function("backward"):
+                (loss * backward_scale).backward()
+        return loss.detach() / self.mesh.size("tp")
+
+    def pipeline_loss(self, inputs, targets, scale):
+        m = next(m for m in range(2 * self.mesh.size("pp"), 0, -1) if len(inputs) % m == 0)
+
+        def stage(x, *y):
+            with self.autocast():
+                out = self.runner(x, *y)
+            return out * scale if y and scale is not None else out
+
+        if not self.pipeline or (self.pipeline.m, self.pipeline.rows) != (m, len(inputs)):
+            self.pipeline = Pipeline(stage, self.mesh.group("pp"), m)
+            self.pipeline.rows = len(inputs)
+        self.pipeline.chunks = [stage]
+        total = self.pipeline.step(inputs, targets, backward=scale is not None)
+        return total if scale is None else total / scale
+
+    @contextmanager
+    def no_sync(self):
+        """For all micro-batches but the last, where gradients need not travel with each."""
+        if self.wrapped is None:
+            yield
+        else:
+            with self.wrapped.no_sync():
+                yield
+
+    def finish(self):
+        """Sum every gradient over the ranks that have part of it."""
+        if self.wrapped:
+            self.wrapped.finish_gradient_synchronization()
+        elif isinstance(self.runner, FSDP):
+            self.runner.finish_gradient_synchronization()
+        parameters = list(self.model.parameters())
+        if self.ties:
+            sum_tied([getattr(self.runner, "module", self.runner)], self.mesh.group("pp"))
+        if self.partials:
+            sum_gradients(self.partials, self.mesh.group("tp"))
+        if self.sums:
+            sum_gradients([p for p in parameters if not hasattr(p, "expert")], self.sums)
+            sum_gradients([p for p in parameters if hasattr(p, "expert")], self.expert_sums)
+
+    def whole_state(self, optimizers=()):
+        """On rank 0 {name: weight}, {name: {key: optimizer state}}, whole and on the CPU, as one
+        process would have them; (None, None) elsewhere. All ranks must call."""
+        held = held_tensors(self.model, optimizers)
+        merged = collect({key: whole(t, p).cpu() for key, (t, p) in held.items()})
+        if merged is None:
+            return None, None
+        weights = {k: v for k, v in merged.items() if " " not in k}
+        states = {k: {} for k in weights}
+        for key, value in merged.items():
+            name, _, what = key.partition(" ")
+            if what:
+                states[name][what] = value
+        return weights, states
+
+    def take_state(self, states, optimizers):
+        """Give the optimizers this rank's pieces of whole states {name: {key: tensor}}."""
+        names = {p: getattr(p, "full_name", name) for name, p in self.model.named_parameters()}
+        for optimizer in optimizers:
+            optimizer = getattr(optimizer, "local", optimizer)
+            for p in (p for g in optimizer.param_groups for p in g["params"]):
+                optimizer.state[p] = {k: piece_of(v, p).to(p) for k, v in
+                                      states.get(names[p], {}).items()}
+
+
+def collect(held):
+    """Rank 0 gets the union of the ranks' dicts, each key from the lowest rank that has it."""
+    keys = [None] * dist.get_world_size()
+    dist.all_gather_object(keys, list(held))
+    before = {k for theirs in keys[:dist.get_rank()] for k in theirs}
+    mine = {k: v for k, v in held.items() if k not in before}
+    everything = [None] * len(keys) if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everything)
+    return {k: v for part in everything for k, v in part.items()} if everything else None
+
+
+# ---- plan: what a split costs before anybody has run it ----------------------------------------
+
+
+@dataclass
+class Sizes:
+    """What the cost of a Transformer depends on."""
+
+    layers: int
+    d_model: int
+    heads: int
+    kv_heads: int
+    d_head: int
+    d_ff: int
+    vocab: int
+    experts: int = 1
+    experts_per_token: int = 1
+
+    def layer(self, active=False):
+        """Weights of a layer, all of them or those a token meets."""
+        attention = self.d_model * self.d_head * 2 * (self.heads + self.kv_heads)
+        count = self.experts_per_token if active else self.experts
+        router = self.d_model * self.experts if self.experts > 1 else 0
+        return attention + router + 3 * self.d_model * self.d_ff * count
+
+    def tables(self):
+        return 2 * self.vocab * self.d_model
+
+    def total(self):
+        return self.layers * self.layer() + self.tables()
+
+    def flops(self, T):
+        """Of training, a token: 6 a weight it meets, and causal attention's 6 T H E a layer."""
+        weights = self.layers * self.layer(active=True) + self.tables() / 2
+        return 6 * weights + 6 * self.layers * T * self.heads * self.d_head
+
+
+MODELS = {  # Llama 3.2 1B, Llama 3.1 (arXiv:2407.21783, table 3), Qwen3-30B-A3B
+    "1b": Sizes(16, 2048, 32, 8, 64, 8192, 128256),
+    "8b": Sizes(32, 4096, 32, 8, 128, 14336, 128256),
+    "70b": Sizes(80, 8192, 64, 8, 128, 28672, 128256),
+    "405b": Sizes(126, 16384, 128, 8, 128, 53248, 128256),
+    "30b-a3b": Sizes(48, 2048, 32, 4, 128, 768, 151936, 128, 8),
+}
+
+
+@dataclass
+class Hardware:
+    """A GPU and its node. efficiency is the share of the dense bf16 peak that a step's arithmetic
+    reaches: one figure a GPU, from one published run (RESULTS.md), the only thing fitted."""
+
+    tflops: float
+    memory: float  # GB
+    nvlink: float  # GB/s one way, to the GPUs of the node
+    network: float  # GB/s one way, to other nodes, a GPU
+    efficiency: float
+    node: int = 8
+
+
+HARDWARE = {
+    "a100": Hardware(312, 80, 300, 25, 0.57),
+    "h100": Hardware(989, 80, 450, 50, 0.41),
+    "h200": Hardware(989, 141, 450, 50, 0.41),
+    "b200": Hardware(2250, 180, 900, 50, 0.41),
+}
+RECOMPUTE = {"none": 0.0, "selective": 0.5, "full": 1.0}  # of a forward pass, done again
+FP8 = 1.28  # a step's speed with float8 matmuls, from the same 8B run with and without
+
+
+@dataclass
+class Layout:
+    """One way to split a run: ranks an axis, sequences a micro-batch, what is recomputed."""
+
+    dp: int = 1
+    fsdp: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    micro: int = 1
+    recompute: str = "none"
+    chunks: int = 1  # stages a rank, of interleaved pipelines
+
+    def data(self):
+        return self.dp * self.fsdp * self.ep
+
+
+def ring(size, n, bandwidth):
+    """Seconds of an all-gather or reduce-scatter of `size` bytes among n: size (n-1)/n / W."""
+    return size * (n - 1) / n / (bandwidth * 1e9)
+
+
+def plan_bytes(s, a, T, m):
+    """Bytes a GPU sends in a step of m micro-batches, by axis (averages over pipeline stages).
+
+    fsdp   a micro-batch: weights twice in bf16 (tables once), gradients once in fp32
+    dp     a step: the fp32 gradients, reduced and gathered
+    tp     4 all-reduces a layer, of bf16 activations; 2 more where they are recomputed; 2 beside
+    pp     activations and their gradients over each boundary, bf16
+    cp     keys and values: N-1 hops forwards, and N backwards with their gradients
+    ep     dispatch and combine, each way and pass: 4 times k rows a token
+    """
+    tokens = a.micro * T / a.cp  # of a micro-batch on this rank, before tensor parallelism
+    L, layer, tables = s.layers / a.pp, s.layer(), s.tables() / a.pp
+    if a.ep > 1:
+        layer = s.layer() - 3 * s.d_model * s.d_ff * s.experts * (1 - 1 / a.ep)
+    n = a.fsdp
+    weights = L * layer / a.tp
+    again = 2 * (a.recompute == "full")
+    share = (a.tp - 1) / a.tp
+    activations = tokens * s.d_model * 2
+    kv = 2 * tokens * s.kv_heads / a.tp * s.d_head * 2
+    return {
+        "fsdp": m * (n - 1) / n * (weights * (2 * 2 + 4) + tables / a.tp * (2 + 4)),
+        "dp": 2 * (a.dp - 1) / a.dp * 4 * (weights + tables / a.tp) / n,
+        "tp": m * 2 * share * activations * ((4 + again) * L + 2 / a.pp),
+        "pp": m * 2 * activations / a.tp * a.chunks * (a.pp > 1),
+        "cp": m * L * kv * ((a.cp - 1) + 2 * a.cp) * (a.cp > 1),
+        "ep": m * L * 4 * s.experts_per_token * activations * (a.ep - 1) / a.ep,
+    }
+
+
+def plan_memory(s, a, T, m):
+    """Bytes on the fullest GPU: {weights, gradients and AdamW; gathered; activations; logits}.
+
+    Weights, gradients and two moments are fp32: 16 bytes a weight. Gathered: FSDP's two layers and
+    a table in bf16, one layer's gradient in bf16 and once more in fp32 on its way. Activations of a
+    token in a layer, bf16: 4 D + (2 H + 2 K) E + 3 F, or its input alone if all is recomputed,
+    with one layer's inside. A pipeline's first rank keeps min(m, p) micro-batches.
+    """
+    layer = s.layer() - 3 * s.d_model * s.d_ff * s.experts * (1 - 1 / a.ep)
+    weights = (s.layers / a.pp * layer + s.tables() / min(a.pp, 2)) / a.tp
+    tokens = a.micro * T / a.cp
+    inside = 2 * tokens * (4 * s.d_model + 2 * (s.heads + s.kv_heads) * s.d_head
+                           + 3 * s.d_ff * s.experts_per_token) / a.tp
+    kept = {"none": inside, "selective": inside / 2, "full": 2 * tokens * s.d_model / a.tp}
+    in_flight = min(m, a.pp) * (1 + (a.pp - 1) / (a.pp * a.chunks) if a.chunks > 1 else 1)
+    tables = s.tables() / min(a.pp, 2) / a.tp
+    return {
+        "state": 16 * weights / a.fsdp,
+        "gathered": (a.fsdp > 1) * (2 * 2 * layer / a.tp + 2 * tables + 6 * max(
+            layer / a.tp, tables / 2)),
+        "activations": kept[a.recompute] * s.layers / a.pp * in_flight
+        + (a.recompute != "none") * inside,
+        "logits": 2 * 4 * tokens * s.vocab / a.tp,
+    }
+
+
+def plan_layout(s, hw, a, T, tokens_per_step, fp8=False):
+    """The cost of one layout: a dict of seconds by cause, memory, tokens/s a GPU, MFU, what binds.
+
+    Compute: FLOPs / (peak x efficiency), again for what is recomputed. FSDP's and DP's messages
+    hide behind it, ring attention's behind attention's share of it; only what is longer counts.
+    Tensor and expert parallel messages are waited for. A pipeline's step is (1 + bubble) as long,
+    bubble (p-1) / (m chunks) (Narayanan et al. 2021).
+    """
+    gpus = a.data() * a.tp * a.pp * a.cp
+    m = max(1, round(tokens_per_step / T / a.data() / a.micro))
+    flops = s.flops(T) * tokens_per_step / gpus
+    compute = flops * (1 + RECOMPUTE[a.recompute] / 3) / (
+        hw.tflops * 1e12 * hw.efficiency * (FP8 if fp8 else 1))
+    sent = plan_bytes(s, a, T, m)
+    reach = 1  # ranks between neighbours of an axis, the innermost first
+    seconds = {}
+    for axis in ("tp", "cp", "ep", "fsdp", "dp", "pp"):
+        reach *= getattr(a, axis)
+        seconds[axis] = sent[axis] / 1e9 / (hw.nvlink if reach <= hw.node else hw.network)
+    attention = compute * 6 * s.layers * T * s.heads * s.d_head / s.flops(T)
+    exposed = {"tensor parallel": seconds["tp"], "expert parallel": seconds["ep"],
+               "FSDP": max(0.0, seconds["fsdp"] - 0.9 * compute),
+               "DDP": max(0.0, seconds["dp"] - 0.6 * compute / m),
+               "ring attention": max(0.0, seconds["cp"] - attention)}
+    busy = compute + sum(exposed.values())
+    exposed["bubble"] = busy * (a.pp - 1) / (m * a.chunks)
+    step = busy + exposed["bubble"]
+    memory = plan_memory(s, a, T, m)
+    binds = max(exposed, key=exposed.get) if max(exposed.values()) > 0.05 * step else "compute"
+    return dict(layout=a, micro_batches=m, step=step, compute=compute, exposed=exposed, sent=sent,
+                memory=memory, gigabytes=sum(memory.values()) / 1e9, binds=binds,
+                tokens_per_second=tokens_per_step / step / gpus,
+                mfu=flops / step / (hw.tflops * 1e12))
+
+
+def divisors(n, most):
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
+
+
+def layouts(s, gpus, T, tokens_per_step, node):
+    """Every layout of that many GPUs that divides the model, the sequence and the batch."""
+    sequences = tokens_per_step // T
+    for tp, pp, cp in itertools.product(divisors(s.kv_heads, node), divisors(gpus, 32),
+                                        (1, 2, 4, 8, 16)):
+        if gpus % (tp * pp * cp) or pp > s.layers or T // cp < 1024 and cp > 1:
+            continue
+        data = gpus // (tp * pp * cp)
+        if sequences % data:
+            continue
+        for ep in divisors(math.gcd(data, s.experts), 64) if s.experts > 1 else (1,):
+            for fsdp in divisors(data // ep, gpus):
+                for micro, again in itertools.product((1, 2, 4), RECOMPUTE):
+                    m = sequences // data // micro
+                    if m * micro * data != sequences:
+                        continue
+                    for chunks in (1, 2) if pp > 1 and m % pp == 0 else (1,):
+                        yield Layout(data // ep // fsdp, fsdp, tp, pp, cp, ep, micro, again, chunks)
+
+
+def model_sizes(name):
+    """A name of MODELS, or the config.json of a Hugging Face folder."""
+    if name in MODELS:
+        return MODELS[name]
+    file = Path(name) / "config.json"
+    if not file.exists():
+        raise ValueError(f"--model {name}: not one of {', '.join(MODELS)}, and no {file}")
+    h = json.loads(file.read_text())
+    heads = h["num_attention_heads"]
+    return Sizes(h["num_hidden_layers"], h["hidden_size"], heads,
+                 h.get("num_key_value_heads", heads),
+                 h.get("head_dim") or h["hidden_size"] // heads,
+                 h.get("moe_intermediate_size") or h["intermediate_size"], h["vocab_size"],
+                 h.get("num_experts", 1), h.get("num_experts_per_tok", 1))
+
+
+def run_plan(args):
+    """Print the best layouts; returns their costs, best first."""
+    hw = HARDWARE[args.gpu]
+    for name in ("tflops", "memory", "nvlink", "network", "efficiency", "node"):
+        if getattr(args, name) is not None:
+            setattr(hw, name, getattr(args, name))
+    s, T = model_sizes(args.model), args.context_length
+    if args.tokens_per_step % T:
+        raise ValueError(f"--tokens-per-step {args.tokens_per_step}: not a multiple of "
+                         f"--context-length {T}")
+    given = {k: v for k in Mesh.AXES if (v := getattr(args, k)) is not None}
+    costs = [plan_layout(s, hw, a, T, args.tokens_per_step, args.fp8)
+             for a in layouts(s, args.gpus, T, args.tokens_per_step, hw.node)
+             if all(getattr(a, k) == v for k, v in given.items())]
+    if not costs:
+        raise ValueError(f"--gpus {args.gpus}: no layout divides {args.tokens_per_step // T} "
+                         "sequences a step and the model; try powers of two, or more tokens")
+    fitting = [c for c in costs if c["gigabytes"] < 0.9 * hw.memory]
+    if not fitting:
+        least = min(c["gigabytes"] for c in costs)
+        raise ValueError(f"--gpus {args.gpus}: nothing fits 90 % of {hw.memory} GB, the least is "
+                         f"{least:.0f} GB; take more GPUs, or fewer tokens at a time")
+    best = {}  # of each split, the fastest micro-batch and recomputation
+    for c in sorted(fitting, key=lambda c: c["step"]):
+        a = c["layout"]
+        best.setdefault((a.dp, a.fsdp, a.tp, a.pp, a.cp, a.ep), c)
+    print(f"{args.model}: {s.total() / 1e9:.2f}B parameters, {s.flops(T) / 1e9:.1f} GFLOP a token "
+          f"at T {T}; {args.gpus} x {args.gpu}\n"
+          f"{'dp':>4} {'fsdp':>5} {'tp':>3} {'pp':>3} {'cp':>3} "
+          f"{'ep':>3} {'micro':>9} {'again':<9} {'GB':>5} {'tok/s/GPU':>9} {'MFU':>5} binds")
+    for c in list(best.values())[:args.show]:
+        a = c["layout"]
+        pp = f"{a.pp}" + "i" * (a.chunks > 1)
+        print(f"{a.dp:>4} {a.fsdp:>5} {a.tp:>3} {pp:>3} {a.cp:>3} {a.ep:>3} "
+              f"{c['micro_batches']:>5} x {a.micro} {a.recompute:<9} {c['gigabytes']:>5.1f} "
+              f"{c['tokens_per_second']:>9,.0f} {c['mfu']:>5.1%} {c['binds']}")
+    top = next(iter(best.values()))
+    print(f"\nthe first: {top['step']:.2f} s a step, {top['compute']:.2f} of it computing; "
+          + ", ".join(f"{k} {v:.2f}" for k, v in top["exposed"].items() if v > 0.005)
+          + "\nsent by a GPU: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in top["sent"].items()
+                                            if v) + "\nmemory: "
+          + ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in top["memory"].items()))
+    return list(best.values())
+
+
+# ---- bench -------------------------------------------------------------------------------------
+
+
+def median_seconds(call, repeats=7, warmup=2):
+    times = []
+    for _ in range(repeats + warmup):
+        dist.barrier()
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[warmup:]))
+
+
+def bench_collectives(device, say):
+    n = dist.get_world_size()
+    say(f"{'collective':<16} {'ranks':>5} {'MiB':>7} {'ms':>8} {'GB/s a rank':>12}")
+    for size in (2**10, 2**16, 2**20, 2**24):
+        x, big = torch.ones(size // 4, device=device), torch.ones(n * size // 4, device=device)
+        out = torch.empty_like(big)
+        for name, call, sent in (
+                ("all-reduce", partial(dist.all_reduce, x), 2 * size * (n - 1) / n),
+                ("all-gather", partial(all_gather_single, big, x), size * (n - 1)),
+                ("reduce-scatter", partial(reduce_scatter_single, x, big), size * (n - 1)),
+                ("all-to-all", partial(dist.all_to_all_single, out, big), size * (n - 1))):
+            seconds = median_seconds(call)
+            say(f"{name:<16} {n:>5} {size / 2**20:>7.3f} {seconds * 1e3:>8.3f} "
+                f"{sent / seconds / 1e9:>12.2f}")
+
+
+def bench_wrappers(args, device, say):
+    """One training step under each wrapper: seconds, bytes sent, bytes of state on a rank."""
+    import model as model_py
+    config = model_py.ModelConfig(vocab_size=4096, context_length=256, d_model=args.d_model,
+                                  num_layers=args.layers, num_heads=4)
+    ids = torch.randint(0, 4096, (args.batch, 257), device=device)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+
+    def ddp_torch(m):
+        return nn.parallel.DistributedDataParallel(m)
+
+    def fsdp_torch(m):
+        from torch.distributed.fsdp import fully_shard
+        for layer in m.layers:
+            fully_shard(layer)
+        return fully_shard(m)
+
+    wrappers = {f"ours, {mode}": partial(DDP, mode=mode)
+                for mode in ("naive", "flat", "overlap", "bucket")}
+    wrappers |= {"torch DDP": ddp_torch, "ours, bucket, ZeRO-1": DDP, "ours, FSDP": FSDP,
+                 "torch fully_shard": fsdp_torch}
+    say(f"\n{'one step':<22} {'ms':>8} {'MB sent':>9} {'MB of state':>12} ratio")
+    first = {}
+    for name, wrap in wrappers.items():
+        torch.manual_seed(0)
+        wrapped = wrap(model_py.Transformer(config).to(device))
+        make = partial(ShardedOptimizer, optimizer_cls=torch.optim.AdamW) if "ZeRO" in name else (
+            torch.optim.AdamW)
+        optimizer = make(wrapped.parameters(), lr=1e-3)
+
+        def step(wrapped=wrapped, optimizer=optimizer, state=(state := [])):
+            logits = wrapped(inputs)
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+            if hasattr(wrapped, "finish_gradient_synchronization"):
+                wrapped.finish_gradient_synchronization()
+            optimizer.step()
+            state.append(state_bytes(wrapped, optimizer))
+            optimizer.zero_grad(set_to_none=True)
+
+        seconds = median_seconds(step, args.repeats)
+        with CommCounter() as counter:
+            step()
+        peer = first.setdefault("fully_shard" in name or "FSDP" in name, seconds)
+        sent = f"{counter.total() / 1e6:>9.2f}" if "torch" not in name else f"{'':>9}"
+        say(f"{name:<22} {seconds * 1e3:>8.1f} {sent} {max(state) / 1e6:>12.2f} "
+            f"{seconds / peer:>5.2f}")
+
+
+def state_bytes(module, optimizer):
+    """Bytes of parameters, gradients and optimizer state that this rank keeps between passes."""
+    def size(t):
+        t = t.to_local() if hasattr(t, "to_local") else t
+        return t.numel() * t.element_size()
+
+    state = getattr(optimizer, "local", optimizer).state
+    return sum(size(p) + (size(p.grad) if p.grad is not None else 0) for p in module.parameters()
+               ) + sum(size(v) for s in state.values() for v in s.values() if torch.is_tensor(v))
+
+
+def run_bench(args):
+    device = init_distributed(args.device)
+
+    def say(*words):
+        if dist.get_rank() == 0:
+            print(*words, flush=True)
+
+    say(f"{dist.get_world_size()} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads "
+        f"each, torch {torch.__version__}\n")
+    bench_collectives(device, say)
+    say("\nkept for the backward pass of 16 blocks, d_model 256, 4 x 256 tokens, checkpointed")
+    bench_checkpointing(say)
+    bench_wrappers(args, device, say)
+
+
+def bench_checkpointing(say, n=16, d=256):
+    blocks = [nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)) for _ in range(n)]
+    x = torch.randn(4, 256, d, requires_grad=True)
+    for scheme in ("none", "block", "sqrt", "nested"):
+        kept = kept_bytes(lambda s=scheme: checkpointed(blocks, x, s))
+        say(f"{scheme:<8} {kept / 2**20:>9.1f} MiB")
+
+
+def kept_bytes(call):
+    """Bytes of the tensors that a forward pass keeps for its backward pass, each storage once."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return sum(kept.values())
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        return lambda flag, default, help, **kw: sub.add_argument(
+            "--" + flag.replace("_", "-"), default=default, help=help,
+            **({"type": type(default)} | kw if "action" not in kw else kw))
+
+    add = command("plan", run_plan, "the cost of every way to split a training run, best first")
+    add("model", "8b", f"{', '.join(MODELS)}, or a folder with a config.json")
+    add("gpus", 1024, "how many")
+    add("gpu", "h100", "kind of GPU", choices=list(HARDWARE))
+    add("tokens_per_step", 4194304, "tokens an update")
+    add("context_length", 8192, "tokens a sequence")
+    add("fp8", False, "float8 matrix products", action="store_true")
+    for axis in Mesh.AXES:
+        add(axis, None, f"only layouts with so many ranks of {axis}", type=int)
+    add("show", 10, "layouts to print")
+    for name, unit in (("tflops", "dense bf16 TFLOP/s"), ("memory", "GB"), ("nvlink", "GB/s one "
+                       "way in a node"), ("network", "GB/s one way between nodes, a GPU"),
+                       ("efficiency", "share of the peak computing reaches")):
+        add(name, None, f"{unit}, instead of the table's", type=float)
+    add("node", None, "GPUs a node, instead of the table's", type=int)
+    add = command("bench", run_bench, "collectives and wrappers, timed (under torchrun)")
+    add("device", "auto", "cpu or cuda")
+    add("d_model", 256, "width of the Transformer")
+    add("layers", 6, "blocks of it")
+    add("batch", 4, "windows of 256 tokens a rank")
+    add("repeats", 9, "steps to take the median of")
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"distributed.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        close_distributed()
+
+
+if __name__ == "__main__":
+    main()
