@@ -171,11 +171,17 @@ class CommCounter(TorchDispatchMode):
         return sum(size for name, size, _ in self.log if label in (None, name))
 
 
+def summable(x, group):
+    """x in the type its sum is made in: gloo's half-precision sums would add up their rounding."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if half and dist.get_backend(group) == "gloo" else x
+
+
 def all_reduce(x, group):
-    """The sum over the group, as a new tensor; half-precision sums are made in fp32."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.clone()
-    dist.all_reduce(wide.contiguous(), group=group)
-    return wide.to(x.dtype)
+    """The sum over the group, as a new tensor."""
+    total = summable(x, group).clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.to(x.dtype)
 
 
 def all_gather(x, group, dim=0):
@@ -189,10 +195,10 @@ def all_gather(x, group, dim=0):
 def reduce_scatter(x, group, dim=0):
     """This rank's piece along dim of the sum over the group."""
     pieces = torch.cat(x.chunk(dist.get_world_size(group), dim)) if dim else x.contiguous()
-    wide = pieces.float() if x.dtype in (torch.bfloat16, torch.float16) else pieces
-    n, first = dist.get_world_size(group), wide.shape[0]
-    out = wide.new_empty(first // n, *wide.shape[1:])
-    reduce_scatter_single(out, wide, group=group)
+    pieces = summable(pieces, group)
+    rows = pieces.shape[0] // dist.get_world_size(group)
+    out = pieces.new_empty(rows, *pieces.shape[1:])
+    reduce_scatter_single(out, pieces, group=group)
     return out.to(x.dtype)
 
 
@@ -576,9 +582,11 @@ class ShardedLayer:
             if full.requires_grad:
                 grad = torch.zeros_like(full) if full.grad is None else full.grad
                 grad = grad.to(self.fsdp.reduce_dtype).flatten()
-                rows.append(F.pad(grad, (0, self.n * shard.numel() - len(grad))).view(self.n, -1))
+                missing = self.n * shard.numel() - len(grad)
+                rows.append((F.pad(grad, (0, missing)) if missing else grad).view(self.n, -1))
                 full.grad = None
-        flat = torch.cat(rows, 1)  # (N, elements of a rank)
+        flat = torch.cat(rows, 1) if len(rows) > 1 else rows[0]  # (N, elements of a rank)
+        del rows, grad
         out = flat.new_empty(flat.shape[1])
         self.reducing = reduce_scatter_single(out, flat.view(-1), group=self.group,
                                               async_op=True), out
@@ -834,6 +842,9 @@ def tensor_parallel(model, group, sequence=False):
             partials += m.parameters(recurse=False)
         if sequence and hasattr(m, "residual"):
             partials.append(m.residual)
+        if sequence and name == "pos":
+            m.register_forward_hook(lambda m, x, y: y.chunk(n, -2)[dist.get_rank(group)])
+            partials.append(m.weight)
     table = VocabParallelEmbedding(model.embed, group, out)
     if not model.config.tie_embeddings:
         model.lm_head.weight = split_parameter(model.lm_head.weight, 0, group)
@@ -1189,14 +1200,13 @@ class Stage(nn.Module):
         for name, p in model.named_parameters():
             p.full_name = getattr(p, "full_name", name)
             p.parts = getattr(p, "parts", 1) * count
-        self.last, self.tied = index == count - 1, None
+        self.last = index == count - 1
+        self.tied = c.tie_embeddings and count > 1 and (index == 0 or self.last)
         a, b = n * index // count, n * (index + 1) // count
         model.layers = nn.ModuleList(model.layers[a:b])
-        if c.tie_embeddings and count > 1 and (index == 0 or self.last):
-            self.tied = model.embed.weight  # first and last stage have a copy each
-            if self.last:  # the copy counts for nothing in the gradient's norm
-                model.lm_head, c.tie_embeddings = model.embed, False
-                self.tied.parts = 0
+        if self.tied and self.last:  # it has a copy, that counts for nothing in gradients' norm
+            model.lm_head, c.tie_embeddings = model.embed, False
+            model.embed.weight.parts = 0
         if index:
             model.embed = nn.Identity()
             c.position = "none" if c.position == "learned" else c.position
@@ -1209,12 +1219,13 @@ class Stage(nn.Module):
         return self.model.loss(x, y, reduction="sum") if self.last else self.model.hidden(x)
 
 
-def sum_tied(stages, group):
+def sum_tied(stages, group, ranks=1):
     """The gradient of a tied table is what the first and the last stage have of it; ranks in
-    between add nothing."""
+    between add nothing. `ranks` share its rows, if it is sharded."""
     c, device = stages[0].model.config, next(stages[0].parameters()).device
-    own = [s.tied for s in stages if s.tied is not None]
-    grad = sum((p.grad for p in own), torch.zeros(c.vocab_size, c.d_model, device=device))
+    own = [(s.model.lm_head if s.last else s.model.embed).weight for s in stages if s.tied]
+    grad = sum((p.grad for p in own),
+               torch.zeros(-(-c.vocab_size // ranks), c.d_model, device=device))
     dist.all_reduce(grad, group=group)
     for p in own:
         p.grad.copy_(grad)
@@ -1467,6 +1478,7 @@ class Parallel:
         self.mesh, self.kind, self.config = mesh, kind, model.config
         self.partials, self.wrapped, self.pipeline = [], None, None
         self.autocast, size = nullcontext, mesh.size
+        self.ties = size("pp") > 1 and self.config.tie_embeddings
         if self.config.num_experts and max(size("tp"), size("pp")) > 1:
             raise ValueError("--tp, --pp: not with experts; split those with --ep")
         if size("ep") > 1 and not self.config.num_experts:
@@ -1482,7 +1494,6 @@ class Parallel:
         self.model = self.runner = model
         if size("pp") > 1:
             self.runner = Stage(model, mesh.rank("pp"), size("pp"))
-        self.ties = size("pp") > 1 and self.config.tie_embeddings
         others = [a for a in ("dp", "ep", "cp") if size(a) > 1]
         if kind == "fsdp" and size("fsdp") > 1:
             self.runner = FSDP(self.runner, compute_dtype, group=mesh.group("fsdp"), average=False)
@@ -1570,7 +1581,8 @@ class Parallel:
             self.runner.finish_gradient_synchronization()
         parameters = list(self.model.parameters())
         if self.ties:
-            sum_tied([getattr(self.runner, "module", self.runner)], self.mesh.group("pp"))
+            sum_tied([getattr(self.runner, "module", self.runner)], self.mesh.group("pp"),
+                     self.mesh.size("fsdp"))
         if self.partials:
             sum_gradients(self.partials, self.mesh.group("tp"))
         if self.sums:
@@ -1709,7 +1721,7 @@ def plan_bytes(s, a, T, m):
 
     fsdp   a micro-batch: weights twice in bf16 (tables once), gradients once in fp32
     dp     a step: the fp32 gradients, reduced and gathered
-    tp     4 all-reduces a layer, of bf16 activations; 2 more where they are recomputed; 2 beside
+    tp     4 all-reduces a layer, of bf16 activations; 1 more where it is recomputed; 2 beside
     pp     activations and their gradients over each boundary, bf16
     cp     keys and values: N-1 hops forwards, and N backwards with their gradients
     ep     dispatch and combine, each way and pass: 4 times k rows a token
@@ -1720,7 +1732,7 @@ def plan_bytes(s, a, T, m):
         layer = s.layer() - 3 * s.d_model * s.d_ff * s.experts * (1 - 1 / a.ep)
     n = a.fsdp
     weights = L * layer / a.tp
-    again = 2 * (a.recompute == "full")
+    again = a.recompute == "full"  # recomputing stops before the last all-reduce of a layer
     share = (a.tp - 1) / a.tp
     activations = tokens * s.d_model * 2
     kv = 2 * tokens * s.kv_heads / a.tp * s.d_head * 2
@@ -1735,28 +1747,33 @@ def plan_bytes(s, a, T, m):
 
 
 def plan_memory(s, a, T, m):
-    """Bytes on the fullest GPU: {weights, gradients and AdamW; gathered; activations; logits}.
+    """Bytes on the fullest GPU, at the fuller of two moments of the backward pass.
 
-    Weights, gradients and two moments are fp32: 16 bytes a weight. Gathered: FSDP's two layers and
-    a table in bf16, one layer's gradient in bf16 and once more in fp32 on its way. Activations of a
-    token in a layer, bf16: 4 D + (2 H + 2 K) E + 3 F, or its input alone if all is recomputed,
-    with one layer's inside. A pipeline's first rank keeps min(m, p) micro-batches.
+    state        weights, gradients and AdamW's two moments in fp32: 16 a weight
+    tables       FSDP's whole embedding and head, bf16
+    activations  a token and layer, bf16: 4 D + (2 H + 2 K) E + 3 F, or its input alone where all
+                 is recomputed; a pipeline's first rank keeps min(m, p) micro-batches
+    layer        at a layer: its inside, if recomputed, FSDP's two layers in bf16, and one's
+                 gradient in bf16 and, on its way, in fp32
+    head         at the head: logits and their gradient, 12 bytes in all, of 512 tokens at a time
+                 (of all, where they are split by vocabulary), then 10 a weight for its gradient
     """
     layer = s.layer() - 3 * s.d_model * s.d_ff * s.experts * (1 - 1 / a.ep)
-    weights = (s.layers / a.pp * layer + s.tables() / min(a.pp, 2)) / a.tp
-    tokens = a.micro * T / a.cp
+    tables = s.tables() / min(a.pp, 2) / a.tp
+    weights = s.layers / a.pp * layer / a.tp + tables
+    tokens, sharded = a.micro * T / a.cp, a.fsdp > 1
     inside = 2 * tokens * (4 * s.d_model + 2 * (s.heads + s.kv_heads) * s.d_head
                            + 3 * s.d_ff * s.experts_per_token) / a.tp
-    kept = {"none": inside, "selective": inside / 2, "full": 2 * tokens * s.d_model / a.tp}
+    kept = {"none": inside, "selective": inside / 2, "full": 2 * tokens * s.d_model}
     in_flight = min(m, a.pp) * (1 + (a.pp - 1) / (a.pp * a.chunks) if a.chunks > 1 else 1)
-    tables = s.tables() / min(a.pp, 2) / a.tp
+    at_layer = (a.recompute != "none") * inside + sharded * (4 + 6) * layer / a.tp
+    logits = 12 * s.vocab / a.tp * (tokens if a.tp > 1 else min(tokens, 512))
+    at_head = max(logits, 10 * s.tables() / 2 / a.tp)
     return {
         "state": 16 * weights / a.fsdp,
-        "gathered": (a.fsdp > 1) * (2 * 2 * layer / a.tp + 2 * tables + 6 * max(
-            layer / a.tp, tables / 2)),
-        "activations": kept[a.recompute] * s.layers / a.pp * in_flight
-        + (a.recompute != "none") * inside,
-        "logits": 2 * 4 * tokens * s.vocab / a.tp,
+        "tables": sharded * 2 * tables,
+        "activations": kept[a.recompute] * (s.layers / a.pp + 2) * in_flight,
+        "layer" if at_layer > at_head else "head": max(at_layer, at_head),
     }
 
 
