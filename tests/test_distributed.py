@@ -905,14 +905,14 @@ def corpus(tmp_path_factory):
 
 
 def torchrun(corpus, out, ranks, *flags, check=True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-               "--master-port", "0", str(ROOT / "train.py"), "--num-layers", "4", "--d-model", "32",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               str(ranks), str(ROOT / "train.py"), "--num-layers", "4", "--d-model", "32",
                "--d-ff", "64", "--num-heads", "4", "--context-length", "32", "--batch-size", "8",
                "--vocab-size", "300", "--compile", "off", "--dtype", "fp32", "--warmup", "2",
                "--sample-prompts", "--log-every", "5", "--data", str(corpus), "--out", str(out),
                "--cache", str(corpus.parent / "cache"), "--steps", "12", "--save-every", "4",
                *flags]
-    command = command if ranks > 1 else [sys.executable, *command[7:]]
+    command = command if ranks > 1 else [sys.executable, *command[6:]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
