@@ -1774,6 +1774,101 @@ def score(o):
                               "text": doc["text"][:80]}))
 
 
+# ---- a demonstration crawl -----------------------------------------------------------------------
+
+ELSEWHERE = {  # Universal Declaration of Human Rights, articles 1 to 3
+    "de": ["Alle Menschen sind frei und gleich an Würde und Rechten geboren.",
+           "Sie sind mit Vernunft und Gewissen begabt und sollen einander im Geist der "
+           "Brüderlichkeit begegnen.",
+           "Jeder hat das Recht auf Leben, Freiheit und Sicherheit der Person."],
+    "fr": ["Tous les êtres humains naissent libres et égaux en dignité et en droits.",
+           "Ils sont doués de raison et de conscience et doivent agir les uns envers les autres "
+           "dans un esprit de fraternité.",
+           "Tout individu a droit à la vie, à la liberté et à la sûreté de sa personne."],
+    "es": ["Todos los seres humanos nacen libres e iguales en dignidad y derechos.",
+           "Dotados como están de razón y conciencia, deben comportarse fraternalmente los unos "
+           "con los otros.",
+           "Todo individuo tiene derecho a la vida, a la libertad y a la seguridad de su persona."],
+}
+
+
+def machine_texts():
+    """(name, text) of the English that Python brings along: its language reference and the
+    documentation strings of its library."""
+    import ast
+    import sysconfig
+    from pydoc_data.topics import topics
+    yield from topics.items()
+    library = sysconfig.get_paths()["stdlib"]
+    for path in sorted(glob.glob(os.path.join(library, "**", "*.py"), recursive=True)):
+        if re.search(r"site-packages|dist-packages|/test", path):
+            continue
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError), open(path, "rb") as f:
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+            found = [ast.get_docstring(n) for n in ast.walk(ast.parse(f.read()))
+                     if isinstance(n, kinds)]
+            yield os.path.relpath(path, library), "\n\n".join(t for t in found if t)
+
+
+def demo_pages(random):
+    """(url, status, content type, page): the machine's English, and what a crawl has beside it."""
+    from html import escape
+    for i, (name, text) in enumerate(machine_texts()):
+        paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
+        if i % 6 == 1:  # personal data
+            paragraphs.append(f"Questions go to user{i}@example.org or (555) 010-{i % 10000:04d}, "
+                              f"and reports of outages to the machine at 192.0.2.{i % 250}.")
+        body = "".join(f"<p>{escape(p)}</p>" for p in paragraphs)
+        page = (f"<html><head><title>{escape(name)}</title></head><body><nav>Home | Docs | About"
+                f"</nav><h1>{escape(name)}</h1>{body}<footer>All pages of this site may be read by "
+                "everybody, at any time of the day, without asking.</footer></body></html>")
+        coding = "latin-1" if i % 5 == 2 and not re.search("[^\0-\xff]", page) else "utf-8"
+        kind = f"text/html; charset={coding}"
+        yield f"https://docs.example/{i}", 200, kind, page.encode(coding)
+        if i % 8 == 3:  # a mirror that changed a word: a near-duplicate
+            page = page.replace(" the ", " this ", 1)
+            yield f"https://mirror.example/{i}", 200, kind, page.encode(coding)
+        if i % 9 == 4:
+            language = random.choice(sorted(ELSEWHERE))
+            text = " ".join(random.choices(ELSEWHERE[language], k=40))
+            yield f"https://{language}.example/{i}", 200, "text/html", f"<p>{text}</p>".encode()
+        if i % 9 == 5:  # what the quality rules are for
+            spam = b"<p>" + b"buy now " * 300 + b"</p>"
+            yield f"https://spam.example/{i}", 200, "text/html", spam
+        if i % 9 == 6:
+            yield f"https://gone.example/{i}", 404, "text/html", b"<p>not found</p>"
+
+
+def demo(o):
+    """Write a small crawl to --out from text found on this machine, and a language model for it.
+
+    Four .warc.gz files with HTML in two encodings, near-duplicates, other languages, spam, errors
+    and personal data, so that every filter has something to do; and language.bin, a fastText model
+    that tells this English from that German, French and Spanish. It is for this crawl only.
+    """
+    import random
+    os.makedirs(o.out, exist_ok=True)
+    source, counts = random.Random(0), Counter()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(replacing(os.path.join(o.out, f"demo-{i}.warc.gz")))
+                 for i in range(4)]
+        for i, (url, status, kind, page) in enumerate(demo_pages(source)):
+            http = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\n\r\n".encode() + page
+            head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\n"
+                    f"Content-Type: application/http; msgtype=response\r\n"
+                    f"Content-Length: {len(http)}\r\n\r\n").encode()
+            files[i % 4].write(gzip.compress(head + http + b"\r\n\r\n", 6, mtime=0))
+            counts[url.split("/")[2]] += 1
+    lines = [f"__label__{label} {' '.join(source.choices(texts, k=5))}\n"
+             for label, texts in ELSEWHERE.items() for _ in range(200)]
+    english = (" ".join(text.split()) for _, text in machine_texts())
+    lines += [f"__label__en {text[:400]}\n" for text in english if text]
+    o.model, o.epochs, o.seed = os.path.join(o.out, "language.bin"), 5, 0
+    fit_fasttext(lines, o)
+    print(f"{o.out}: 4 .warc.gz files of {sum(counts.values())} pages ("
+          + ", ".join(f"{n} of {host}" for host, n in counts.items()) + "), language.bin")
+
+
 # ---- measuring against the peers -----------------------------------------------------------------
 
 
@@ -1901,12 +1996,15 @@ COMMANDS = {
     "report": "Print and draw the funnel: documents, words, seconds and samples of each filter.",
     "train": "Train a fastText classifier.",
     "score": "Apply a fastText classifier.",
+    "demo": "Write a small crawl, of text found on this machine, to try all this on.",
     "bench": "Time the parts beside datasketch and datatrove, which must be installed.",
 }
 
 
 def add_flags(add, command):
     """The flags of a command; `run` has those of all stages."""
+    if command == "demo":
+        return add("--out", default="crawl", help="directory of the crawl")
     alone = command in ("train", "score", "bench")
     if not alone:
         add("--out", default="data", help="directory of everything that is written")
@@ -1984,7 +2082,7 @@ def main(argv=None):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # every finished shard is safe
     try:
-        {"report": report, "train": train, "score": score, "bench": bench}.get(o.command, run)(o)
+        {f.__name__: f for f in (report, train, score, bench, demo)}.get(o.command, run)(o)
     except (ValueError, OSError) as error:
         print(f"filter_data.py: {error}", file=sys.stderr)
         return 2
