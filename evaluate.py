@@ -1105,15 +1105,20 @@ def continuation_items(ids, T, count, seed=0):
             for s in starts]
 
 
+def data_name(folder):
+    """What train.py called the data of a checkpoint, or of the one that align.py started from."""
+    state = Path(folder or "") / "train_state.pt"
+    if not folder or not state.exists():
+        raise ValueError(f"{folder or 'the checkpoint'}: has no train_state.pt of train.py to find "
+                         "its validation text by; give --task NAME=FILE")
+    settings = torch.load(state, weights_only=True, mmap=True)["settings"]
+    return settings.get("data_name") or data_name(settings.get("model"))
+
+
 def evaluate_checkpoint(args):
     """Bits per byte, next-token accuracy and choosing the true continuation, on held-out text."""
     model, tok = load_model(args)
-    state = Path(args.model) / "train_state.pt"
-    if not state.exists():
-        raise ValueError(f"{args.model}: has no train_state.pt to find its validation text by; "
-                         "give --task NAME=FILE")
-    name = torch.load(state, weights_only=True, mmap=True)["settings"]["data_name"]
-    folder = Path(args.cache) / name
+    folder = Path(args.cache) / data_name(args.model)
     if not (folder / "val.npy").exists():
         raise ValueError(f"{folder}/val.npy: not there; --cache is the folder that train.py wrote")
     train, val = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("train", "val"))

@@ -1825,8 +1825,8 @@ def demo_pages(random):
         coding = "latin-1" if i % 5 == 2 and not re.search("[^\0-\xff]", page) else "utf-8"
         kind = f"text/html; charset={coding}"
         yield f"https://docs.example/{i}", 200, kind, page.encode(coding)
-        if i % 8 == 3:  # a mirror that changed a word: a near-duplicate
-            page = page.replace(" the ", " this ", 1)
+        if i % 8 == 3:  # a mirror with a word more in every line: a near-duplicate
+            page = page.replace("</p>", " Indeed.</p>")
             yield f"https://mirror.example/{i}", 200, kind, page.encode(coding)
         if i % 9 == 4:
             language = random.choice(sorted(ELSEWHERE))
@@ -1843,8 +1843,9 @@ def demo(o):
     """Write a small crawl to --out from text found on this machine, and a language model for it.
 
     Four .warc.gz files with HTML in two encodings, near-duplicates, other languages, spam, errors
-    and personal data, so that every filter has something to do; and language.bin, a fastText model
-    that tells this English from that German, French and Spanish. It is for this crawl only.
+    and personal data, so that every filter has something to do; language.bin, a fastText model
+    that tells this English from that German, French and Spanish, for this crawl only; and
+    chats.jsonl, a question and an answer from every page, for align.py.
     """
     import random
     os.makedirs(o.out, exist_ok=True)
@@ -1859,6 +1860,13 @@ def demo(o):
                     f"Content-Length: {len(http)}\r\n\r\n").encode()
             files[i % 4].write(gzip.compress(head + http + b"\r\n\r\n", 6, mtime=0))
             counts[url.split("/")[2]] += 1
+    with replacing(os.path.join(o.out, "chats.jsonl")) as file:
+        for name, text in machine_texts():
+            answer = next((" ".join(p.split()) for p in text.split("\n\n") if len(p) > 60), "")
+            if answer:
+                turns = [("user", f"What is {name}?"), ("assistant", answer)]
+                row = {"messages": [dict(role=role, content=text) for role, text in turns]}
+                file.write((json.dumps(row) + "\n").encode())
     lines = [f"__label__{label} {' '.join(source.choices(texts, k=5))}\n"
              for label, texts in ELSEWHERE.items() for _ in range(200)]
     english = (" ".join(text.split()) for _, text in machine_texts())
@@ -1866,7 +1874,8 @@ def demo(o):
     o.model, o.epochs, o.seed = os.path.join(o.out, "language.bin"), 5, 0
     fit_fasttext(lines, o)
     print(f"{o.out}: 4 .warc.gz files of {sum(counts.values())} pages ("
-          + ", ".join(f"{n} of {host}" for host, n in counts.items()) + "), language.bin")
+          + ", ".join(f"{n} of {host}" for host, n in counts.items())
+          + "), language.bin, chats.jsonl")
 
 
 # ---- measuring against the peers -----------------------------------------------------------------
