@@ -347,9 +347,25 @@ def read_lambada(path):
         yield Item(context, [last], 0)
 
 
-def read_texts(path):
+WIKITEXT = (  # what WikiText's tokenizer did, and what undoes it, in the harness's order
+    ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."),
+    *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"), (r'"\s*([^"]*?)\s*"', r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"),
+    ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"),
+    ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"))
+
+
+def read_wikitext(path):
+    """Documents, their spaced-out punctuation put right; words and bytes count as in the file.
+
+    "the valley ( 1 @,@ 000 m )" is scored as "the valley (1,000 m)".
+    """
     for document in tokenizer_py.read_documents(tokenizer_py.list_files([str(path)])):
-        yield Item(document)
+        text = document
+        for old, new in WIKITEXT:
+            text = re.sub(old, new, text) if "\\s" in old else text.replace(old, new)
+        yield Item(text, extra={"file": document})
 
 
 def read_gsm8k(path):
@@ -384,8 +400,9 @@ TASKS = {
     "mmlu": (read_mmlu, "choice", "acc"), "arc": (read_arc, "choice", "acc_norm"),
     "hellaswag": (read_hellaswag, "choice", "acc_norm"), "piqa": (read_piqa, "choice", "acc_norm"),
     "winogrande": (read_winogrande, "choice", "acc"), "lambada": (read_lambada, "last", "acc"),
-    "wikitext": (read_texts, "rolling", "bits_per_byte"), "gsm8k": (read_gsm8k, "gsm8k", "strict"),
-    "math": (read_math, "math", "correct"), "humaneval": (read_humaneval, "code", "pass@1"),
+    "wikitext": (read_wikitext, "rolling", "bits_per_byte"),
+    "gsm8k": (read_gsm8k, "gsm8k", "strict"), "math": (read_math, "math", "correct"),
+    "humaneval": (read_humaneval, "code", "pass@1"),
     "instructions": (read_instructions, "outputs", "length"),
 }
 
@@ -459,9 +476,10 @@ def score_last(model, tok, items, options):
 
 def score_rolling(model, tok, items, options):
     totals = loglikelihood_rolling(model, tok, [i.context for i in items], **options)
-    texts = [i.context for i in items]
-    return [dict(loglikelihood=s, words=len(re.split(r"\s+", t)), bytes=len(t.encode()),
-                 tokens=len(tok.encode(t, allowed_special=()))) for t, s in zip(texts, totals)]
+    return [dict(loglikelihood=s, words=len(re.split(r"\s+", i.extra["file"])),
+                 bytes=len(i.extra["file"].encode()),
+                 tokens=len(tok.encode(i.context, allowed_special=())))
+            for i, s in zip(items, totals)]
 
 
 def score_gsm8k(model, tok, items, options):

@@ -609,6 +609,16 @@ def check_muon(n):
         train.newton_schulz = exact
 
 
+def check_nan_on_one_rank_is_seen_by_all(n):
+    for kind in ("ddp", "fsdp"):
+        p = D.Parallel(transformer(), D.Mesh(**{"dp" if kind == "ddp" else "fsdp": n}), kind)
+        x, y = (torch.stack(p.share(list(t))) for t in tokens())
+        p.loss(x, y, backward_scale=math.nan if dist.get_rank() == n - 1 else 1.0)
+        p.finish()
+        norm = D.clip_grad_norm(p.model.parameters(), 0.0)
+        assert not torch.isfinite(norm)  # train.py stops, or skips the step, on every rank
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 SHARDS = "sharded"
@@ -941,6 +951,7 @@ def test_a_run_moves_from_four_ranks_to_two_to_one(corpus, tmp_path):
     (("--tp", "3"), "2 ranks are not a multiple of 3"),
     (("--ep", "2"), "--ep: the model has no experts"),
     (("--tp", "2", "--num-heads", "1"), "num_heads=1 is not a multiple"),
+    (("--batch-size", "1"), "--batch-size 1: 2 ranks cannot share it"),
 ])
 def test_layout_errors(corpus, tmp_path, flags, message):
     done = torchrun(corpus, tmp_path / "out", 2, *flags, check=False)

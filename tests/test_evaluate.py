@@ -449,3 +449,11 @@ def test_scores_are_the_harness_ones(folder, model, tok):
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))
+
+
+def test_wikitext_is_scored_as_prose_and_counted_as_it_stands(tmp_path):
+    text = 'Robert \'s " best " film ( 1 @,@ 000 m , in colour ) : 3 @.@ 5 % . \n = = Cast = = \n'
+    write(tmp_path / "w.jsonl", [dict(text=text)])
+    item, = evaluate.read_wikitext(tmp_path / "w.jsonl")
+    assert item.context == 'Robert\'s "best" film (1,000 m, in colour): 3.5 %.\n== Cast ==\n'
+    assert item.extra["file"] == text
