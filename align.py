@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -694,6 +695,21 @@ def save(s):
                              head=s.head.state_dict() if s.head else {})
 
 
+def reference_model(s):
+    """The frozen model a run began with: kept in OUT/reference, for when the run is continued."""
+    folder, dtype = Path(s.args.out) / "reference", next(s.model.parameters()).dtype
+    if s.step and folder.exists():
+        model = model_py.Transformer.from_pretrained(folder, dtype=dtype).to(s.device)
+        return model.requires_grad_(False)
+    reference = merged(s.model).requires_grad_(False)
+    if train_py.RANK == 0:
+        beside = folder.with_name(f"saving-{os.getpid()}")
+        reference.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+    return reference
+
+
 def log_step(s, **record):
     """One line on the screen and in log.jsonl; the plot and the checkpoint when they are due."""
     s.step += 1
@@ -1044,10 +1060,7 @@ def subset(x, chosen):
 def grpo(args):
     """Group-relative policy optimization: sample groups, compare within them, step; repeat."""
     s = open_session(args)
-    reference = copy.deepcopy(s.model).requires_grad_(False) if args.kl else None
-    if reference is not None and s.step:
-        raise ValueError("--kl: a run with a reference model cannot be continued; begin anew with "
-                         "another --out")
+    reference = reference_model(s) if args.kl else None
     while s.step < args.steps:
         x = collect(s)
         advantages = group_advantages(x.raw, args.group_size, normalize_by_std=not args.no_std)
@@ -1213,12 +1226,16 @@ def preference_loop(s, rows, loss_fn, evaluate_task=True):
 
 
 def dpo(args):
-    """Direct preference optimization against a frozen copy of the starting model."""
+    """Direct preference optimization against a frozen copy of the starting model.
+
+    --nll adds the chosen response's mean -log p: where right and wrong answers share most tokens,
+    DPO alone lowers both (Pang et al. 2024, Iterative Reasoning Preference Optimization).
+    """
     s = open_session(args)
-    if s.step and args.preference != "simpo":
-        raise ValueError(f"--out {args.out}: a DPO run needs its starting model as reference, so "
-                         "it is not continued; give another --out")
-    rows, reference = preference_rows(s), copy.deepcopy(s.model).requires_grad_(False)
+    reference = reference_model(s)
+    s.model, policy_model = reference, s.model  # own answers are the starting model's
+    rows, s.model = preference_rows(s), policy_model
+    nll = float(not args.data) if args.nll is None else args.nll
     if s.task:
         say(f"held-out accuracy before: {held_out_accuracy(s):.3f}")
 
@@ -1229,8 +1246,9 @@ def dpo(args):
             with torch.no_grad():
                 ref = get_response_log_probs(reference, ids, labels, mask=mask)["log_probs"].sum(1)
         lengths = mask.sum(1).float().chunk(2)
-        return dpo_loss(*policy.chunk(2), *ref.chunk(2), args.beta, args.preference,
-                        args.label_smoothing, *lengths)
+        losses, margins = dpo_loss(*policy.chunk(2), *ref.chunk(2), args.beta, args.preference,
+                                   args.label_smoothing, *lengths)
+        return losses - nll * policy.chunk(2)[0] / lengths[0], margins
 
     preference_loop(s, rows, loss_fn)
 
@@ -1263,7 +1281,7 @@ DEFAULTS = {
     "ppo": dict(lr=2e-4, muon_lr=0.001, steps=70, epochs=1, minibatches=2, eval_every=5),
     "ei": dict(lr=1e-3, muon_lr=0.005, steps=12, epochs=1, minibatches=20, eval_every=1),
     "sft": dict(lr=1e-3, muon_lr=0.005, steps=0, epochs=2, minibatches=1, eval_every=50),
-    "dpo": dict(lr=1e-4, muon_lr=0.0005, steps=0, epochs=2, minibatches=1, eval_every=20),
+    "dpo": dict(lr=2e-4, muon_lr=0.001, steps=0, epochs=3, minibatches=1, eval_every=20),
     "rm": dict(lr=1e-4, muon_lr=0.0005, steps=0, epochs=2, minibatches=1, eval_every=20)}
 # with a pre-trained model the full rates above would undo what it knows
 PRETRAINED_LR = {"grpo": 1e-6, "ppo": 1e-6, "ei": 1e-5, "sft": 2e-5, "dpo": 1e-6, "rm": 1e-5}
@@ -1324,7 +1342,9 @@ def make_parser():
     add("beta", 0.1, "of DPO")
     add("preference", "sigmoid", "loss of dpo", choices=["sigmoid", "ipo", "hinge", "simpo"])
     add("label-smoothing", 0.0, "share of preferences that may be wrong")
-    add("pairs", 512, "problems to make own pairs from, without --data")
+    add("nll", None, "of DPO: weight of the chosen response's own likelihood; 1 without --data",
+        type=float)
+    add("pairs", 2048, "problems to make own pairs from, without --data")
     add("pack", False, "sft: join conversations to fill the context", **yes)
     add("lora", 0, "rank of low-rank adapters, 0 for training everything")
     add("lora-alpha", 16.0, "their scale, times rank")

@@ -832,7 +832,7 @@ def learning_rates(args):
     import train
     tokens, table = corpus_tokens(args), {}
     for kind in ("standard", "mup"):
-        print(f"{kind + ', width':<16}" + "".join(f"{lr:>8.1g}" for lr in args.rates)
+        print(f"{kind + ', width':<16}" + "".join(f"{lr:>8.2g}" for lr in args.rates)
               + f"{'best':>9}")
         for width in args.widths:
             losses = []

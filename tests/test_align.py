@@ -387,9 +387,13 @@ def test_every_algorithm_runs(algorithm, flags, tmp_path, capsys):
     assert (tmp_path / "o" / "reward_head.safetensors").exists() == (algorithm == "rm")
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ei"])
+@pytest.mark.parametrize("algorithm", ["grpo", "grpo --kl 0.1", "ei", "dpo"])
 def test_a_run_stopped_and_continued_is_the_same_run(algorithm, tmp_path, monkeypatch):
-    flags = [algorithm, *QUICK, "--steps", "4"]
+    flags = [*algorithm.split(), *QUICK, "--steps", "4"]
+    if algorithm == "dpo":
+        rows = [dict(prompt=f"sort {i} 1:", chosen=f" 1 {i}", rejected=f" {i}") for i in range(9)]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        flags += ["--data", str(tmp_path / "pairs.jsonl")]
     align.main([*flags, "--out", str(tmp_path / "a")])
     logged, log_step = [], align.log_step
 
