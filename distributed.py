@@ -1469,9 +1469,9 @@ class Parallel:
     """Our Transformer on a mesh: what a training loop needs of it, whatever the layout.
 
     kind: ddp, zero1 (for the loop to wrap its optimizers with) or fsdp, over the data ranks (dp,
-    fsdp, ep). Every rank builds the same whole model and keeps its part. forward_backward divides
-    the summed loss by the tokens of the whole batch, so gradients are summed and never averaged:
-    no rank needs an equal share. `model` holds this rank's parameters.
+    fsdp, ep). Every rank builds the same whole model and keeps its part. The loop divides the
+    summed loss by the tokens of the whole batch, so gradients are summed and never averaged: no
+    rank needs an equal share. `model` holds this rank's parameters.
     """
 
     def __init__(self, model, mesh, kind="ddp", compute_dtype=None):
@@ -1560,7 +1560,7 @@ class Parallel:
         if not self.pipeline or (self.pipeline.m, self.pipeline.rows) != (m, len(inputs)):
             self.pipeline = Pipeline(stage, self.mesh.group("pp"), m)
             self.pipeline.rows = len(inputs)
-        self.pipeline.chunks = [stage]
+        self.pipeline.chunks = [stage]  # with today's scale
         total = self.pipeline.step(inputs, targets, backward=scale is not None)
         return total if scale is None else total / scale
 
