@@ -1717,7 +1717,7 @@ def ring(size, n, bandwidth):
 
 
 def plan_bytes(s, a, T, m):
-    """Bytes a GPU sends in a step of m micro-batches, by axis (averages over pipeline stages).
+    """Bytes a GPU sends in a step of m micro-batches, by axis; in a pipeline, one at its ends.
 
     fsdp   a micro-batch: weights twice in bf16 (tables once), gradients once in fp32
     dp     a step: the fp32 gradients, reduced and gathered
@@ -1727,7 +1727,7 @@ def plan_bytes(s, a, T, m):
     ep     dispatch and combine, each way and pass: 4 times k rows a token
     """
     tokens = a.micro * T / a.cp  # of a micro-batch on this rank, before tensor parallelism
-    L, layer, tables = s.layers / a.pp, s.layer(), s.tables() / a.pp
+    L, layer, tables = s.layers / a.pp, s.layer(), s.tables() / min(a.pp, 2)
     if a.ep > 1:
         layer = s.layer() - 3 * s.d_model * s.d_ff * s.experts * (1 - 1 / a.ep)
     n = a.fsdp

@@ -27,7 +27,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -508,6 +508,18 @@ def schedule(step, args):
 # ---- evaluation and samples --------------------------------------------------------------------
 
 
+def uncompiled(function):
+    """Run a function's modules as they are written, also those that were compiled."""
+    @wraps(function)
+    def run(*args, **kwargs):
+        if "torch._dynamo" not in sys.modules:  # nothing was; importing it would take 1.5 s
+            return function(*args, **kwargs)
+        with torch.compiler.set_stance("force_eager"):
+            return function(*args, **kwargs)
+
+    return run
+
+
 @dataclass
 class Score:
     """Validation: nats per token, its exponential, and bits per byte of text."""
@@ -530,7 +542,7 @@ def byte_lengths(tok, vocab_size):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # other shapes than training's would compile anew
+@uncompiled  # other shapes than training's would compile anew
 def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
     """Score the validation arrays in windows of T tokens that do not overlap, shared by the ranks.
 
@@ -563,7 +575,7 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
     return Score(loss, math.exp(min(loss, 700)), bits)
 
 
-@torch.compiler.set_stance("force_eager")
+@uncompiled
 def show_samples(run):
     """Print what the model writes after each of --sample-prompts."""
     tok, model = run.data.tokenizer, whole_model(run)
@@ -1170,7 +1182,7 @@ def profile_steps(run, step, steps=10):
     say(f"\n{trace}: open it in https://ui.perfetto.dev")
 
 
-@torch.compiler.set_stance("force_eager")
+@uncompiled
 def report_memory(run, step):
     """--memory: the bytes that one micro-batch keeps for its backward pass, by part of the model.
 
