@@ -164,7 +164,12 @@ class CommCounter(TorchDispatchMode):
             size = max(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
             group = next(a for a in args if isinstance(a, torch.ScriptObject))
             n = dist.ProcessGroup.unbox(group).size()
-            self.log.append((label, size if times is None else times * size * (n - 1) / n, n))
+            sent = size if times is None else times * size * (n - 1) / n
+            if name == "alltoall_base_" and args[4]:  # uneven: all rows but those for itself
+                rows = args[1].element_size() * args[1][:1].numel()
+                own = args[4][dist.ProcessGroup.unbox(group).rank()]
+                sent = rows * (sum(args[4]) - own)
+            self.log.append((label, sent, n))
         return function(*args, **(kwargs or {}))
 
     def total(self, label=None):
@@ -529,9 +534,8 @@ class ShardedLayer:
                 full.register_post_accumulate_grad_hook(self.accumulated)
             self.full.append(full)
         self.trainable = sum(p.requires_grad for p in places)
-        self.gathering = self.gathered = self.reducing = None
-        self.missing = self.trainable
-        self.gathered = True
+        self.gathering = self.reducing = None  # (work, buffer) of what is under way
+        self.missing, self.gathered = self.trainable, True
         self.free()
 
     def gather(self):
@@ -551,8 +555,9 @@ class ShardedLayer:
         pieces = out.view(self.n, -1).split(self.sizes, 1)  # (N, numel) of each weight
         for full, piece, places in zip(self.full, pieces, self.places):
             full.untyped_storage().resize_(piece.numel() * piece.element_size())
-            full.data.as_strided(piece.shape, (piece.shape[1], 1)).copy_(piece)  # .data: autograd
-            for module, name in places:  # must not take this for a change of the weight
+            # .data, since autograd must not take this for a change of the weight
+            full.data.as_strided(piece.shape, (piece.shape[1], 1)).copy_(piece)
+            for module, name in places:
                 module._parameters[name] = full
         self.gathering, self.gathered = None, True
 
@@ -617,8 +622,8 @@ class FSDP(nn.Module):
     A layer is a member of a ModuleList, or where there is none, a module with a 2-D weight of its
     own. It is gathered before it runs and freed after it, in both passes: `prefetch` layers are
     gathered or on their way at any time, layer l + prefetch only once l is done. What lies outside
-    the layers (embedding, head) is gathered once a step. Parameters of other dimensions are small:
-    they stay whole, and their gradients are all-reduced.
+    the layers (embedding, head) stays gathered from the forward pass to its gradient. Parameters of
+    other dimensions are small: they stay whole, and their gradients are all-reduced.
 
     Weights travel in compute_dtype (their own if None), gradients in reduce_dtype; the shards that
     the optimizer sees, and their gradients, keep the weights' own dtype. With W weights, w of them

@@ -1443,7 +1443,7 @@ def fill_defaults(args, device):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.warmup = min(args.warmup, args.steps // 4)
-    readers = max(1, WORLD_SIZE // (args.tp * args.cp * args.pp))
+    readers = max(1, WORLD_SIZE // max(1, args.tp * args.cp * args.pp))
     args.micro_batch = args.micro_batch or -(-args.batch_size // readers)
     if args.sample_prompts is None:
         args.sample_prompts = [""] if args.data else [

@@ -524,7 +524,9 @@ def check_expert_parallel(n):
     chosen[:, 1] = 3  # the first and the last rank get everything
     with D.CommCounter() as counter:
         moe.mix(flat, chosen, torch.ones(10, k))
-    assert counter.total("all_to_all") > 0
+    ends, me = {0, n - 1}, dist.get_rank()
+    rows = 10 * len(ends - {me}) + (10 * (n - 1) if me in ends else 0)  # there, and back
+    assert counter.total("all_to_all") == rows * 32 * 4 + 4 * 8 * (n - 1) / n  # and the counts
     with pytest.raises(ValueError, match="not a multiple"):
         D.expert_parallel(transformer(**MOE | dict(num_experts=3)), dist.group.WORLD)
 
@@ -956,6 +958,7 @@ def test_a_run_moves_from_four_ranks_to_two_to_one(corpus, tmp_path):
     (("--ep", "2"), "--ep: the model has no experts"),
     (("--tp", "2", "--num-heads", "1"), "num_heads=1 is not a multiple"),
     (("--batch-size", "1"), "--batch-size 1: 2 ranks cannot share it"),
+    (("--tp", "0"), "--tp 0: must be at least 1"),
 ])
 def test_layout_errors(corpus, tmp_path, flags, message):
     done = torchrun(corpus, tmp_path / "out", 2, *flags, check=False)
