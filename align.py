@@ -1385,8 +1385,7 @@ def main(argv=None):
               file=sys.stderr)
         sys.exit(130)
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        train_py.distributed.close_distributed()
 
 
 if __name__ == "__main__":

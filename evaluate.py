@@ -1413,6 +1413,7 @@ def main(argv=None):
     finally:
         if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()
+            time.sleep(0.3)  # gloo's threads need Python once more (distributed.close_distributed)
 
 
 if __name__ == "__main__":
