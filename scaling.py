@@ -21,10 +21,38 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def write_whole(path, text):
+    """Write beside, then rename: a kill leaves the old file or the new one."""
+    beside = Path(f"{path}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+@contextmanager
+def figure(path, panels):
+    """A row of `panels` axes, written to the PNG file `path` at the end."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    drawing, axes = plt.subplots(1, panels, figsize=(5.4 * panels, 4.6), dpi=100)
+    yield axes
+    for axis in axes:
+        axis.legend(fontsize=7)
+    drawing.tight_layout()
+    drawing.savefig(f"{path}.tmp", format="png")
+    plt.close(drawing)
+    os.replace(f"{path}.tmp", path)
+
 
 # ---- runs --------------------------------------------------------------------------------------
 
@@ -92,12 +120,15 @@ def make_runs(records, source="runs"):
 def read_runs(path):
     """Runs of a .json (a list), .jsonl or .csv file."""
     text = Path(path).read_text()
-    if str(path).endswith(".csv"):
-        records = list(csv.DictReader(text.splitlines()))
-    elif str(path).endswith(".jsonl"):
-        records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else:
-        records = json.loads(text or "[]")
+    try:
+        if str(path).endswith(".csv"):
+            records = list(csv.DictReader(text.splitlines()))
+        elif str(path).endswith(".jsonl"):
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            records = json.loads(text or "[]")
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise ValueError(f"{path}: not a list of runs")
     return make_runs(records, str(path))
@@ -191,6 +222,7 @@ def envelope(curves, points=200):
 # ---- minimising many small functions at once ---------------------------------------------------
 
 
+@np.errstate(all="ignore")  # a trial step may overflow: it is then not taken
 def batched_bfgs(f, x, iterations=200, tolerance=1e-9):
     """Minimise S independent functions of P numbers together (Nocedal & Wright, algorithm 6.1).
 
@@ -199,48 +231,42 @@ def batched_bfgs(f, x, iterations=200, tolerance=1e-9):
     or the gain of a restart from the steepest descent is below `tolerance`. Returns (x, values).
     """
     x, (S, P) = x.copy(), x.shape
-    with np.errstate(all="ignore"):  # a trial step may overflow: it is then not taken
-        return bfgs_loop(f, x, S, P, iterations, tolerance)
-
-
-def bfgs_loop(f, x, S, P, iterations, tolerance):
     value, grad = f(x, np.arange(S))
     H = np.tile(np.eye(P), (S, 1, 1))  # inverse Hessians; the identity after a restart
-    fresh = np.ones(S, bool)
-    alive = np.arange(S)
+    fresh, alive = np.ones(S, bool), np.arange(S)
     for _ in range(iterations):
         g, h = grad[alive], H[alive]
         step = -np.einsum("spq,sq->sp", h, g)
-        slope = (step * g).sum(1)
         length = np.where(fresh[alive], np.minimum(1.0, 0.1 / (np.abs(step).max(1) + 1e-300)), 1.0)
-        moved, todo = np.zeros(len(alive), bool), np.arange(len(alive))
-        new_x, new_value, new_grad = x[alive], value[alive], g.copy()
-        for _ in range(25):
-            trial = x[alive[todo]] + length[todo, None] * step[todo]
-            v, dv = f(trial, alive[todo])
-            good = v <= value[alive[todo]] + 1e-4 * length[todo] * slope[todo]
-            won = todo[good]
-            new_x[won], new_value[won], new_grad[won] = trial[good], v[good], dv[good]
-            moved[won] = True
-            todo = todo[~good]
-            length[todo] *= 0.4
-            if not len(todo):
-                break
-        gain = value[alive] - new_value
-        s, y = new_x - x[alive], new_grad - g
+        new_x, new_value, new_grad = backtrack(f, x[alive], value[alive], g, step, length, alive)
+        gain, s, y = value[alive] - new_value, new_x - x[alive], new_grad - g
         sy = (s * y).sum(1)
-        ok = moved & (sy > 1e-14)
+        ok = sy > 1e-14  # positive curvature; 0 where no step was taken
         H[alive[ok]] = bfgs_update(h[ok], s[ok], y[ok], sy[ok], fresh[alive[ok]])
-        stuck = ~moved | (gain < tolerance * np.abs(new_value))
+        stuck = ~(gain >= tolerance * np.abs(new_value))
         done = stuck & fresh[alive] | (np.abs(new_grad).max(1) < tolerance)
-        again = stuck & ~done
-        H[alive[again]] = np.eye(P)
-        fresh[alive] = again
+        H[alive[stuck]], fresh[alive] = np.eye(P), stuck
         x[alive], value[alive], grad[alive] = new_x, new_value, new_grad
         alive = alive[~done]
         if not len(alive):
             break
     return x, value
+
+
+def backtrack(f, x, value, grad, step, length, rows):
+    """Shorten each row's step until f falls enough (Armijo's rule); rows that never do stay."""
+    x, value, new_grad, todo = x.copy(), value.copy(), grad.copy(), np.arange(len(x))
+    slope = (step * grad).sum(1)
+    for _ in range(25):
+        trial = x[todo] + length[todo, None] * step[todo]
+        v, dv = f(trial, rows[todo])
+        good = v <= value[todo] + 1e-4 * length[todo] * slope[todo]
+        won, todo = todo[good], todo[~good]
+        x[won], value[won], new_grad[won] = trial[good], v[good], dv[good]
+        length[todo] *= 0.4
+        if not len(todo):
+            break
+    return x, value, new_grad
 
 
 def bfgs_update(H, s, y, sy, fresh):
@@ -297,7 +323,7 @@ def chinchilla_objective(runs, weights, delta):
         return (w * value).sum(1), np.stack(
             [u.sum(1), v.sum(1), (slope * np.exp(e)).sum(1), -(u @ n), -(v @ d)], 1)
 
-    return f, n, d
+    return f
 
 
 def to_fit(x, runs, value):
@@ -310,13 +336,11 @@ def to_fit(x, runs, value):
 
 def chinchilla_starts(runs):
     """162 starting points, (S, 5): how the loss divides at the mean run, and the two exponents."""
-    low = runs.L.min()
-    grid = [(math.log(low * e), math.log(low * s), math.log(low * (1.02 - e) * 0.5), alpha, beta)
-            for e in (0.3, 0.6, 0.95) for s in (0.02, 0.2, 1.0) for alpha in (0.1, 0.35, 0.7)
-            for beta in (0.1, 0.35, 0.7) for _ in (0, 1)]
-    x = np.array(grid)[:, [1, 2, 0, 3, 4]]
-    x[1::2, 0], x[1::2, 1] = x[1::2, 1], x[1::2, 0].copy()  # the other way round as well
-    return x
+    rows, slopes = [], (0.1, 0.35, 0.7)
+    for e, share, alpha, beta in product((0.3, 0.6, 0.95), (0.02, 0.2, 1.0), slopes, slopes):
+        a, b, c = np.log(runs.L.min() * np.array((share, (1.02 - e) / 2, e)))
+        rows += [(a, b, c, alpha, beta), (b, a, c, alpha, beta)]
+    return np.array(rows)
 
 
 def fit_chinchilla(N, D, L, delta=1e-3, starts=None, iterations=400):
@@ -329,7 +353,7 @@ def fit_chinchilla(N, D, L, delta=1e-3, starts=None, iterations=400):
     if len(runs) < 5 or len(np.unique(runs.N)) < 2 or len(np.unique(runs.D)) < 2:
         raise ValueError(f"five parameters cannot be fitted to {len(runs)} runs of "
                          f"{len(np.unique(runs.N))} sizes: add runs of other sizes and tokens")
-    f, _, _ = chinchilla_objective(runs, np.ones((1, len(runs))), delta)
+    f = chinchilla_objective(runs, np.ones((1, len(runs))), delta)
     x, value = batched_bfgs(f, chinchilla_starts(runs) if starts is None else starts, 60)
     best = np.argsort(np.where(np.isfinite(value), value, np.inf))[:10]
     x, value = batched_bfgs(f, x[best], iterations, 1e-12)
@@ -365,7 +389,8 @@ def fit_kaplan(N, D, L, delta=1e-3):
     starts = np.array([(c, e, a, b) for c in far for e in far for a in slow for b in slow])
     x, value = batched_bfgs(f, starts, 600)
     c, e, aN, aD = x[np.nanargmin(value)]
-    return KaplanFit(math.exp(c + center_n), math.exp(e + center_d), math.exp(aN), math.exp(aD))
+    with np.errstate(over="ignore"):
+        return KaplanFit(*map(float, np.exp((c + center_n, e + center_d, aN, aD))))
 
 
 def effective_data(D, unique, R_star=15.39):
@@ -400,25 +425,31 @@ def compute_optimal(fit, C):
 # ---- error bars --------------------------------------------------------------------------------
 
 
-def bootstrap(runs, statistic, samples=1000, level=0.95, seed=0):
-    """Percentile intervals of statistic(runs) -> (K,), resampling runs within each budget.
+def interval(values, level=0.95):
+    """(low, high) percentiles along the first axis that hold `level` of the values; NaNs left out.
 
-    Returns (low (K,), high (K,), share of the samples that could be fitted).
+    >>> interval(range(101), 0.9)
+    (5.0, 95.0)
     """
-    rng, groups, values = np.random.default_rng(seed), [], []
-    for budget in runs.budgets():
-        groups.append(np.flatnonzero(np.abs(np.log(runs.C / budget)) < 0.05))
+    tail = 50 * (1 - level)
+    return tuple(np.nanpercentile(np.asarray(values, float), [tail, 100 - tail], axis=0))
+
+
+def bootstrap(runs, statistic, samples=1000, seed=0):
+    """statistic(runs) -> (K,) of resampled runs, resampling within each budget: (samples, K).
+
+    Samples that `statistic` refuses with a ValueError (fewer than three sizes left at a budget) are
+    left out. Raises ValueError when that is all of them.
+    """
+    rng, values = np.random.default_rng(seed), []
+    groups = [np.flatnonzero(np.abs(np.log(runs.C / c)) < 0.05) for c in runs.budgets()]
     for _ in range(samples):
         rows = np.concatenate([rng.choice(g, len(g)) for g in groups])
-        try:
-            values.append(np.asarray(statistic(runs.take(rows)), float))
-        except ValueError:  # this sample has fewer than three sizes left at a budget
-            continue
+        with suppress(ValueError):
+            values.append(statistic(runs.take(rows)))
     if not values:
         raise ValueError("no bootstrap sample can be fitted: add runs, five sizes at every budget")
-    tail = 50 * (1 - level)
-    low, high = np.nanpercentile(values, [tail, 100 - tail], axis=0)
-    return low, high, len(values) / samples
+    return np.array(values)
 
 
 def bootstrap_chinchilla(runs, samples=4000, delta=1e-3, seed=0, block=250):
@@ -431,119 +462,111 @@ def bootstrap_chinchilla(runs, samples=4000, delta=1e-3, seed=0, block=250):
     n, d = np.log(runs.N).mean(), np.log(runs.D).mean()
     start = np.array([math.log(whole.A) - whole.alpha * n, math.log(whole.B) - whole.beta * d,
                       math.log(whole.E), whole.alpha, whole.beta])
-    rng, fits = np.random.default_rng(seed), []
-    weights = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), samples).astype(float)
-    for i in range(0, samples, block):
-        w = weights[i:i + block]
-        f, _, _ = chinchilla_objective(runs, w, delta)
+    weights = np.random.default_rng(seed).multinomial(
+        len(runs), np.full(len(runs), 1 / len(runs)), samples).astype(float)  # (samples, n)
+    fits = []
+    for w in np.split(weights, range(block, samples, block)):
+        f = chinchilla_objective(runs, w, delta)
         x, values = batched_bfgs(f, np.tile(start, (len(w), 1)), 300, 1e-8)
         fits += [to_fit(row, runs, v) for row, v in zip(x, values)]
     return fits
 
 
-def interval(values, level=0.95):
-    """(low, high) percentiles that hold `level` of the values, not-a-numbers left out."""
-    tail = 50 * (1 - level)
-    return tuple(float(v) for v in np.nanpercentile(values, [tail, 100 - tail]))
-
-
 # ---- the three methods side by side ------------------------------------------------------------
 
 
-def report(runs, budgets, samples=500, drop_edges=False, say=print):
+def isoflop_law(runs, method, drop_edges=False, warn=False):
+    """The power law of N in C through each budget's best size."""
+    minima = isoflop_minima(runs, method)
+    if warn and minima.edge.any():
+        at = ", ".join(f"{c:.3g}" for c in minima.C[minima.edge])
+        print(f"warning: {method}: the best size is the smallest or largest run at {at} FLOPs; "
+              + ("left out" if drop_edges else "add sizes there, or --drop-edges"))
+    minima = minima.inside() if drop_edges else minima
+    return fit_power_law(minima.C, minima.N)
+
+
+def report(runs, budgets, samples=500, drop_edges=False):
     """Print N, D and loss predicted at `budgets` by each method, with 95 % intervals.
 
-    Returns {method: (PowerLaw of N in C, low (K,), high (K,))} for drawing.
+    Returns ({method: PowerLaw of N in C}, ChinchillaFit, its bootstrap samples) for drawing.
     """
-    found = {}
-    say(f"{len(runs)} runs, {len(runs.budgets())} budgets from {runs.C.min():.3g} to "
-        f"{runs.C.max():.3g} FLOPs")
-    for method in ("min", "quadratic"):
-        minima = isoflop_minima(runs, method)
-        if minima.edge.any():
-            at = ", ".join(f"{c:.3g}" for c in minima.C[minima.edge])
-            say(f"warning: {method}: the best size is the smallest or largest run at {at} FLOPs; "
-                + ("left out" if drop_edges else "add sizes there, or --drop-edges"))
+    print(f"{len(runs)} runs, {len(runs.budgets())} budgets from {runs.C.min():.3g} to "
+          f"{runs.C.max():.3g} FLOPs")
+    laws, ranges = {}, {}  # by method; ranges of the exponent and of N at each budget: (1 + K,)
+    for method, label in (("min", "lowest run"), ("quadratic", "parabola in ln N")):
+        def numbers(r, method=method):
+            law = isoflop_law(r, method, drop_edges)
+            return [law.exponent, *law(budgets)]
 
-        def law(r, method=method):
-            m = isoflop_minima(r, method)
-            m = m.inside() if drop_edges else m
-            return fit_power_law(m.C, m.N)
-
-        def numbers(r, law=law):
-            p = law(r)
-            return [p.exponent, *p(budgets)]
-
-        whole = law(runs)
-        low, high, _ = bootstrap(runs, numbers, samples)
-        found[method] = whole, low, high
+        laws[label] = isoflop_law(runs, method, drop_edges, warn=True)
+        ranges[label] = interval(bootstrap(runs, numbers, samples))
     fit = fit_chinchilla(runs.N, runs.D, runs.L)
     fits = bootstrap_chinchilla(runs, samples)
-    exponent = [f.beta / (f.alpha + f.beta) for f in fits]
-    low, high = zip(interval(exponent), *(interval([compute_optimal(f, c)[0] for f in fits])
-                                          for c in budgets))
-    a = fit.beta / (fit.alpha + fit.beta)
-    found["approach 3"] = PowerLaw(float(compute_optimal(fit, 1.0)[0]), a), low, high
-    labels = {"min": "lowest run", "quadratic": "parabola in ln N", "approach 3": "L(N, D), Huber"}
+    label = "L(N, D), Huber"
+    laws[label] = PowerLaw(float(compute_optimal(fit, 1.0)[0]), fit.beta / (fit.alpha + fit.beta))
+    ranges[label] = interval([[f.beta / (f.alpha + f.beta), *compute_optimal(f, budgets)[0]]
+                              for f in fits])
     for i, name in enumerate(["exponent of N in C", *(f"N at {c:.3g} FLOPs" for c in budgets)]):
-        say(f"\n{name:<24}{'':>12}  95 %")
-        for method, (law, low, high) in found.items():
-            value = law.exponent if i == 0 else float(law(budgets[i - 1]))
-            say(f"  {labels[method]:<22}{value:>12.4g}  {low[i]:.4g} to {high[i]:.4g}")
-    say("\nL(N, D) = E + A / N^alpha + B / D^beta")
+        print(f"\n{name:<24}{'':>12}  95 %")
+        for label, law in laws.items():
+            value, (low, high) = law(budgets[i - 1]) if i else law.exponent, ranges[label]
+            print(f"  {label:<22}{value:>12.4g}  {low[i]:.4g} to {high[i]:.4g}")
+    print_law(runs, budgets, fit, fits)
+    return laws, fit, fits
+
+
+def print_law(runs, budgets, fit, fits):
+    """The law's parameters, what it says at `budgets`, and how well it and Kaplan's form fit."""
+    print("\nL(N, D) = E + A / N^alpha + B / D^beta")
     for name in ("E", "A", "B", "alpha", "beta"):
-        lo, hi = interval([getattr(f, name) for f in fits])
-        say(f"  {name:<6}{getattr(fit, name):>12.5g}  {lo:.4g} to {hi:.4g}")
+        low, high = interval([getattr(f, name) for f in fits])
+        print(f"  {name:<6}{getattr(fit, name):>12.5g}  {low:.4g} to {high:.4g}")
     for c in budgets:
-        n, d, loss = (float(v) for v in compute_optimal(fit, c))
-        lo, hi = interval([float(compute_optimal(f, c)[2]) for f in fits])
-        say(f"  at {c:.3g} FLOPs: {n:.4g} parameters, {d:.4g} tokens ({d / n:.1f} each), "
-            f"loss {loss:.4f} ({lo:.4f} to {hi:.4f})")
-    return found, fit
+        n, d, loss = compute_optimal(fit, c)
+        low, high = interval([compute_optimal(f, c)[2] for f in fits])
+        print(f"  at {c:.3g} FLOPs: {n:.4g} parameters, {d:.4g} tokens ({d / n:.1f} each), "
+              f"loss {loss:.4f} ({low:.4f} to {high:.4f})")
+    kaplan = fit_kaplan(runs.N, runs.D, runs.L)
+    print(f"scatter of the runs about it {scatter(runs, fit):.2%}; about Kaplan's form, alphaN "
+          f"{kaplan.alphaN:.3f}, alphaD {kaplan.alphaD:.3f}, no irreducible loss: "
+          f"{scatter(runs, kaplan):.2%}")
 
 
-def draw(runs, found, fit, path):
+def scatter(runs, fit):
+    """Standard deviation of the runs' log losses about the fit: noise, and what it cannot follow"""
+    return np.std(np.log(runs.L / predict_loss(fit, runs.N, runs.D)))
+
+
+def draw(runs, laws, fit, fits, path):
     """IsoFLOP curves with their minima, N_opt and D_opt against C, the loss surface: one PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, (iso, opt, surface) = plt.subplots(1, 3, figsize=(16, 4.8), dpi=100)
-    budgets = runs.budgets()
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(budgets)))
-    for budget, color in zip(budgets, colors):
-        here = runs.at(budget)
-        iso.plot(here.N, here.L, "o", color=color, ms=4, label=f"{budget:.2g} FLOPs")
-        if len(here) > 2:
+    budgets, minima = runs.budgets(), isoflop_minima(runs)
+    with figure(path, 3) as (iso, opt, surface):
+        for i, budget in enumerate(budgets):
+            here, color = runs.at(budget), (i / len(budgets), 0.3, 0.6)
+            iso.plot(here.N, here.L, "o", color=color, ms=4, label=f"{budget:.2g} FLOPs")
             x = np.linspace(np.log(here.N[0]), np.log(here.N[-1]), 60)
             iso.plot(np.exp(x), np.polyval(np.polyfit(np.log(here.N), here.L, 2), x), "-",
                      color=color, lw=0.8)
-    minima = isoflop_minima(runs)
-    iso.plot(minima.N, minima.L, "kx", label="bottom of the parabola")
-    iso.set(xscale="log", xlabel="parameters N", ylabel="loss (nats)", title="IsoFLOP curves")
-    iso.legend(fontsize=7)
-    grid = np.geomspace(budgets[0], budgets[-1] * 100, 50)
-    for (method, (law, _, _)), color in zip(found.items(), ("C0", "C1", "C2")):
-        opt.plot(grid, law(grid), color=color, label=f"N, {method}: C^{law.exponent:.3f}")
-        opt.plot(grid, grid / (6 * law(grid)), "--", color=color, lw=0.8)
-    opt.plot(minima.C, minima.N, "ko", ms=4)
-    opt.plot(minima.C, minima.D, "k^", ms=4, label="D (dashed): C / 6N")
-    opt.set(xscale="log", yscale="log", xlabel="compute C (FLOPs)", title="compute-optimal N and D")
-    opt.legend(fontsize=7)
-    n, d = np.meshgrid(np.geomspace(runs.N.min(), runs.N.max()), np.geomspace(runs.D.min(),
-                                                                               runs.D.max()))
-    lines = surface.contour(n, d, predict_loss(fit, n, d), 15, cmap="viridis")
-    surface.clabel(lines, fontsize=7)
-    surface.plot(runs.N, runs.D, "k.", ms=3)
-    surface.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="tokens D",
-                title="fitted loss, and the runs")
-    figure.tight_layout()
-    beside = f"{path}.tmp.png"
-    figure.savefig(beside)
-    plt.close(figure)
-    os.replace(beside, path)
+        iso.plot(minima.N, minima.L, "kx", label="bottom of the parabola")
+        iso.set(xscale="log", xlabel="parameters N", ylabel="loss (nats)", title="IsoFLOP curves")
+        grid = np.geomspace(budgets[0], budgets[-1] * 100, 50)
+        for i, (label, law) in enumerate(laws.items()):
+            opt.plot(grid, law(grid), color=f"C{i}", label=f"N, {label}: C^{law.exponent:.3f}")
+            opt.plot(grid, grid / (6 * law(grid)), "--", color=f"C{i}", lw=0.8)
+        opt.fill_between(grid, *interval([compute_optimal(f, grid)[0] for f in fits]), alpha=0.2,
+                         color=f"C{i}", label="95 %")
+        opt.plot(minima.C, minima.N, "ko", ms=4)
+        opt.plot(minima.C, minima.D, "k^", ms=4, label="D (dashed): C / 6N")
+        opt.set(xscale="log", yscale="log", xlabel="compute C (FLOPs)", title="best N and D")
+        n, d = np.meshgrid(*(np.geomspace(v.min(), v.max()) for v in (runs.N, runs.D)))
+        surface.clabel(surface.contour(n, d, predict_loss(fit, n, d), 15), fontsize=7)
+        surface.plot(runs.N, runs.D, "k.", ms=3, label="runs")
+        surface.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="tokens D",
+                    title="fitted loss (nats)")
 
 
-# ---- what to run ------------------------------------------------------------------------------
+# ---- what to run -------------------------------------------------------------------------------
 
 
 class Ledger:
@@ -554,12 +577,11 @@ class Ledger:
     """
 
     def __init__(self, path, budget=None):
-        self.path = Path(path)
-        self.entries, self.budget = {}, budget
+        self.path, self.entries, self.budget = Path(path), {}, budget
         if self.path.exists():
             stored = json.loads(self.path.read_text())
             self.entries, self.budget = stored["entries"], stored["budget"]
-            if budget is not None and budget != self.budget:
+            if budget not in (None, self.budget):
                 raise ValueError(f"{path}: has a budget of {self.budget:g}, not {budget:g}; use it "
                                  "or another folder")
         if self.budget is None:
@@ -567,7 +589,7 @@ class Ledger:
 
     def spent(self):
         """Charged, or still reserved."""
-        return sum(e["actual"] if e["actual"] is not None else e["reserved"]
+        return sum(e["reserved"] if e["actual"] is None else e["actual"]
                    for e in self.entries.values())
 
     def submit(self, run, amount):
@@ -586,20 +608,17 @@ class Ledger:
         self.save()
 
     def save(self):
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(dict(budget=self.budget, entries=self.entries), indent=1))
-        os.replace(beside, self.path)
+        write_whole(self.path, json.dumps(dict(budget=self.budget, entries=self.entries), indent=1))
 
 
-D_HEAD, T, B, VOCABULARY = 16, 128, 16, 1024  # of the sweep's models and batches
+T, B, VOCABULARY = 128, 16, 1024  # of the sweep's models and batches
 WIDTHS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)
 
 
 def model_flags(width):
     """train.py's flags of a model of this width: two layers or more, heads of 16, d_ff 8/3 D."""
-    sizes = dict(d_model=width, num_layers=max(2, round(width / 48)), num_heads=width // D_HEAD,
-                 d_ff=8 * width // 3 // 16 * 16, vocab_size=VOCABULARY, context_length=T)
-    return sizes
+    return dict(d_model=width, num_layers=max(2, round(width / 48)), num_heads=width // 16,
+                d_ff=8 * width // 3 // 16 * 16, vocab_size=VOCABULARY, context_length=T)
 
 
 def count(sizes):
@@ -613,69 +632,90 @@ def count(sizes):
     return model.num_parameters(embeddings=False), model.flops_per_token(T)
 
 
+def planned_run(width, C):
+    """The run of this width nearest to C FLOPs, in whole steps."""
+    n, f = count(model_flags(width))
+    steps = max(20, round(C / f / (B * T)))
+    return dict(C=steps * B * T * f, N=n, D=steps * B * T, steps=steps, width=width)
+
+
 def plan_runs(flops, budgets=4, sizes=5, ratio=2.5, tokens_per_parameter=20):
     """Runs that spend `flops` in all: `budgets` a factor `ratio` apart, `sizes` models at each.
 
     Sizes go up and down in steps from the N where D = tokens_per_parameter * N. Returns a list of
-    dicts with C, N, D, steps, width and the flags of train.py, the cheapest budget first.
+    dicts with C, N, D, steps and width, the cheapest budget first.
     """
     smallest = flops / (sizes * sum(ratio**i for i in range(budgets)))
-    ladder = [(w, *count(model_flags(w))) for w in WIDTHS]
     planned = []
     for i in range(budgets):
-        C = smallest * ratio**i
-        off = [abs(math.log(C / f / n / tokens_per_parameter)) for _, n, f in ladder]
-        best = int(np.argmin(off))
-        first = min(max(0, best - sizes // 2), len(ladder) - sizes)
-        planned += [planned_run(w, C) for w, _, _ in ladder[first:first + sizes]]
+        ladder = [planned_run(w, smallest * ratio**i) for w in WIDTHS]
+        off = [abs(math.log(r["D"] / r["N"] / tokens_per_parameter)) for r in ladder]
+        first = min(max(0, int(np.argmin(off)) - sizes // 2), len(ladder) - sizes)
+        planned += ladder[first:first + sizes]
     return planned
 
 
-def planned_run(width, C):
-    """The run of this width nearest to C FLOPs, in whole steps."""
-    flags = model_flags(width)
-    n, f = count(flags)
-    steps = max(20, round(C / f / (B * T)))
-    return dict(C=steps * B * T * f, N=n, D=steps * B * T, steps=steps, width=width, flags=flags)
+def print_plan(planned, flops_per_second, ratio):
+    """The runs, what they cost, and what they will tell: simulated with 1 % noise on a known law.
 
-
-def print_plan(planned, flops_per_second, say=print):
-    say(f"{'FLOPs':>10}{'parameters':>12}{'tokens':>12}{'tokens/N':>9}{'width':>6}{'steps':>7}"
-        f"{'seconds':>9}")
+    The law is Hoffmann's, L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28: at another scale, but the
+    width of an interval depends on where the runs lie more than on the law.
+    """
+    print(f"{'FLOPs':>10}{'parameters':>12}{'tokens':>12}{'tokens/N':>9}{'width':>6}{'steps':>7}"
+          f"{'seconds':>9}")
     for r in planned:
-        say(f"{r['C']:>10.3g}{r['N']:>12,}{r['D']:>12,}{r['D'] / r['N']:>9.1f}{r['width']:>6}"
-            f"{r['steps']:>7,}{r['C'] / flops_per_second:>9.0f}")
+        print(f"{r['C']:>10.3g}{r['N']:>12,}{r['D']:>12,}{r['D'] / r['N']:>9.1f}{r['width']:>6}"
+              f"{r['steps']:>7,}{r['C'] / flops_per_second:>9.0f}")
     total = sum(r["C"] for r in planned)
-    say(f"{len(planned)} runs, {total:.3g} FLOPs, {total / flops_per_second / 60:.1f} minutes at "
-        f"{flops_per_second:.3g} FLOP/s")
+    print(f"{len(planned)} runs, {total:.3g} FLOPs, {total / flops_per_second / 60:.1f} minutes at "
+          f"{flops_per_second:.3g} FLOP/s")
+    N, D = (np.array([r[k] for r in planned], float) for k in "ND")
+    noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(len(N)))
+    runs, C = Runs(N, D, 6 * N * D, predict_loss(HOFFMANN, N, D) * noise), 6 * ratio * max(N * D)
+    best = [compute_optimal(f, C) for f in bootstrap_chinchilla(runs, 300)]
+    low, high = interval(best)
+    print(f"they will tell, for {C:.3g} FLOPs and runs with 1 % noise, the best size to a factor "
+          f"of {(high[0] / low[0]) ** 0.5:.2f} and its loss to {high[2] / low[2] / 2 - 0.5:.1%} "
+          "(half of the 95 % interval)")
 
 
 # ---- a sweep with train.py ---------------------------------------------------------------------
 
 
 def train_run(run, args, seed=0):
-    """Train one planned run with train.py; returns its record. A finished one is only read."""
+    """Train one planned run with train.py; returns its record. A finished one is only read.
+
+    Runs of one width share a folder: train.py keeps the checkpoint from which the learning rate
+    fell (warm-up, stable, decay), so that a longer run branches off there, as if trained alone.
+    """
     import train
-    name = f"{run['width']}-{run['steps']}-{seed}"
-    out = Path(args.out) / name
-    done = Path(args.out) / f"{name}.json"
+    out = Path(args.out) / f"{run['width']}-{seed}"
+    done = Path(args.out) / f"{run['width']}-{run['steps']}-{seed}.json"
     if done.exists():
         return json.loads(done.read_text())
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in run["flags"].items()]
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in model_flags(run["width"]).items()]
     flags += [f"--steps={run['steps']}", f"--batch-size={B}", f"--out={out}", f"--seed={seed}",
               f"--cache={args.cache}", "--eval-every=0", "--save-every=200", "--compile=off",
               f"--dtype={args.dtype}", "--log-every=100000", "--sample-prompts", "--keep=1"]
     flags += ["--data", *args.data] if args.data else []
     start = time.time()
     train.main(flags)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    record = dict(N=run["N"], D=run["D"], C=run["C"], L=log[-1]["val_loss"],
-                  bits_per_byte=log[-1]["bits_per_byte"], width=run["width"], steps=run["steps"],
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    record = dict(N=run["N"], D=run["D"], C=run["C"], L=last["val_loss"],
+                  bits_per_byte=last["bits_per_byte"], width=run["width"], steps=run["steps"],
                   seed=seed, seconds=round(time.time() - start, 1))
-    beside = done.with_suffix(".tmp")
-    beside.write_text(json.dumps(record))
-    os.replace(beside, done)
+    write_whole(done, json.dumps(record))
     return record
+
+
+def take_share(planned):
+    """This process's part of the runs under torchrun, whole widths: (runs, whether it is the first)
+
+    Every process then trains alone, with its share of the cores: several runs at a time.
+    """
+    rank, world = (int(os.environ.pop(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    widths = sorted({r["width"] for r in planned})
+    return [r for r in planned if widths.index(r["width"]) % world == rank], rank == 0
 
 
 def sweep(args):
@@ -688,35 +728,39 @@ def sweep(args):
     out.mkdir(parents=True, exist_ok=True)
     planned = plan_runs(60 * args.budget_minutes * args.flops_per_second / 1.5, args.budgets,
                         args.sizes, args.ratio)  # the other third is for the larger run
-    print_plan(planned, args.flops_per_second)
+    mine, first = take_share(planned)
+    if not first:
+        return [train_run(run, args) for run in mine]
+    print_plan(planned, args.flops_per_second, args.ratio)
     ledger = Ledger(out / "ledger.json", 1.01 * sum(run["C"] for run in planned))  # in FLOPs
     records = []
-    for run in planned:
+    for run in mine + [run for run in planned if run not in mine]:
         request = {k: run[k] for k in ("width", "steps", "N")}
         key = json.dumps(request, sort_keys=True)
         if key not in ledger.entries:
             ledger.submit(request, run["C"])
+        while run not in mine and not (out / f"{run['width']}-{run['steps']}-0.json").exists():
+            time.sleep(1)  # another process has it
         records.append(train_run(run, args))
         ledger.charge(key, records[-1]["C"])
-        beside = out / "runs.tmp"
-        beside.write_text("".join(json.dumps(r) + "\n" for r in records))
-        os.replace(beside, out / "runs.jsonl")
-    runs = make_runs(records)
+        write_whole(out / "runs.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    check_prediction(make_runs(records), args)
+
+
+def check_prediction(runs, args):
+    """Fit the law to the runs, predict a run `ratio` times larger, train that and compare."""
     C = float(runs.C.max()) * args.ratio
-    found, fit = report(runs, [C])
-    draw(runs, found, fit, out / "scaling.png")
+    laws, fit, fits = report(runs, [C])
+    draw(runs, laws, fit, fits, Path(args.out) / "scaling.png")
     N = float(compute_optimal(fit, C)[0])
-    width = min(WIDTHS, key=lambda w: abs(math.log(count(model_flags(w))[0] / N)))
-    run = planned_run(width, C)
+    run = min((planned_run(w, C) for w in WIDTHS), key=lambda r: abs(math.log(r["N"] / N)))
     predicted = float(predict_loss(fit, run["N"], run["D"]))
-    fits = bootstrap_chinchilla(runs, 1000)
-    low, high = interval([float(predict_loss(x, run["N"], run["D"])) for x in fits])
+    low, high = interval([predict_loss(f, run["N"], run["D"]) for f in fits])
     print(f"\nheld-out run: {run['N']:,} parameters, {run['D']:,} tokens, {run['C']:.3g} FLOPs; "
           f"predicted loss {predicted:.4f} ({low:.4f} to {high:.4f})")
     actual = train_run(run, args)["L"]
-    residuals = np.log(runs.L) - np.log(predict_loss(fit, runs.N, runs.D))
     print(f"actual loss {actual:.4f}: the prediction is off by {predicted / actual - 1:+.2%}; the "
-          f"runs themselves scatter about the fit by {residuals.std():.2%}")
+          f"runs themselves scatter about the fit by {scatter(runs, fit):.2%}")
 
 
 # ---- muP: rates that transfer across width -----------------------------------------------------
@@ -795,13 +839,11 @@ def activation_changes(width, parametrization, lr, steps, tokens, base_width, se
     return {n: float((y - before[n]).square().mean().sqrt()) for n, y in outputs().items()}
 
 
-def corpus_tokens(args):
+def corpus_tokens(args, *flags):
     """The default corpus of train.py (or --data) as one array of ids."""
     import train
-    parsed = train.make_parser().parse_args(
-        [f"--vocab-size={VOCABULARY}", f"--cache={args.cache}", *(["--data", *args.data]
-                                                                  if args.data else [])])
-    return np.asarray(train.prepare_data(parsed).train[0])
+    flags = [*flags, f"--cache={args.cache}", *(["--data", *args.data] if args.data else [])]
+    return np.asarray(train.prepare_data(train.make_parser().parse_args(flags)).train[0])
 
 
 def coordinate_check(args):
@@ -810,7 +852,7 @@ def coordinate_check(args):
     muP's promise is that the change does not depend on width; in the standard one it grows.
     Returns {(parametrisation, activation): [one number a width]}.
     """
-    tokens, table = corpus_tokens(args), {}
+    tokens, table = corpus_tokens(args, f"--vocab-size={VOCABULARY}"), {}
     print(f"change after {args.steps} steps of AdamW at {args.lr:g}, mean of {args.seeds} seeds")
     print(f"{'width':<24}" + "".join(f"{w:>9}" for w in args.widths) + f"{'max/min':>9}")
     for kind in ("standard", "mup"):
@@ -830,7 +872,7 @@ def learning_rates(args):
     Returns {(parametrisation, width): [mean loss of the last tenth over the seeds, one a rate]}.
     """
     import train
-    tokens, table = corpus_tokens(args), {}
+    tokens, table = corpus_tokens(args, f"--vocab-size={VOCABULARY}"), {}
     for kind in ("standard", "mup"):
         print(f"{kind + ', width':<16}" + "".join(f"{lr:>8.2g}" for lr in args.rates)
               + f"{'best':>9}")
@@ -853,19 +895,12 @@ def learning_rates(args):
 
 
 def draw_rates(table, rates, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), dpi=100, sharey=True)
-    for panel, kind in zip(panels, ("standard", "mup")):
-        for (name, width), losses in table.items():
-            if name == kind:
-                panel.plot(rates, losses, "o-", label=f"width {width}")
-        panel.set(xscale="log", xlabel="learning rate", ylabel="loss (nats)", title=kind)
-        panel.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    with figure(path, 2) as panels:
+        for panel, kind in zip(panels, ("standard", "mup")):
+            for (name, width), losses in table.items():
+                if name == kind:
+                    panel.plot(rates, losses, "o-", label=f"width {width}")
+            panel.set(xscale="log", xlabel="learning rate", ylabel="loss (nats)", title=kind)
 
 
 # ---- batch size and learning rate --------------------------------------------------------------
@@ -898,6 +933,18 @@ def deepseek_hyperparameters(C):
     return 0.3118 * C**-0.125, 0.2920 * C**0.3271
 
 
+def fit_hyperparameter(C, value, loss, tolerance=0.0025):
+    """The power law of a hyperparameter's best value in compute, fitted as DeepSeek LLM does.
+
+    C, value, loss (n,): FLOPs of each run, its learning rate or batch size, its final loss. All
+    runs within `tolerance` of their budget's lowest loss count as best: `PowerLaw`.
+    """
+    C, value, loss = (np.asarray(a, float) for a in (C, value, loss))
+    lowest = np.array([loss[C == c].min() for c in C])
+    near = loss <= lowest * (1 + tolerance)
+    return fit_power_law(C[near], value[near])
+
+
 def noise(args):
     """Measure the gradient noise scale of a checkpoint on its data, in tokens."""
     import torch
@@ -906,10 +953,7 @@ def noise(args):
     import train
     model = model_py.Transformer.from_pretrained(args.model, dtype=torch.float32)
     length = min(model.config.context_length, 256)
-    parsed = train.make_parser().parse_args(
-        [f"--tokenizer={args.model}/tokenizer.json", f"--cache={args.cache}",
-         *(["--data", *args.data] if args.data else [])])
-    tokens = np.asarray(train.prepare_data(parsed).train[0])
+    tokens = corpus_tokens(args, f"--tokenizer={args.model}/tokenizer.json")
     np.random.seed(0)
     total, small = None, []
     for _ in range(args.batches):
@@ -936,9 +980,11 @@ GPUS = {"a100": (312, 80, 1.5), "h100": (989, 80, 2.5), "h200": (989, 141, 3.0),
 def account(args):
     """FLOPs, days, dollars and bytes of a training run on named GPUs."""
     import model as model_py
-    model = model_py.count_only(args.model, args.context_length)
+    model = model_py.count_only(args.model, args.context_length or None)
     N, without = model.num_parameters(), model.num_parameters(embeddings=False)
     exact = model.flops_per_token(model.config.context_length) * args.tokens
+    if args.gpu not in GPUS:
+        raise ValueError(f"--gpu {args.gpu}: one of {', '.join(GPUS)}")
     peak, memory, price = GPUS[args.gpu]
     seconds = exact / (args.gpus * peak * 1e12 * args.mfu)
     rows = [
@@ -960,44 +1006,84 @@ def account(args):
 # ---- command line ------------------------------------------------------------------------------
 
 
+HOFFMANN = ChinchillaFit(1.69, 406.4, 410.7, 0.34, 0.28)  # Chinchilla's fit as published
+
+
 def synthetic_runs(budgets=(1e19, 3e19, 1e20, 3e20, 1e21), sizes=9, sigma=0.01, seed=0):
-    """Runs of a known law, L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28, times exp(sigma noise)."""
-    rng, rows = np.random.default_rng(seed), []
-    truth = ChinchillaFit(1.69, 406.4, 410.7, 0.34, 0.28)
-    for C in budgets:
-        for N in compute_optimal(truth, C)[0] * np.geomspace(0.2, 5, sizes):
-            D = C / (6 * N)
-            rows.append(dict(N=N, D=D, C=C, L=float(predict_loss(truth, N, D)
-                                                    * math.exp(sigma * rng.standard_normal()))))
-    return make_runs(rows), truth
+    """Runs of HOFFMANN's law times exp(sigma noise)."""
+    C = np.repeat(budgets, sizes)
+    N = compute_optimal(HOFFMANN, C)[0] * np.tile(np.geomspace(0.2, 5, sizes), len(budgets))
+    noise = np.exp(sigma * np.random.default_rng(seed).standard_normal(len(N)))
+    return Runs(N, C / (6 * N), C, predict_loss(HOFFMANN, N, C / (6 * N)) * noise)
 
 
 def demonstrate(args):
-    runs, truth = synthetic_runs()
     print("No command given: a demonstration on 45 synthetic runs of the law\n"
           "L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28 with 1 % noise.\n")
-    found, fit = report(runs, [1e23], samples=1000)
-    draw(runs, found, fit, args.out)
-    n, d, loss = (float(v) for v in compute_optimal(truth, 1e23))
+    runs = synthetic_runs()
+    draw(runs, *report(runs, [1e23], samples=1000), args.out)
+    n, d, loss = compute_optimal(HOFFMANN, 1e23)
     print(f"\nthe truth: at 1e+23 FLOPs {n:.4g} parameters, {d:.4g} tokens, loss {loss:.4f}, "
-          f"exponent {truth.beta / (truth.alpha + truth.beta):.4f}\n{args.out}: the plots; "
+          f"exponent {0.28 / (0.34 + 0.28):.4f}\n{args.out}: the plots; "
           "python scaling.py --help for the commands")
 
 
 def fit_command(args):
     runs = read_runs(args.runs)
     budgets = args.predict or [float(runs.C.max()) * 10]
-    found, fit = report(runs, budgets, args.samples, args.drop_edges)
-    draw(runs, found, fit, args.out)
+    draw(runs, *report(runs, budgets, args.samples, args.drop_edges), args.out)
     print(f"{args.out}: the plots")
 
 
 def plan_command(args):
     flops = args.flops or 60 * args.budget_minutes * args.flops_per_second
-    print_plan(plan_runs(flops, args.budgets, args.sizes, args.ratio), args.flops_per_second)
+    print_plan(plan_runs(flops, args.budgets, args.sizes, args.ratio), args.flops_per_second,
+               args.ratio)
     lr, batch = deepseek_hyperparameters(flops)
     print(f"for one run of {flops:.3g} FLOPs DeepSeek's fits say: learning rate {lr:.2g}, "
           f"{batch:,.0f} tokens a batch")
+
+
+# Flags: (default, help). A list as default takes several numbers.
+CORPUS = dict(data=([], "text files, as for train.py; Python's own library without"),
+              cache=("data", "folder for tokens"))
+PLANNING = dict(
+    budget_minutes=(20.0, "minutes for the whole sweep"),
+    flops_per_second=(7e10, "training speed of this machine on these models"),
+    budgets=(4, "compute budgets"), sizes=(5, "model sizes at each"),
+    ratio=(2.5, "between one budget and the next"))
+WIDTH_FLAG = dict(widths=([64, 128, 256, 512], "widths of the models"))
+COMMANDS = {
+    "fit": (fit_command, "fit runs of a .json, .jsonl or .csv file by three methods", dict(
+        predict=([], "FLOPs to predict at; ten times the largest budget without"),
+        samples=(500, "bootstrap samples"),
+        drop_edges=(False, "leave out budgets whose best size is its smallest or largest"),
+        out=("scaling.png", "file of the plots"))),
+    "plan": (plan_command, "which small runs to make for a budget", PLANNING | dict(
+        flops=(0.0, "budget in FLOPs, instead of minutes"))),
+    "sweep": (sweep, "make the planned runs with train.py, fit, predict, check",
+              PLANNING | CORPUS | dict(
+                  out=("sweep", "folder of the runs"),
+                  dtype=("auto", "of matrix products, as for train.py"))),
+    "coordinate-check": (coordinate_check, "do activations keep their scale?",
+                         CORPUS | WIDTH_FLAG | dict(
+                             steps=(4, "steps before looking"),
+                             lr=(2.0**-8, "learning rate at the first width"),
+                             seeds=(4, "seeds to average"))),
+    "learning-rates": (learning_rates, "does the best learning rate stay put?",
+                       CORPUS | WIDTH_FLAG | dict(
+                           rates=([2.0**-(e + 0.5) for e in range(9, 3, -1)], "learning rates"),
+                           steps=(120, "steps of a run"), seeds=(3, "runs to average"),
+                           out=("learning_rates.png", "file of the plot"))),
+    "noise": (noise, "gradient noise scale of a checkpoint", CORPUS | dict(
+        model=("out", "folder of the checkpoint"),
+        batches=(32, "batches of four windows to look at"))),
+    "account": (account, "FLOPs, time, cost and memory of a training run", dict(
+        model=("gpt2-xl", "folder of a config.json, or gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+        context_length=(0, "tokens a window, 0 for the model's own"),
+        tokens=(1e11, "training tokens"), gpu=("h100", f"one of {', '.join(GPUS)}"),
+        gpus=(8, "how many"), mfu=(0.4, "share of the peak that is reached"))),
+}
 
 
 def make_parser():
@@ -1006,67 +1092,21 @@ def make_parser():
     parser.add_argument("--out", default="scaling.png", help="plots (default: %(default)s)")
     parser.set_defaults(run=demonstrate)
     commands = parser.add_subparsers(title="commands")
-
-    def command(name, run, help):
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
-        return lambda flag, default, help, **options: sub.add_argument(
-            f"--{flag}", default=default, help=f"{help} (default: {default})",
-            **({"type": type(default)} if default is not None and "nargs" not in options
-               and "action" not in options else {}) | options)
-
-    def corpus(add):
-        add("data", None, "text files, as for train.py; Python's own library without", nargs="*")
-        add("cache", "data", "folder for tokens")
-
-    def planning(add):
-        add("budget-minutes", 20.0, "minutes for the whole sweep")
-        add("flops-per-second", 7e10, "training speed of this machine on these models")
-        add("budgets", 4, "compute budgets")
-        add("sizes", 5, "model sizes at each")
-        add("ratio", 2.5, "between one budget and the next")
-
-    add = command("fit", fit_command, "fit runs of a .json, .jsonl or .csv file by three methods")
-    commands.choices["fit"].add_argument("runs", help="file of runs: N, D, C (two of them) and L")
-    add("predict", None, "FLOPs to predict at; ten times the largest budget without", type=float,
-        nargs="*")
-    add("samples", 500, "bootstrap samples")
-    add("drop-edges", False, "leave out budgets whose best size is its smallest or largest",
-        action="store_true")
-    add("out", "scaling.png", "file of the plots")
-    add = command("plan", plan_command, "which small runs to make for a budget")
-    planning(add)
-    add("flops", 0.0, "budget in FLOPs, instead of minutes")
-    add = command("sweep", sweep, "make the planned runs with train.py, fit, predict, check")
-    planning(add)
-    corpus(add)
-    add("out", "sweep", "folder of the runs")
-    add("dtype", "auto", "of matrix products, as for train.py")
-    add = command("coordinate-check", coordinate_check, "do activations keep their scale?")
-    corpus(add)
-    add("widths", [64, 128, 256, 512], "widths", type=int, nargs="*")
-    add("steps", 4, "steps before looking")
-    add("lr", 2.0**-8, "learning rate at the first width")
-    add("seeds", 4, "seeds to average")
-    add = command("learning-rates", learning_rates, "does the best learning rate stay put?")
-    corpus(add)
-    add("widths", [64, 128, 256, 512], "widths", type=int, nargs="*")
-    add("rates", [2.0**-(e + 0.5) for e in range(9, 3, -1)], "learning rates", type=float,
-        nargs="*")
-    add("steps", 120, "steps of a run")
-    add("seeds", 3, "runs to average")
-    add("out", "learning_rates.png", "file of the plot")
-    add = command("noise", noise, "gradient noise scale of a checkpoint")
-    corpus(add)
-    add("model", "out", "folder of the checkpoint")
-    add("batches", 32, "batches of four windows to look at")
-    add = command("account", account, "FLOPs, time, cost and memory of a training run")
-    add("model", "gpt2-xl", "folder of a config.json, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-    add("context-length", None, "tokens a window", type=int)
-    add("tokens", 1e11, "training tokens")
-    add("gpu", "h100", "GPU", choices=list(GPUS))
-    add("gpus", 8, "how many")
-    add("mfu", 0.4, "share of the peak that is reached")
+    for name, (run, help, flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        if name == "fit":
+            command.add_argument("runs", help="file of runs: L and two of N, D, C")
+        for flag, (default, text) in flags.items():
+            if default is False:
+                kind = dict(action="store_true")
+            elif isinstance(default, list):
+                kind = dict(nargs="*", type=type(default[0]) if default else
+                            float if flag == "predict" else str)
+            else:
+                kind = dict(type=type(default))
+            command.add_argument(f"--{flag.replace('_', '-')}", default=default,
+                                 help=f"{text} (default: {default})".replace("%", "%%"), **kind)
     return parser
 
 

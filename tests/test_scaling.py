@@ -110,7 +110,7 @@ def test_no_grid_of_starts_beats_the_fit():
     """Random restarts of a slow, plain gradient-free search find nothing lower."""
     runs = law_runs(noise=0.01)
     fit = scaling.fit_chinchilla(runs.N, runs.D, runs.L)
-    f, n, d = scaling.chinchilla_objective(runs, np.ones((1, len(runs))), 1e-3)
+    f = scaling.chinchilla_objective(runs, np.ones((1, len(runs))), 1e-3)
     rng = np.random.default_rng(0)
     x = np.array([[math.log(fit.A) - fit.alpha * np.log(runs.N).mean(),
                    math.log(fit.B) - fit.beta * np.log(runs.D).mean(), math.log(fit.E), fit.alpha,
@@ -129,7 +129,7 @@ def test_no_grid_of_starts_beats_the_fit():
 def test_gradients_by_finite_differences():
     runs = law_runs(noise=0.05, sizes=4)
     weights = np.random.default_rng(0).integers(0, 3, (2, len(runs))).astype(float)
-    f, _, _ = scaling.chinchilla_objective(runs, weights, 1e-3)
+    f = scaling.chinchilla_objective(runs, weights, 1e-3)
     x, rows = np.array([[0.1, -0.2, 0.4, 0.3, 0.2], [-1.0, 0.5, 0.7, 0.4, 0.6]]), np.arange(2)
     _, grad = f(x, rows)
     for i in range(5):
@@ -213,8 +213,10 @@ def test_bootstrap_of_a_mean_has_the_textbook_width():
     rng = np.random.default_rng(1)
     L = 3 + 0.1 * rng.standard_normal(400)
     runs = scaling.make_runs([dict(N=1e6, C=1e15, L=v) for v in L])
-    low, high, share = scaling.bootstrap(runs, lambda r: [r.L.mean()], 2000)
-    assert high[0] - low[0] == pytest.approx(2 * 1.96 * L.std() / 20, rel=0.08) and share == 1
+    samples = scaling.bootstrap(runs, lambda r: [r.L.mean()], 2000)
+    (low,), (high,) = scaling.interval(samples)
+    assert samples.shape == (2000, 1)
+    assert high - low == pytest.approx(2 * 1.96 * L.std() / 20, rel=0.08)
 
 
 # ---- planning and running ------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def test_a_sweep_goes_on_where_it_was_and_checks_its_prediction(tmp_path, monkey
         N, _ = scaling.count(scaling.model_flags(int(value["d-model"])))
         D = int(value["steps"]) * scaling.B * scaling.T
         out = tmp_path / "sweep" / value["out"].split("/")[-1]
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         loss = 1.0 + 40 / N**0.35 + 300 / D**0.4
         (out / "log.jsonl").write_text(json.dumps(dict(val_loss=loss, bits_per_byte=1.0)))
 
@@ -266,6 +268,7 @@ def test_a_sweep_goes_on_where_it_was_and_checks_its_prediction(tmp_path, monkey
         scaling.main(flags)
     scaling.main(flags)
     assert len(made) == 22 and made[6] == made[7]  # 20, one of them twice, and the held-out one
+    assert all(a[1] < b[1] for a, b in zip(made, made[1:]) if a[0] == b[0] and a != b)
     out = capsys.readouterr().out
     error = float(out.split("off by ")[1].split("%")[0])
     assert abs(error) < 0.2 and (tmp_path / "sweep" / "scaling.png").exists()
@@ -314,6 +317,29 @@ def test_critical_batch_size_of_an_exact_tradeoff():
     batch = np.array([8.0, 64.0, 512.0])
     steps = 100 + 100 * 50 / batch  # S_min (1 + B_crit / B)
     assert scaling.critical_batch_size(steps, steps * batch) == pytest.approx(50)
+
+
+def test_hyperparameter_fit_takes_all_runs_that_are_nearly_best():
+    """Best rate 0.3 C^-1/8; a flat valley on both sides of it counts, far rates do not."""
+    C = np.repeat([1e12, 1e14, 1e16], 5)
+    rate = 0.3 * C**-0.125 * np.tile([0.1, 0.9, 1.0, 1 / 0.9, 10.0], 3)
+    loss = 2 + np.tile([0.3, 0.001, 0.0, 0.001, 0.5], 3)
+    law = scaling.fit_hyperparameter(C, rate, loss)
+    assert (law.coefficient, law.exponent) == pytest.approx((0.3, -0.125))
+    assert scaling.deepseek_hyperparameters(1e20)[0] == pytest.approx(0.3118 * 10**-2.5)
+
+
+def test_processes_share_a_sweep_by_width(monkeypatch):
+    planned, shares = scaling.plan_runs(2e13), []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        mine, first = scaling.take_share(planned)
+        assert first == (rank == 0)
+        shares.append({(r["width"], r["steps"]) for r in mine})
+    assert sum(map(len, shares)) == len(planned) == len(set.union(*shares))
+    widths = [{w for w, _ in share} for share in shares]
+    assert all(a.isdisjoint(b) for a in widths for b in widths if a is not b)
 
 
 def test_account_prints_the_textbook_figures(capsys):
