@@ -21,6 +21,7 @@ import math
 import os
 import re
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -112,7 +113,7 @@ def score_batch(model, groups, cache=None, shared=0):
 
 
 @torch.inference_mode()
-def score_tokens(model, pairs, batch_tokens=256, progress=None):
+def score_tokens(model, pairs, batch_tokens=512, progress=None):
     """(log-probabilities (T,), is it the likeliest (T,)) of each (context, continuation), in ids.
 
     Equal pairs are scored once, the beginning that several contexts share (worked examples) once,
@@ -323,10 +324,6 @@ def lettered(row):
     return "\n".join([row["question"], *map("{}. {}".format, "ABCD", row["choices"]), "Answer:"])
 
 
-def mmlu(row):
-    return Item(lettered(row), "ABCD".index(row["answer"]), list("ABCD"), group=row["subject"])
-
-
 def mmlu_zero(row):
     """The course's zero-shot baseline: the answer is written, then parsed."""
     return Item("Answer the following multiple choice question about {}. Respond with a single "
@@ -353,20 +350,11 @@ def hellaswag(row):
     return Item(tidy(context), int(row["label"]), list(map(tidy, row["endings"])))
 
 
-def piqa(row):
-    return Item(f"Question: {row['goal']}\nAnswer:", int(row["label"]), [row["sol1"], row["sol2"]])
-
-
 def winogrande(row):
     """The blank is filled in two ways; what follows it is scored (Trinh & Le 2018)."""
     before, after = row["sentence"].split("_", 1)
     contexts = [before + row["option1"], before + row["option2"]]
     return Item("", int(row["answer"]) - 1, [after.strip()] * 2, contexts)
-
-
-def lambada(row):
-    context, last = row["text"].rsplit(" ", 1)
-    return Item(context, 0, [last])
 
 
 WIKITEXT = (  # what WikiText's tokenizer did, and what undoes it, in the harness's order
@@ -397,17 +385,6 @@ def gsm8k_zero(row):
     item = gsm8k(row)
     item.context, item.until = f"{row['question']}\nAnswer:", ("# Query:",)
     return item
-
-
-def math_problem(row):
-    return Item(f"Problem:\n{row['problem']}\n\nSolution:", extract_boxed(row["solution"]),
-                until=("Problem:",), shot=row["solution"])
-
-
-def humaneval(row):
-    test = f"{row['test']}\ncheck({row['entry_point']})"
-    return Item(row["prompt"], until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
-                extra={"test": test})
 
 
 def instructions(row):
@@ -501,19 +478,6 @@ def judge_parsed(item, text, parse):
     return dict(correct=float(grade(answer, item.gold)), parsed=float(answer is not None))
 
 
-def judge_math(item, text):
-    return dict(correct=float(grade(extract_boxed(text) or text.strip(), item.gold)))
-
-
-def judge_code(item, text):
-    return {"pass@1": float(run_program(item.context + text + "\n" + item.extra["test"])[0])}
-
-
-def judge_length(item, text):
-    """No score: that is for a judge, who gets the outputs (see write_outputs)."""
-    return dict(length=float(len(text)))
-
-
 def generated(judge, **options):
     return partial(score_generated, judge=partial(judge, **options))
 
@@ -527,21 +491,33 @@ class Task:
 
 
 TASKS = {
-    "mmlu": Task(mmlu, score_choices, "acc", mmlu_rows),
+    "mmlu": Task(lambda row: Item(lettered(row), "ABCD".index(row["answer"]), list("ABCD"),
+                                  group=row["subject"]), score_choices, "acc", mmlu_rows),
     "arc": Task(arc, score_choices, "acc_norm"),
     "hellaswag": Task(hellaswag, score_choices, "acc_norm"),
-    "piqa": Task(piqa, score_choices, "acc_norm"),
+    "piqa": Task(lambda row: Item(f"Question: {row['goal']}\nAnswer:", int(row["label"]),
+                                  [row["sol1"], row["sol2"]]), score_choices, "acc_norm"),
     "winogrande": Task(winogrande, score_choices, "acc"),
-    "lambada": Task(lambada, score_last, "acc"),
+    "lambada": Task(lambda row: Item(row["text"].rsplit(" ", 1)[0], 0,
+                                     row["text"].rsplit(" ", 1)[1:]), score_last, "acc"),
     "wikitext": Task(wikitext, score_rolling, "bits_per_byte",
                      lambda path: tokenizer_py.read_documents([str(path)])),
     "gsm8k": Task(gsm8k, generated(judge_gsm8k), "strict"),
-    "math": Task(math_problem, generated(judge_math), "correct"),
-    "humaneval": Task(humaneval, generated(judge_code), "pass@1"),
+    "math": Task(
+        lambda row: Item(f"Problem:\n{row['problem']}\n\nSolution:", extract_boxed(row["solution"]),
+                         until=("Problem:",), shot=row["solution"]),
+        generated(lambda item, text: dict(
+            correct=float(grade(extract_boxed(text) or text.strip(), item.gold)))), "correct"),
+    "humaneval": Task(
+        lambda row: Item(row["prompt"], until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+                         extra={"test": f"{row['test']}\ncheck({row['entry_point']})"}),
+        generated(lambda item, text: {"pass@1": float(
+            run_program(f"{item.context}{text}\n{item.extra['test']}")[0])}), "pass@1"),
     "mmlu_zero": Task(mmlu_zero, generated(judge_parsed, parse=partial(parse_mmlu_response, ())),
                       "correct", mmlu_rows),
     "gsm8k_zero": Task(gsm8k_zero, generated(judge_parsed, parse=parse_gsm8k_response), "correct"),
-    "instructions": Task(instructions, generated(judge_length), "length"),
+    "instructions": Task(instructions, generated(
+        lambda item, text: dict(length=float(len(text)))), "length"),  # see write_outputs
 }
 
 
@@ -673,8 +649,8 @@ def clean(text):
 TOKEN = re.compile(r"\s*(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![A-Za-z\d]))?|\.\d+|"
                    r"[abcxyz](?=[abcxyz]{0,2}(?![A-Za-z]))|\\?[A-Za-z]+|\S)")
 PRIORITY = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4}  # a sign binds at 3: -x^2 = -(x^2)
-POINTS = [{c: Fraction(ord(c) * k % 1009 % 89 + 7, 13) for c in
-           "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"} for k in (131, 457, 769)]
+POINTS = [{c: Fraction(ord(c) * k % 1009 % 89 + 7, 13) for c in string.ascii_letters} |
+          {"pi": math.pi} for k in (131, 457, 769)]
 
 
 class Unreadable(ValueError):
@@ -712,12 +688,18 @@ def expression(rest, point, floor=0, depth=0):
         if not rest or rest.pop() != {"(": ")", "|": "|"}[token]:
             raise Unreadable("a bracket is open")
         value = abs(value) if token == "|" else value
+    elif re.match(r"\.?\d", token):
+        value = Fraction(token)
+    elif token in point:
+        value = point[token]
     else:
-        value = number(token, point)
+        raise Unreadable(token)
     while rest:
         operator = rest[-1]
         if operator == "!":
-            value = factorial(value)
+            if value not in range(21):
+                raise Unreadable("factorial")
+            value = Fraction(math.factorial(int(value)))
         elif operator == "%":
             value = value / 100
         elif PRIORITY.get(operator, 0) > floor:
@@ -734,20 +716,6 @@ def expression(rest, point, floor=0, depth=0):
             break
         rest.pop()
     return value
-
-
-def number(token, point):
-    if token[0].isdigit() or token[0] == "." and len(token) > 1:
-        return Fraction(token)
-    if token not in point and token != "pi":
-        raise Unreadable(token)
-    return math.pi if token == "pi" else point[token]
-
-
-def factorial(value):
-    if not isinstance(value, Fraction) or value.denominator > 1 or not 0 <= value <= 20:
-        raise Unreadable("factorial")
-    return Fraction(math.factorial(int(value)))
 
 
 def apply(operator, a, b):
@@ -898,15 +866,6 @@ def same_equation(a, b):
     return all(x) and all(y) and same_values([x[0] * d for d in y], [y[0] * c for c in x])
 
 
-def same_number(a, unit_a, b, unit_b):
-    if unit_a and unit_b and unit_a != unit_b:
-        return False
-    if unit_a != unit_b and "%" in (unit_a, unit_b):
-        percent, plain = (a, b) if unit_a == "%" else (b, a)
-        return same_values(a, b) or same_values([x / 100 for x in percent], plain)
-    return same_values(a, b)
-
-
 def same(a, b):
     """Whether two canonical answers are one; x = 5 is also 5."""
     if "equation" in (a[0], b[0]):
@@ -917,7 +876,13 @@ def same(a, b):
     if kind != other:
         return False
     if kind == "number":
-        return same_number(*x, *y)
+        (v, unit), (w, other) = x, y
+        if unit and other and unit != other:
+            return False
+        hundredth = unit != other and "%" in (unit, other)  # 50% is 50, and 0.5 too
+        return same_values(v, w) or hundredth and (same_values(v, [100 * q for q in w])
+                                                   if unit == "%" else
+                                                   same_values(w, [100 * q for q in v]))
     if kind in ("text", "choice"):
         return x == y
     if len(x) != len(y):
