@@ -66,6 +66,12 @@ def test_pairs_are_cut_where_the_harness_cuts(tok):
     assert evaluate.encode_pair(tok, "", "A")[0] == [tok.eot_id]
 
 
+def test_special_tokens_in_a_text_are_special_as_in_the_harness(tok):
+    left, right = evaluate.encode_pair(tok, "A cat<|endoftext|>A", " cat")
+    assert left.count(tok.eot_id) == 1 and tok.decode(right) == " cat"
+    assert evaluate.encode_pair(tok, "", "<|endoftext|>A") == ([tok.eot_id], tok.encode("A"))
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_scores_equal_one_token_at_a_time(model, tok, shared):
     rng = np.random.default_rng(0)
