@@ -7,19 +7,21 @@
 
 Definitions follow lm-evaluation-harness (Gao et al. 2021, github.com/EleutherAI): trailing blanks
 of a context belong to the continuation, whose ids are encode(context + continuation) after
-len(encode(context)); contexts lose tokens on the left; log-probabilities are fp32. Shapes: B rows,
-T tokens, V vocabulary.
+len(encode(context)); "<|endoftext|>" in a text is the special token; contexts lose tokens on the
+left; log-probabilities are fp32. Shapes: B rows, T tokens, D model width, V vocabulary.
 """
 
 import argparse
 import csv
 import html
 import io
+import itertools
 import json
 import math
 import os
 import re
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +51,11 @@ def encode_pair(tok, context, continuation):
     blanks = len(context) - len(context.rstrip())
     if blanks:
         context, continuation = context[:-blanks], context[-blanks:] + continuation
-    if not context:
-        return [prefix_id(tok)], tok.encode(continuation, allowed_special=())
-    left = tok.encode(context, allowed_special=())
-    return left, tok.encode(context + continuation, allowed_special=())[len(left):]
+    if context:
+        left = tok.encode(context)
+        return left, tok.encode(context + continuation)[len(left):]
+    ids = tok.encode(continuation)
+    return ([prefix_id(tok)], ids) if ids[:1] != [tok.eot_id] else (ids[:1], ids[1:])
 
 
 def prefix_id(tok):
@@ -60,93 +64,110 @@ def prefix_id(tok):
     return tok.eot_id
 
 
-@torch.inference_mode()
-def score_batch(model, contexts, continuations):
-    """Log-probabilities of several continuations of each context: lists of ids, lists of lists.
+def extend(model, cache, rows, starts, ids):
+    """Run ids[i] after the first starts[i] tokens of row rows[i] of a KV cache.
 
-    Returns [(sum of log-probabilities, all greedy?)], context by context. What contexts have in
-    common at their beginning (worked examples) goes through the model once, each context once, and
-    then only the continuations, all by way of a KV cache whose rows are copied.
+    Returns hidden states (B, T, D), padded on the right, and a cache that holds both.
     """
-    device = model.embed.weight.device
-    counts = [len(c) for c in continuations]
-    owner = [i for i, n in enumerate(counts) for _ in range(n)]
-    flat = [d for group in continuations for d in group]
-    common = len(os.path.commonprefix(contexts)) if len(contexts) > 1 else 0
-    shared = min(common, min(map(len, contexts)) - 1)  # at least one token is left of each
-    T, T2 = max(map(len, contexts)) - shared, max(map(len, flat)) - 1
-    cache = model_py.KVCache(model, len(contexts), shared + T)
-    if shared:
-        model.hidden(torch.tensor([contexts[0][:shared]], device=device), cache, [0])
-        for t in cache.k + cache.v:
-            t[1:, :shared] = t[:1, :shared]
-    hidden = model.hidden(pad([c[shared:] for c in contexts], T, device), cache,
-                          [shared] * len(contexts))  # (contexts, T, D)
-    ends = torch.tensor([len(c) - shared - 1 for c in contexts], device=device)
-    hidden = hidden[torch.arange(len(contexts), device=device), ends][owner][:, None]
-    if T2:
-        wider = model_py.KVCache(model, len(flat), shared + T + T2)
+    past, T = max(starts), max(map(len, ids))
+    wider = model_py.KVCache(model, len(ids), past + T)
+    if past:
         for new, old in zip(wider.k + wider.v, cache.k + cache.v):
-            new[:, :shared + T] = old[owner]
-        rest = model.hidden(pad([d[:-1] for d in flat], T2, device), wider,
-                            [len(contexts[i]) for i in owner])  # (continuations, T2, D)
-        hidden = torch.cat((hidden, rest), 1)
-    lengths = [len(d) for d in flat]
-    real = torch.arange(T2 + 1, device=device) < torch.tensor(lengths, device=device)[:, None]
-    scores = model.head(hidden[real]).float().log_softmax(-1)  # (all tokens, V)
-    targets = torch.tensor([t for d in flat for t in d], device=device)
-    logprobs = scores.gather(1, targets[:, None])[:, 0].double().cpu().split(lengths)
-    greedy = (scores.argmax(-1) == targets).cpu().split(lengths)
-    return [(x.sum().item(), bool(g.all())) for x, g in zip(logprobs, greedy)]
+            new[:, :past] = old[rows, :past]
+    padded = [[*row, *[0] * (T - len(row))] for row in ids]
+    return model.hidden(torch.tensor(padded, device=wider.device), wider, starts), wider
 
 
-def pad(rows, T, device):
-    return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=device)  # (B, T)
+def score_batch(model, groups, cache=None, shared=0):
+    """[(context ids, [continuation ids])], of which the cache holds the first `shared` tokens.
 
+    Returns (log-probabilities (T,), is it the likeliest (T,)) of each continuation in turn. What
+    the continuations of a context have in common is run once, as is the context: for A, B, C, D
 
-def score_tokens(model, pairs, batch_tokens=8192, progress=None):
-    """score_batch over any number of (context ids, continuation ids), equal ones once.
-
-    A context too long for the model loses its left. batch_tokens bounds the padded size of a
-    batch, and is halved when memory runs out.
+        context 17 5 9, continuations 31 | 32 | 33 | 34    one row 17 5 9, nothing else
+        context 17 5 9, continuations 31 8 6 | 31 8 | 40 2    row 17 5 9, then 31 8 and 31 and 40
     """
-    room, done, wanted = model.config.context_length + 1, {}, {}
-    pairs = [(tuple(c[-max(1, room - len(d)):]), tuple(d)) for c, d in pairs]
-    for c, d in pairs:
-        if d:
-            wanted.setdefault(c, {})[d] = None
-        done[c, d] = (0.0, True)  # an empty continuation is certain
-    contexts, at = sorted(wanted), 0
-    common = sum(len(os.path.commonprefix(p)) for p in zip(contexts, contexts[1:]))
-    if common < 0.4 * sum(map(len, contexts)):  # then similar lengths are worth more
-        contexts.sort(key=len)
-    while at < len(contexts):
-        size, rows, longest = 0, 0, 0
-        for c in contexts[at:at + 256]:
-            rows += len(wanted[c])
-            longest = max(longest, len(c) + max(map(len, wanted[c])))
-            if size and longest * rows > batch_tokens:
-                break
-            size += 1
-        batch = contexts[at:at + size]
-        try:
-            scores = iter(score_batch(model, batch, [list(wanted[c]) for c in batch]))
-        except torch.cuda.OutOfMemoryError:
-            if size == 1:
-                raise ValueError("one item does not fit the GPU's memory") from None
-            batch_tokens = longest * rows // 2
-            torch.cuda.empty_cache()
-            continue
-        done |= {(c, d): next(scores) for c in batch for d in wanted[c]}
-        at += size
-        if progress:
-            progress(at, len(contexts))
+    stems, flat, branches = [], [], []
+    for i, (context, continuations) in enumerate(groups):
+        common = os.path.commonprefix([d[:-1] for d in continuations])
+        stems.append(context[shared:] + common)
+        for d in continuations:
+            flat.append((i, len(context) - shared - 1, len(common), d))
+            if len(d) - 1 > len(common):
+                branches.append((i, shared + len(stems[i]), d[len(common):-1]))
+    hidden, cache = extend(model, cache, [0] * len(stems), [shared] * len(stems), stems)
+    rest = iter(extend(model, cache, *zip(*branches))[0] if branches else ())
+    states = []
+    for i, at, k, d in flat:
+        states.append(hidden[i, at:at + k + 1])
+        if len(d) - 1 > k:
+            states.append(next(rest)[:len(d) - 1 - k])
+    targets = torch.tensor([t for *_, d in flat for t in d], device=hidden.device)
+    scores, greedy = [], []
+    for h, target in zip(torch.cat(states).split(1024), targets.split(1024)):
+        logprobs = model.head(h).float().log_softmax(-1)  # (1024 tokens, V)
+        scores.append(logprobs.gather(1, target[:, None])[:, 0].double())
+        greedy.append(logprobs.argmax(-1) == target)
+    lengths = [len(d) for *_, d in flat]
+    return zip(torch.cat(scores).cpu().split(lengths), torch.cat(greedy).cpu().split(lengths))
+
+
+@torch.inference_mode()
+def score_tokens(model, pairs, batch_tokens=512, progress=None):
+    """(log-probabilities (T,), is it the likeliest (T,)) of each (context, continuation), in ids.
+
+    Equal pairs are scored once, the beginning that several contexts share (worked examples) once,
+    and each context once. What the model has no room for is cut from the context's left. The
+    batch size is searched: from batch_tokens on it doubles while tokens a second grow by a tenth,
+    and is halved when memory runs out.
+    """
+    limit, groups = model.config.context_length, {}
+    pairs = [(tuple(c), tuple(d[:limit])) for c, d in pairs]
+    pairs = [(c[-(limit + 1 - len(d)):], d) for c, d in pairs]
+    done = {pair: (torch.zeros(0), torch.ones(0, dtype=torch.bool)) for pair in pairs}
+    for c, d in filter(lambda pair: pair[1], pairs):  # a short context is not worth sharing
+        groups.setdefault(c if len(c) > len(d) else (c, d), (c, {}))[1][d] = None
+    often, rate, growing, finished = Counter(c[:16] for c, _ in groups.values()), 0.0, True, 0
+
+    def beginning(group):
+        return group[0][:16] if len(group[0]) > 16 and often[group[0][:16]] > 3 else ()
+
+    ordered = sorted(groups.values(), key=lambda g: (beginning(g), len(g[0])))
+    runs = [(start, list(run)) for start, run in itertools.groupby(ordered, beginning)]
+    for begins_alike, run in runs:
+        cache, shared = None, 0
+        if begins_alike:
+            contexts = [c for c, _ in run]
+            shared = min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)
+            cache = extend(model, None, [0], [0], [contexts[0][:shared]])[1]
+        sizes = [len(c) - shared + sum(map(len, ds)) for c, ds in run]
+        while run:
+            count = max(1, sum(total <= batch_tokens for total in itertools.accumulate(sizes)))
+            began, batch = time.perf_counter(), [(c, list(ds)) for c, ds in run[:count]]
+            try:
+                scores = score_batch(model, batch, cache, shared)
+            except torch.cuda.OutOfMemoryError:
+                if count == 1:
+                    raise ValueError("one item does not fit the GPU's memory") from None
+                batch_tokens, growing = sum(sizes[:count]) // 2, False
+                torch.cuda.empty_cache()
+                continue
+            done |= zip(((c, d) for c, ds in batch for d in ds), scores)
+            if growing and count < len(run):  # a full batch
+                now = sum(sizes[:count]) / (time.perf_counter() - began)
+                growing, rate = now > 1.1 * rate, now
+                batch_tokens = batch_tokens * 2 if growing else batch_tokens // 2
+            del run[:count], sizes[:count]
+            finished += count
+            if progress:
+                progress(finished, len(groups))
     return [done[pair] for pair in pairs]
 
 
 def loglikelihood(model, tokenizer, pairs, **options):
     """[(context, continuation)] -> [(log-probability in nats, is it the greedy choice)]."""
-    return score_tokens(model, [encode_pair(tokenizer, c, d) for c, d in pairs], **options)
+    scores = score_tokens(model, [encode_pair(tokenizer, c, d) for c, d in pairs], **options)
+    return [(x.sum().item(), bool(greedy.all())) for x, greedy in scores]
 
 
 def rolling_windows(ids, prefix, limit):
@@ -155,7 +176,7 @@ def rolling_windows(ids, prefix, limit):
     The first window starts from `prefix`; a last short one is preceded by as many ids as fit. For
     limit 4: [0 .. 9] -> (p, 0123), (3, 4567), (567, 89).
     """
-    windows = [([prefix], ids[:limit])]
+    windows = [([prefix], ids[:limit])] if ids else []
     for start in range(limit, len(ids), limit):
         end = min(start + limit, len(ids))
         windows.append((ids[end - limit - 1:start], ids[start:end]))
@@ -164,40 +185,41 @@ def rolling_windows(ids, prefix, limit):
 
 def loglikelihood_rolling(model, tokenizer, texts, **options):
     """Whole texts -> [log-probability in nats of every token of each]."""
-    pairs, owner = [], []
-    for i, text in enumerate(texts):
-        ids = tokenizer.encode(text, allowed_special=())
-        windows = rolling_windows(ids, prefix_id(tokenizer), model.config.context_length)
-        pairs += windows if ids else []
-        owner += [i] * (len(pairs) - len(owner))
-    totals = [0.0] * len(texts)
-    for i, (score, _) in zip(owner, score_tokens(model, pairs, **options)):
-        totals[i] += score
-    return totals
+    windows = [rolling_windows(tokenizer.encode(text), prefix_id(tokenizer),
+                               model.config.context_length) for text in texts]
+    scores = iter(score_tokens(model, itertools.chain(*windows), **options))
+    return [sum(x.sum().item() for x, _ in itertools.islice(scores, len(w))) for w in windows]
 
 
-def generate_until(model, tokenizer, requests, max_new_tokens=256, **options):
+def generate_until(model, tokenizer, requests, max_new_tokens=256, progress=None, **options):
     """[(context, stop strings)] -> texts, greedy by default, cut before the first stop string."""
     room = model.config.context_length - max_new_tokens
     if room < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: leaves no room for a prompt in a "
                          f"context of {model.config.context_length}")
     texts, by_stop = {}, defaultdict(list)
-    for i, (context, until) in enumerate(requests):
-        by_stop[tuple(until)].append((i, tokenizer.encode(context, allowed_special=())[-room:]
-                                      or [prefix_id(tokenizer)]))
-    for until, group in by_stop.items():
+    for i, (_, until) in enumerate(requests):
+        by_stop[tuple(until)].append(i)
+    for until, numbers in by_stop.items():
+        prompts = [tokenizer.encode(requests[i][0])[-room:] or [prefix_id(tokenizer)]
+                   for i in numbers]
         stop = [*until, *([tokenizer.eot_id] if tokenizer.eot_id is not None else [])]
         settings = {"temperature": 0.0, "stop": stop, "tokenizer": tokenizer} | options
-        done = model.generate([ids for _, ids in group], max_new_tokens, **settings)
-        for (i, _), completion in zip(group, done):
-            text = tokenizer.decode([t for t in completion.tokens if t != tokenizer.eot_id])
-            cut = [text.find(s) for s in until if s in text]
-            texts[i] = text[:min(cut)] if cut else text
+        for row, _ in model.stream(prompts, max_new_tokens, **settings):
+            if row.reason:
+                text = tokenizer.decode([t for t in row.tokens if t != tokenizer.eot_id])
+                ends = [text.find(s) for s in until if s in text]
+                texts[numbers[row.prompt]] = text[:min(ends, default=len(text))]
+                if progress:
+                    progress(len(texts), len(requests))
     return [texts[i] for i in range(len(requests))]
 
 
 # ---- metrics -----------------------------------------------------------------------------------
+
+
+def standard_error(values):
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def wilson_interval(successes, n, z=1.96):
@@ -219,22 +241,17 @@ def confidence_interval(values, samples=2000, seed=0):
         return math.nan, math.nan
     if np.isin(x, (0, 1)).all():
         return wilson_interval(x.sum(), len(x))
-    rng, mean, error = np.random.default_rng(seed), x.mean(), x.std(ddof=1) / math.sqrt(len(x))
-    t = []
+    rng, t = np.random.default_rng(seed), []
     for _ in range(samples):
         s = x[rng.integers(0, len(x), len(x))]
-        t.append((s.mean() - mean) / (s.std(ddof=1) / math.sqrt(len(x)) or math.inf))
+        t.append((s.mean() - x.mean()) / (standard_error(s) or math.inf))
     low, high = np.percentile(t, [2.5, 97.5])
-    return mean - high * error, mean - low * error
-
-
-def standard_error(values):
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return x.mean() - high * standard_error(x), x.mean() - low * standard_error(x)
 
 
 def pass_at_k(n, c, k):
     """Chance that k of n samples, c of them right, hold a right one (Chen et al. 2021, eq. 1)."""
-    return 1.0 if n - c < k else 1.0 - math.comb(n - c, k) / math.comb(n, k)
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def calibration_error(confidences, correct, bins=10):
@@ -248,10 +265,9 @@ def calibration_error(confidences, correct, bins=10):
 def paired_test(a, b, samples=10_000, seed=0):
     """(mean of b - a, two-sided p) by flipping the signs of the items' differences at random."""
     d = np.asarray(b, float) - np.asarray(a, float)
-    d_all, d = d.mean(), d[d != 0]
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (samples, len(d)))
     extreme = np.abs(signs @ d) >= abs(d.sum()) - 1e-12
-    return float(d_all), float((extreme.sum() + 1) / (samples + 1))
+    return float(d.mean()), float((extreme.sum() + 1) / (samples + 1))
 
 
 # ---- tasks -------------------------------------------------------------------------------------
@@ -259,42 +275,41 @@ def paired_test(a, b, samples=10_000, seed=0):
 
 @dataclass
 class Item:
-    """One question. choices: multiple choice; else free text, or a whole text to score."""
+    """One question. choices: multiple choice; without: free text, or a whole text to score."""
 
     context: str
-    choices: list = field(default_factory=list)  # continuations, without the blank in front
     gold: object = None  # index of the right choice, or the right answer
+    choices: list = field(default_factory=list)  # continuations, without the blank in front
     contexts: list = None  # where every choice has its own (Winogrande)
     delimiter: str = " "
     group: str = ""  # subject
     until: tuple = ("\n\n",)
     extra: dict = field(default_factory=dict)
+    shot: str = ""  # the answer that it shows as a worked example, if not the right choice
+
+    def requests(self):
+        """(context, continuation) of each choice."""
+        contexts = self.contexts or [self.context] * len(self.choices)
+        return [(c, self.delimiter + d) for c, d in zip(contexts, self.choices)]
 
 
-def rows_of(path, *keys):
-    """Rows of a .jsonl, .json or .csv file with all the keys; ValueError names a missing one."""
-    files = tokenizer_py.list_files([str(path)])
-    found = 0
-    for file in files:
+def rows_of(path):
+    """The rows, dicts, of a .jsonl, .json or .csv file, or of a folder of them."""
+    for file in tokenizer_py.list_files([str(path)]):
         text = Path(file).read_text(encoding="utf-8")
-        if file.endswith(".csv"):
-            rows = csv.DictReader(io.StringIO(text, newline=""))
-        else:
-            rows = json.loads(text) if file.endswith(".json") else map(
-                json.loads, filter(str.strip, text.split("\n")))  # U+2028 may stand in a string
-        for i, row in enumerate(rows):
-            missing = [k for k in keys if k not in row]
-            if missing:
-                raise ValueError(f"{file}: item {i + 1} has no {missing[0]!r}; it has "
-                                 f"{', '.join(map(str, row))}")
-            found += 1
-            yield row
-    if not found:
-        raise ValueError(f"{path}: no items in it")
+        try:
+            if file.endswith(".csv"):
+                yield from csv.DictReader(io.StringIO(text, newline=""))
+            elif file.endswith(".json"):
+                yield from json.loads(text)
+            else:  # not splitlines: U+2028 may stand in a string
+                yield from map(json.loads, filter(str.strip, text.split("\n")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: {error}") from None
 
 
-def read_mmlu(path):
-    """A folder with test/*_test.csv (and dev/*_dev.csv): question, four choices, letter."""
+def mmlu_rows(path):
+    """A folder with test/*_test.csv (and dev/*_dev.csv), which have no header."""
     for file in sorted(Path(path).glob("test/*.csv")) or sorted(Path(path).glob("*.csv")):
         subject = re.sub(r"_(test|val|dev)$", "", file.stem).replace("_", " ")
         text = io.StringIO(file.read_text(encoding="utf-8"), newline="")
@@ -302,49 +317,44 @@ def read_mmlu(path):
             if len(row) != 6 or row[5] not in list("ABCD"):
                 raise ValueError(f"{file}: row {i + 1} has {len(row)} columns, not a question, "
                                  "four choices and a letter")
-            lines = [row[0].strip(), *(f"{c}. {t}" for c, t in zip("ABCD", row[1:5])), "Answer:"]
-            yield Item("\n".join(lines), list("ABCD"), "ABCD".index(row[5]), group=subject)
+            yield dict(question=row[0].strip(), choices=row[1:5], answer=row[5], subject=subject)
 
 
-def read_arc(path):
+def lettered(row):
+    return "\n".join([row["question"], *map("{}. {}".format, "ABCD", row["choices"]), "Answer:"])
+
+
+def mmlu_zero(row):
+    """The course's zero-shot baseline: the answer is written, then parsed."""
+    return Item("Answer the following multiple choice question about {}. Respond with a single "
+                'sentence of the form "The correct answer is _", filling the blank with the letter '
+                "of the correct answer (i.e., A, B, C or D).\n\nQuestion: {}".format(
+                    row["subject"], lettered(row)), row["answer"], until=("# Query:", "\n\n"))
+
+
+def arc(row):
     """ARC easy and challenge, as AI2 gives them or flattened as on the hub."""
-    for row in rows_of(path, "question", "answerKey"):
-        question, choices = row["question"], row.get("choices")
-        if isinstance(question, dict):
-            choices = {k: [c[k] for c in question["choices"]] for k in ("text", "label")}
-            question = question["stem"]
-        yield Item(f"Question: {question}\nAnswer:", choices["text"],
-                   choices["label"].index(row["answerKey"]))
+    answer, question, choices = row["answerKey"], row["question"], row.get("choices")
+    if isinstance(question, dict):
+        choices = {k: [c[k] for c in question["choices"]] for k in ("text", "label")}
+        question = question["stem"]
+    return Item(f"Question: {question}\nAnswer:", choices["label"].index(answer), choices["text"])
 
 
-def read_hellaswag(path):
+def hellaswag(row):
     def tidy(text):
         text = text.strip().replace(" [title]", ". ")
         return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
-    for row in rows_of(path, "ctx_a", "ctx_b", "endings", "label", "activity_label"):
-        context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-        yield Item(tidy(context), [tidy(e) for e in row["endings"]], int(row["label"]))
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return Item(tidy(context), int(row["label"]), list(map(tidy, row["endings"])))
 
 
-def read_piqa(path):
-    for row in rows_of(path, "goal", "sol1", "sol2", "label"):
-        yield Item(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]],
-                   int(row["label"]))
-
-
-def read_winogrande(path):
+def winogrande(row):
     """The blank is filled in two ways; what follows it is scored (Trinh & Le 2018)."""
-    for row in rows_of(path, "sentence", "option1", "option2", "answer"):
-        before, after = row["sentence"].split("_", 1)
-        yield Item("", [after.strip()] * 2, int(row["answer"]) - 1,
-                   contexts=[before + row["option1"], before + row["option2"]])
-
-
-def read_lambada(path):
-    for row in rows_of(path, "text"):
-        context, last = row["text"].rsplit(" ", 1)
-        yield Item(context, [last], 0)
+    before, after = row["sentence"].split("_", 1)
+    contexts = [before + row["option1"], before + row["option2"]]
+    return Item("", int(row["answer"]) - 1, [after.strip()] * 2, contexts)
 
 
 WIKITEXT = (  # what WikiText's tokenizer did, and what undoes it, in the harness's order
@@ -356,55 +366,31 @@ WIKITEXT = (  # what WikiText's tokenizer did, and what undoes it, in the harnes
     ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"))
 
 
-def read_wikitext(path):
-    """Documents, their spaced-out punctuation put right; words and bytes count as in the file.
-
-    "the valley ( 1 @,@ 000 m )" is scored as "the valley (1,000 m)".
-    """
-    for document in tokenizer_py.read_documents(tokenizer_py.list_files([str(path)])):
-        text = document
-        for old, new in WIKITEXT:
-            text = re.sub(old, new, text) if "\\s" in old else text.replace(old, new)
-        yield Item(text, extra={"file": document})
+def wikitext(document):
+    """"the valley ( 1 @,@ 000 m )" is scored as "the valley (1,000 m)"; words and bytes count as
+    in the file."""
+    text = document
+    for old, new in WIKITEXT:
+        text = re.sub(old, new, text) if "\\s" in old else text.replace(old, new)
+    return Item(text, extra={"file": document})
 
 
-def read_gsm8k(path):
-    for row in rows_of(path, "question", "answer"):
-        gold = row["answer"].split("####")[-1].strip()
-        yield Item(f"Question: {row['question']}\nAnswer:", gold=gold,
-                   until=("Question:", "</s>", "<|im_end|>"), extra={"shot": row["answer"]})
+def gsm8k(row):
+    return Item(f"Question: {row['question']}\nAnswer:", row["answer"].split("####")[-1].strip(),
+                until=("Question:", "</s>", "<|im_end|>"), shot=row["answer"])
 
 
-def read_math(path):
-    for row in rows_of(path, "problem", "solution"):
-        yield Item(f"Problem:\n{row['problem']}\n\nSolution:", gold=extract_boxed(row["solution"]),
-                   until=("Problem:",), extra={"shot": row["solution"]})
+def gsm8k_zero(row):
+    """The course's zero-shot baseline: the last number of what is written counts."""
+    item = gsm8k(row)
+    item.context, item.until = f"{row['question']}\nAnswer:", ("# Query:",)
+    return item
 
 
-def read_humaneval(path):
-    for row in rows_of(path, "prompt", "test", "entry_point"):
-        yield Item(row["prompt"], until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
-                   extra={"test": f"{row['test']}\ncheck({row['entry_point']})"})
-
-
-def read_instructions(path):
+def instructions(row):
     """AlpacaEval ("instruction") and SimpleSafetyTests ("prompts_final") prompts."""
-    for row in rows_of(path):
-        if not {"instruction", "prompts_final"} & set(row):
-            raise ValueError(f"{path}: rows need 'instruction' or 'prompts_final'")
-        yield Item(row.get("instruction") or row["prompts_final"], until=("# Query:",), extra=row)
-
-
-# name -> (reader of a file or folder, how it is scored, the metric to look at)
-TASKS = {
-    "mmlu": (read_mmlu, "choice", "acc"), "arc": (read_arc, "choice", "acc_norm"),
-    "hellaswag": (read_hellaswag, "choice", "acc_norm"), "piqa": (read_piqa, "choice", "acc_norm"),
-    "winogrande": (read_winogrande, "choice", "acc"), "lambada": (read_lambada, "last", "acc"),
-    "wikitext": (read_wikitext, "rolling", "bits_per_byte"),
-    "gsm8k": (read_gsm8k, "gsm8k", "strict"), "math": (read_math, "math", "correct"),
-    "humaneval": (read_humaneval, "code", "pass@1"),
-    "instructions": (read_instructions, "outputs", "length"),
-}
+    key = "instruction" if "instruction" in row else "prompts_final"
+    return Item(row[key], until=("# Query:",), extra=row)
 
 
 def parse_mmlu_response(choices, response):
@@ -420,549 +406,499 @@ def parse_gsm8k_response(response):
     return numbers[-1].replace(",", "") if numbers else None
 
 
-def add_shots(items, shots, tok=None):
-    """Put worked examples, and a subject's heading for MMLU, before every context."""
-    def worked(item):
-        answer = item.extra.get("shot") or item.choices[item.gold]
-        context = item.contexts[item.gold] if item.contexts else item.context
-        return context + item.delimiter + answer
-
-    for item in items:
-        same = [s for s in shots if s.group == item.group]
-        heading = ("The following are multiple choice questions (with answers) about "
-                   f"{item.group}.\n\n" if item.group else "")
-        before = heading + "".join(worked(s) + "\n\n" for s in same)
-        item.contexts = item.contexts and [before + c for c in item.contexts]
-        item.context = before + item.context
-        if tok:  # a chat model reads it all as the user's turn
-            item.context, *rest = (
-                tok.apply_chat_template([dict(role="user", content=c)], add_generation_prompt=True)
-                for c in (item.context, *(item.contexts or ())))
-            item.contexts, item.delimiter = rest or None, ""
+# ---- scoring a task: results are dicts, whose "metrics" are averaged -----------------------------
 
 
-# ---- scoring a task ----------------------------------------------------------------------------
-
-
-def score_choices(model, tok, items, options):
+def score_choices(model, tok, items, args):
     """Log-probability of every choice; by four norms the likeliest is the answer."""
-    pairs = [((i.contexts or [i.context] * len(i.choices))[k], i.delimiter + c)
-             for i in items for k, c in enumerate(i.choices)]
-    encoded = [encode_pair(tok, *p) for p in pairs]
-    scores = iter(zip(encoded, score_tokens(model, encoded, **options)))
+    pairs = [encode_pair(tok, *request) for i in items for request in i.requests()]
+    scores = iter(zip(pairs, score_tokens(model, pairs, progress=args.progress)))
     results = []
     for item in items:
-        mine = [next(scores) for _ in item.choices]
-        ll = np.array([s for _, (s, _) in mine])
+        mine = list(itertools.islice(scores, len(item.choices)))
+        ll = np.array([x.sum().item() for _, (x, _) in mine])
         norms = {"acc": 1, "acc_norm": [len(c) for c in item.choices],
                  "acc_bytes": [len(c.encode()) for c in item.choices],
                  "acc_tokens": [len(d) for (_, d), _ in mine]}
-        result = {name: float(np.argmax(ll / np.maximum(n, 1)) == item.gold)
-                  for name, n in norms.items()}
         p = np.exp(ll - ll.max())
-        results.append(result | dict(
+        results.append(dict(
+            metrics={name: float(np.argmax(ll / np.maximum(n, 1)) == item.gold)
+                     for name, n in norms.items()},
             confidence=float(p.max() / p.sum()), loglikelihoods=ll.tolist(),
             output=item.choices[int(ll.argmax())], gold=item.choices[item.gold]))
     return results
 
 
-def score_last(model, tok, items, options):
+def score_last(model, tok, items, args):
     """LAMBADA: is the last word the greedy continuation, and how likely is it."""
-    scores = loglikelihood(model, tok, [(i.context, i.delimiter + i.choices[0]) for i in items],
-                           **options)
-    return [dict(acc=float(greedy), loglikelihood=s, gold=i.choices[0])
+    scores = loglikelihood(model, tok, [i.requests()[0] for i in items], progress=args.progress)
+    return [dict(metrics=dict(acc=float(greedy)), loglikelihood=s, gold=i.choices[0])
             for i, (s, greedy) in zip(items, scores)]
 
 
-def score_rolling(model, tok, items, options):
-    totals = loglikelihood_rolling(model, tok, [i.context for i in items], **options)
-    return [dict(loglikelihood=s, words=len(re.split(r"\s+", i.extra["file"])),
-                 bytes=len(i.extra["file"].encode()),
-                 tokens=len(tok.encode(i.context, allowed_special=())))
-            for i, s in zip(items, totals)]
+def score_rolling(model, tok, items, args):
+    texts = [(i.context, i.extra["file"]) for i in items]
+    totals = loglikelihood_rolling(model, tok, [t for t, _ in texts], progress=args.progress)
+    return [dict(metrics={}, loglikelihood=s, tokens=len(tok.encode(text)),
+                 words=len(re.split(r"\s+", file)), bytes=len(file.encode()))
+            for (text, file), s in zip(texts, totals)]
 
 
-def score_gsm8k(model, tok, items, options):
+def score_generated(model, tok, items, args, judge):
+    """Answers written by the model: judge(item, text) -> metrics, averaged over --samples."""
+    n, requests = args.samples, [(i.context, i.until) for i in items for _ in range(args.samples)]
+    texts = generate_until(model, tok, requests, args.max_new_tokens, args.progress,
+                           temperature=0.0 if n == 1 else 0.8)
+    results = []
+    for k, item in enumerate(items):
+        mine = texts[k * n:k * n + n]
+        each = [judge(item, text) for text in mine]
+        metrics = {name: sum(m[name] for m in each) / n for name in each[0]}
+        right = sum(next(iter(m.values())) == 1.0 for m in each)
+        metrics |= {f"pass@{j}": pass_at_k(n, right, j) for j in (10, 100) if j <= n}
+        results.append(dict(metrics=metrics, output=mine[0], outputs=mine, gold=item.gold))
+    return results
+
+
+def judge_gsm8k(item, text):
     """Strict: the number after ####; flexible: the last number; as the harness finds them."""
-    texts = generate_until(model, tok, [(i.context, i.until) for i in items], **options)
-    results = []
-    for item, text in zip(items, texts):
-        strict = re.search(r"#### (\-?[0-9\.\,]+)", text)
-        numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
-        found = [strict.group(1) if strict else "[invalid]",
-                 (numbers[-1][0] or numbers[-1][1]) if numbers else "[invalid]"]
-        tidy = [re.sub(r",|\$|\.$", "", s).lower() for s in (*found, item.gold)]
-        results.append(dict(strict=float(tidy[0] == tidy[2]), flexible=float(tidy[1] == tidy[2]),
-                            output=text, gold=item.gold))
-    return results
+    strict = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
+    found = dict(strict=strict.group(1) if strict else "[invalid]",
+                 flexible=(numbers[-1][0] or numbers[-1][1]) if numbers else "[invalid]")
+
+    def tidy(number):
+        return re.sub(r",|\$|\.$", "", number).lower()
+
+    return {name: float(tidy(number) == tidy(item.gold)) for name, number in found.items()}
 
 
-def score_math(model, tok, items, options):
-    texts = generate_until(model, tok, [(i.context, i.until) for i in items], **options)
-    return [dict(correct=float(grade(extract_boxed(t) or t.strip(), i.gold)), output=t, gold=i.gold)
-            for i, t in zip(items, texts)]
+def judge_parsed(item, text, parse):
+    answer = parse(text)
+    return dict(correct=float(grade(answer, item.gold)), parsed=float(answer is not None))
 
 
-def score_code(model, tok, items, options):
-    texts = generate_until(model, tok, [(i.context, i.until) for i in items], **options)
-    results = []
-    for item, text in zip(items, texts):
-        passed, why = run_program(item.context + text + "\n" + item.extra["test"])
-        results.append({"pass@1": float(passed), "output": text, "why": why})
-    return results
+def generated(judge, **options):
+    return partial(score_generated, judge=partial(judge, **options))
 
 
-def score_outputs(model, tok, items, options):
-    """No score: outputs for a judge, with the fields that AlpacaEval and the safety judge read."""
-    texts = generate_until(model, tok, [(i.context, i.until) for i in items], **options)
-    return [dict(i.extra, output=t, length=float(len(t))) for i, t in zip(items, texts)]
+@dataclass
+class Task:
+    item: object  # row -> Item
+    score: object  # (model, tok, items, args) -> results
+    metric: str  # the one to look at
+    rows: object = rows_of  # path -> rows
 
 
-SCORERS = {"choice": score_choices, "last": score_last, "rolling": score_rolling,
-           "gsm8k": score_gsm8k, "math": score_math, "code": score_code, "outputs": score_outputs}
+TASKS = {
+    "mmlu": Task(lambda row: Item(lettered(row), "ABCD".index(row["answer"]), list("ABCD"),
+                                  group=row["subject"]), score_choices, "acc", mmlu_rows),
+    "arc": Task(arc, score_choices, "acc_norm"),
+    "hellaswag": Task(hellaswag, score_choices, "acc_norm"),
+    "piqa": Task(lambda row: Item(f"Question: {row['goal']}\nAnswer:", int(row["label"]),
+                                  [row["sol1"], row["sol2"]]), score_choices, "acc_norm"),
+    "winogrande": Task(winogrande, score_choices, "acc"),
+    "lambada": Task(lambda row: Item(row["text"].rsplit(" ", 1)[0], 0,
+                                     row["text"].rsplit(" ", 1)[1:]), score_last, "acc"),
+    "wikitext": Task(wikitext, score_rolling, "bits_per_byte",
+                     lambda path: tokenizer_py.read_documents([str(path)])),
+    "gsm8k": Task(gsm8k, generated(judge_gsm8k), "strict"),
+    "math": Task(
+        lambda row: Item(f"Problem:\n{row['problem']}\n\nSolution:", extract_boxed(row["solution"]),
+                         until=("Problem:",), shot=row["solution"]),
+        generated(lambda item, text: dict(
+            correct=float(grade(extract_boxed(text) or text.strip(), item.gold)))), "correct"),
+    "humaneval": Task(
+        lambda row: Item(row["prompt"], until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+                         extra={"test": f"{row['test']}\ncheck({row['entry_point']})"}),
+        generated(lambda item, text: {"pass@1": float(
+            run_program(f"{item.context}{text}\n{item.extra['test']}")[0])}), "pass@1"),
+    "mmlu_zero": Task(mmlu_zero, generated(judge_parsed, parse=partial(parse_mmlu_response, ())),
+                      "correct", mmlu_rows),
+    "gsm8k_zero": Task(gsm8k_zero, generated(judge_parsed, parse=parse_gsm8k_response), "correct"),
+    "instructions": Task(instructions, generated(
+        lambda item, text: dict(length=float(len(text)))), "length"),  # see write_outputs
+}
+
+
+def read_items(name, path, limit=None):
+    """A task's items; what a row lacks, or cannot be, is a ValueError that names it."""
+    items, task = [], TASKS[name]
+    for i, row in enumerate(itertools.islice(task.rows(path), limit or None), 1):
+        try:
+            item = task.item(row)
+        except KeyError as error:
+            raise ValueError(f"{path}: item {i} has no {error}; it has {', '.join(row)}") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: item {i} is none of {name}: {error}") from None
+        if item.choices and item.gold not in range(len(item.choices)):
+            raise ValueError(f"{path}: item {i} has {len(item.choices)} choices, of which number "
+                             f"{item.gold + 1} should be right")
+        items.append(item)
+    if not items:
+        raise ValueError(f"{path}: no items of {name} in it")
+    return items
+
+
+def add_shots(items, shots):
+    """Put worked examples, and a subject's heading for MMLU, before every context."""
+    for item in items:
+        before = ("The following are multiple choice questions (with answers) about "
+                  f"{item.group}.\n\n" if item.group else "")
+        for s in shots:
+            if s.group == item.group:
+                context = s.contexts[s.gold] if s.contexts else s.context
+                before += context + s.delimiter + (s.shot or s.choices[s.gold]) + "\n\n"
+        item.contexts = item.contexts and [before + c for c in item.contexts]
+        item.context = before + item.context
+
+
+def add_turns(items, tok, template=None):
+    """Wrap every context into a user's turn of a chat, or a template that holds {instruction}."""
+    def wrap(text):
+        if template:
+            return template.replace("{instruction}", text)
+        return tok.apply_chat_template([dict(role="user", content=text)], True)
+
+    for item in items:
+        item.context, item.delimiter = wrap(item.context), "" if item.choices else item.delimiter
+        item.contexts = item.contexts and list(map(wrap, item.contexts))
 
 
 def summarise(results):
-    """{metric: (value, low, high)} of a task's results."""
-    first, table = results[0], {}
-    for name in first:
-        values = [r[name] for r in results]
-        if name in ("acc", "acc_norm", "acc_bytes", "acc_tokens", "strict", "flexible", "correct",
-                    "pass@1", "length"):
-            table[name] = (float(np.mean(values)), *confidence_interval(values))
-    if "confidence" in first:
-        ece = calibration_error([r["confidence"] for r in results], [r["acc"] for r in results])
-        table["ece"] = (ece, math.nan, math.nan)
-    if "loglikelihood" in first:
-        ll = np.array([r["loglikelihood"] for r in results])
-        if "bytes" not in first:
-            low, high = confidence_interval(-ll)
-            table["perplexity"] = tuple(math.exp(min(v, 700)) for v in (-ll.mean(), low, high))
-        for unit, name in (("tokens", "token"), ("words", "word"), ("bytes", "byte")):
-            if unit in first:
-                n = sum(r[unit] for r in results)
-                value = math.exp(min(-ll.sum() / n, 700))
-                table[f"{name}_perplexity"] = (value, math.nan, math.nan)
-        if "bytes" in first:
-            n = np.array([r["bytes"] for r in results])
-            rate = -ll.sum() / n.sum() / math.log(2)
-            low, high = confidence_interval((-ll / math.log(2) - rate * n) / n.mean())
-            table["bits_per_byte"] = (float(rate), rate + low, rate + high)
+    """{metric: (value, standard error, low, high)} of a task's results."""
+    table = {}
+    for name in results[0]["metrics"]:
+        values = [r["metrics"][name] for r in results]
+        table[name] = np.mean(values), standard_error(values), *confidence_interval(values)
+    if "confidence" in results[0]:
+        ece = calibration_error([r["confidence"] for r in results],
+                                [r["metrics"]["acc"] for r in results])
+        table["ece"] = ece, math.nan, math.nan, math.nan
+    if "loglikelihood" not in results[0]:
+        return table
+    ll = np.array([r["loglikelihood"] for r in results])
+    units = [u for u in ("tokens", "words", "bytes") if u in results[0]]
+    for unit in units or ["items"]:
+        n = np.array([r.get(unit, 1) for r in results])
+        rate = -ll.sum() / n.sum()  # a ratio of sums: its error is that of -ll - rate n
+        errors = (-ll - rate * n) / n.mean()
+        spread, se = [rate + x for x in (0, *confidence_interval(errors))], standard_error(errors)
+        value, low, high = (math.exp(min(x, 700)) for x in spread)
+        table[f"{unit[:-1]}_perplexity"] = value, value * se, low, high
+    if "bytes" in units:  # the last of them
+        table["bits_per_byte"] = tuple(x / math.log(2) for x in (spread[0], se, *spread[1:]))
     return table
 
 
 # ---- the grader --------------------------------------------------------------------------------
 
 MAX_CHARS, MAX_TOKENS, MAX_DEPTH, MAX_BITS = 500, 120, 40, 4000  # they bound every answer's time
-UNITS = {  # short units, which could be variables; longer words count as units by themselves
-    "m", "s", "g", "h", "l", "cm", "mm", "km", "kg", "mg", "ml", "ft", "in", "lb", "oz", "hr", "mi",
-    "cal", "am", "pm", "c", "f", "k", "w", "j", "n", "v", "a"}
-SAME_UNIT = {
-    "meter": "m", "metre": "m", "second": "s", "sec": "s", "gram": "g", "hour": "h", "hr": "h",
-    "liter": "l", "litre": "l", "centimeter": "cm", "millimeter": "mm", "kilometer": "km",
-    "kilogram": "kg", "foot": "ft", "feet": "ft", "inch": "in", "inche": "in", "pound": "lb",
-    "lb": "lb", "ounce": "oz", "mile": "mi", "minute": "min", "dollar": "$", "usd": "$",
-    "percent": "%", "degree": "deg", "milliliter": "ml"}
-LATEX = [(re.compile(p), r) for p, r in (
+LATEX = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\\(?:left|right|big|Big|bigg|displaystyle|quad|qquad|ldots)(?![A-Za-z])", " "),
-    (r"(?<!\\)\\[!,;: ]|~", " "),
-    (r"\\[dtc]frac", r"\\frac"),
+    (r"\{,\}", ","), (r"(?<!\\)\\[!,;: ]|~", " "), (r"\\\{", "⟨"), (r"\\\}", "⟩"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " degree "), (r"\\%", "%"),
+    (r"^\s*(-?)\s*\\?\$\s*(.*)$", r"\1\2 dollar"), (r"\\?\$", " dollar "),
+    (r"\\(?:cdot|times)|×|·", "*"), (r"\\div|÷", "/"), (r"\\pi|π", " pi "), (r"−|–|—", "-"),
+    (r"\\infty|∞", " inf "), (r"\\cup|∪", "∪"), (r"\\(?:leqslant|leq|le)(?![A-Za-z])|<=", "≤"),
+    (r"\\(?:geqslant|geq|ge)(?![A-Za-z])|>=", "≥"), (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"), (r"\\pm(?![A-Za-z])", "±"), (r"√", r"\\sqrt"), (r"²", "^2"),
+    (r"³", "^3"), (r"\\(?:in|colon)(?![A-Za-z])|∈", " in "), (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\?\bsqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r"\\?\bsqrt\s*\(", r"\\sqrt("))]
+BRACES = [(re.compile(pattern), plain) for pattern, plain in (  # inner ones first, repeatedly
     (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " degrees "), (r"\\\$|\$", " $ "), (r"\\%", "%"),
-    (r"\\(?:cdot|times)|×|·", "*"), (r"\\div|÷", "/"), (r"\\pi|π", " pi "),
-    (r"\\infty|∞", " inf "), (r"\\cup|∪", "∪"), (r"\\(?:leqslant|leq|le)(?![A-Za-z])|≤|<=", "≤"),
-    (r"\\(?:geqslant|geq|ge)(?![A-Za-z])|≥|>=", "≥"), (r"\\lt(?![A-Za-z])", "<"),
-    (r"\\gt(?![A-Za-z])", ">"),
-    (r"\\pm(?![A-Za-z])|±", "±"), (r"−|–|—", "-"), (r"√", r"\\sqrt"), (r"²", "^2"), (r"³", "^3"),
-    (r"\\(?:in|colon)(?![A-Za-z])|∈", " in "))]
-NUMBER = re.compile(r"\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+\.?\d*|\.\d+")
-TOKEN = re.compile(rf"\s*(?:({NUMBER.pattern})(?:[eE]([+-]?\d{{1,4}})(?![A-Za-z\d]))?|"
-                   r"(\\?[A-Za-z]+)|(.))", re.S)
+    (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\sqrt\s*\[([^][{}]*)\]\s*\{([^{}]*)\}", r"((\2)^(1/(\1)))"),
+    (r"\\sqrt\s*\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\^\s*\{([^{}]*)\}", r"^(\1)"))]
+MIXED = re.compile(r"(?<![\d.^/)}])(\d+)(?:\s*\\frac\{(\d+)\}\{(\d+)\}|\s+(\d+)\s*/\s*(\d+)(?!\d))")
+THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+
+
+def extract_boxed(text):
+    """What the last \\boxed{...} of a text holds, braces balanced; None without one."""
+    start = text.rfind("\\boxed{")
+    depth, at = 0, start + len("\\boxed")
+    for brace in re.compile(r"[{}]").finditer(text, at) if start >= 0 else ():
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return text[at + 1:brace.start()]
+    return None
+
+
+def mixed_number(match):
+    """3 1/2 and 3\\frac{1}{2} mean 3.5, not 1.5; 3 5/2 means nothing."""
+    whole, top, bottom = (g for g in match.groups() if g)
+    return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else match.group()
+
+
+def clean(text):
+    """LaTeX and typography to plain characters: "\\frac{1}{2}^\\circ" -> "((1)/(2)) degree"."""
+    boxed = extract_boxed(text)
+    text = text if boxed is None else boxed
+    for pattern, plain in LATEX:
+        text = pattern.sub(plain, text)
+    text, before = MIXED.sub(mixed_number, text), ""
+    while text != before and len(text) < 4 * MAX_CHARS:
+        before = text
+        for pattern, plain in BRACES:
+            text = pattern.sub(plain, text)
+    return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
+
+
+TOKEN = re.compile(r"\s*(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![A-Za-z\d]))?|\.\d+|"
+                   r"[abcxyz](?=[abcxyz]{0,2}(?![A-Za-z]))|\\?[A-Za-z]+|\S)")
+PRIORITY = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4}  # a sign binds at 3: -x^2 = -(x^2)
+POINTS = [{c: Fraction(ord(c) * k % 1009 % 89 + 7, 13) for c in string.ascii_letters} |
+          {"pi": math.pi} for k in (131, 457, 769)]
 
 
 class Unreadable(ValueError):
     """What was given is no expression that this grader reads."""
 
 
-class Parser:
-    """Recursive descent over one expression; calls evaluate as it goes: value(text, variables).
+def evaluate_at(text):
+    """The values of an expression at three points: its letters stand for fixed fractions there.
 
-    Values are Fractions, exact, and floats where a root or pi comes in. Variables stand for fixed
-    fractions given in a dict, so that two polynomials are the same if they agree at some points.
+    So two polynomials are the same if their values are. Fractions are exact; a root that does
+    not come out even, and pi, make floats.
     """
+    text = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
+    tokens = TOKEN.findall(text.translate(str.maketrans("{}[]", "()()")))
+    if not 0 < len(tokens) <= MAX_TOKENS:
+        raise Unreadable("empty or too long")
+    values = []
+    for point in POINTS:
+        rest = tokens[::-1]
+        values.append(expression(rest, point))
+        if rest:
+            raise Unreadable(rest[-1])
+    return tuple(values)
 
-    def __init__(self, text, point):
-        self.tokens = [m for m in TOKEN.finditer(text) if m.group().strip()]
-        if len(self.tokens) > MAX_TOKENS:
-            raise Unreadable("too long")
-        self.at, self.depth, self.point = 0, 0, point
 
-    def peek(self):
-        return self.tokens[self.at].group().strip() if self.at < len(self.tokens) else ""
-
-    def take(self, expected=None):
-        token = self.peek()
-        if not token or expected and token != expected:
-            raise Unreadable(f"{expected} expected, {token or 'the end'} found")
-        self.at += 1
-        return token
-
-    def whole(self):
-        value = self.sum()
-        if self.peek():
-            raise Unreadable(self.peek())
-        return value
-
-    def sum(self):
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("too deep")
-        value = self.product()
-        while self.peek() in ("+", "-"):
-            value = value + self.product() if self.take() == "+" else value - self.product()
-        self.depth -= 1
-        return bounded(value)
-
-    def product(self):
-        value = self.signed()
-        while True:
-            token = self.peek()
-            if token == "*":
-                self.take()
-                value = bounded(value * self.signed())
-            elif token == "/":
-                self.take()
-                value = divide(value, self.signed())
-            elif token and (token[0].isalnum() or token in "(\\" or token[0] in "\\."):
-                mixed = self.mixed_part(value)
-                value = mixed if mixed is not None else bounded(value * self.power())
-            else:
-                return value
-
-    def mixed_part(self, value):
-        """3 1/2 and 3\\frac{1}{2} mean 3.5: a whole number, then a proper fraction of digits."""
-        left = self.tokens[self.at - 1].group().strip()
-        rest = " ".join(t.group().strip() for t in self.tokens[self.at:self.at + 7])
-        m = re.match(r"\\frac \{ (\d+) \} \{ (\d+) \}|(\d+) / (\d+)(?! [\d(^])", rest)
-        if not left.isdigit() or not m:
-            if left[-1:].isdigit() and self.peek()[0].isdigit():
-                raise Unreadable("two numbers side by side")
-            return None
-        top, bottom = (int(g) for g in m.groups() if g)
-        if top >= bottom:
-            raise Unreadable("not a mixed number")
-        self.at += 7 if m.group(1) else 3
-        return value + Fraction(top, bottom)
-
-    def signed(self):
-        sign = 1
-        while self.peek() in ("+", "-"):
-            sign = -sign if self.take() == "-" else sign
-        return sign * self.power()
-
-    def power(self):
-        base = self.atom()
-        while self.peek() == "!":
-            self.take()
-            if not isinstance(base, Fraction) or base.denominator > 1 or not 0 <= base <= 20:
-                raise Unreadable("factorial")
-            base = Fraction(math.factorial(int(base)))
-        if self.peek() == "%":
-            self.take()
-            base = base / 100
-        if self.peek() == "^":
-            self.take()
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise Unreadable("too deep")
-            exponent = self.group() if self.peek() == "{" else self.signed()
-            self.depth -= 1
-            return raise_to(base, exponent)
-        return base
-
-    def group(self):
-        self.take("{")
-        value = self.sum()
-        self.take("}")
-        return value
-
-    def atom(self):
-        match = self.tokens[self.at] if self.at < len(self.tokens) else None
-        token = self.take()
-        if match.group(1):
-            exponent = int(match.group(2) or 0)
-            if abs(exponent) > 400:
-                raise Unreadable("exponent")
-            return Fraction(match.group(1).replace(",", "")) * Fraction(10) ** exponent
-        if token in ("(", "{", "["):
-            value = self.sum()
-            self.take({"(": ")", "{": "}", "[": "]"}[token])
-            return value
-        if token == "|":
-            value = self.sum()
-            self.take("|")
-            return abs(value)
-        if token == "\\frac":
-            top = self.group() if self.peek() == "{" else Fraction(self.digit())
-            bottom = self.group() if self.peek() == "{" else Fraction(self.digit())
-            return divide(top, bottom)
-        if token in ("\\sqrt", "sqrt"):
-            return self.root()
-        if token in ("pi", "\\pi"):
-            return math.pi
-        if len(token) == 1 and token.isalpha():
-            if token not in self.point:
-                raise Unreadable(token)
-            return self.point[token]
+def expression(rest, point, floor=0, depth=0):
+    """Value of the operand next in `rest` (the last is next) and of operators above `floor`."""
+    if depth > MAX_DEPTH or not rest:
+        raise Unreadable("too deep, or nothing where a number should be")
+    token = rest.pop()
+    if token in ("+", "-"):
+        value = expression(rest, point, 3, depth + 1) * (-1 if token == "-" else 1)
+    elif token in ("(", "|"):
+        value = expression(rest, point, 0, depth + 1)
+        if not rest or rest.pop() != {"(": ")", "|": "|"}[token]:
+            raise Unreadable("a bracket is open")
+        value = abs(value) if token == "|" else value
+    elif re.match(r"\.?\d", token):
+        value = Fraction(token)
+    elif token in point:
+        value = point[token]
+    else:
         raise Unreadable(token)
-
-    def digit(self):
-        """\\frac12: one digit at a time."""
-        match = self.tokens[self.at] if self.at < len(self.tokens) else None
-        text = self.peek()
-        if not match or not text.isdigit():
-            raise Unreadable(text)
-        if len(text) == 1:
-            self.at += 1
+    while rest:
+        operator = rest[-1]
+        if operator == "!":
+            if value not in range(21):
+                raise Unreadable("factorial")
+            value = Fraction(math.factorial(int(value)))
+        elif operator == "%":
+            value = value / 100
+        elif PRIORITY.get(operator, 0) > floor:
+            rest.pop()
+            right = expression(rest, point, PRIORITY[operator] - (operator == "^"), depth + 1)
+            value = apply(operator, value, right)
+            continue
+        elif floor < 2 and (operator[0].isalnum() or operator in "(."):  # 2x, (2)(3)
+            if token[-1].isdigit() and operator[0].isdigit():
+                raise Unreadable("two numbers side by side")
+            value = apply("*", value, expression(rest, point, 2, depth + 1))
+            continue
         else:
-            self.tokens[self.at] = re.match(TOKEN, text[1:])
-        return int(text[0])
-
-    def root(self):
-        degree = Fraction(2)
-        if self.peek() == "[":
-            self.take()
-            degree = self.sum()
-            self.take("]")
-        value = self.group() if self.peek() == "{" else self.atom()
-        return raise_to(value, divide(Fraction(1), degree))
+            break
+        rest.pop()
+    return value
 
 
-def bounded(value):
-    if isinstance(value, Fraction) and (value.numerator.bit_length() > MAX_BITS
-                                        or value.denominator.bit_length() > MAX_BITS):
-        raise Unreadable("too large")
-    if isinstance(value, (float, complex)) and not abs(value) < 1e300:
+def apply(operator, a, b):
+    """a operator b, refused where it is undefined or so large that it would take time."""
+    if operator == "/" and b == 0:
+        raise Unreadable("division by zero")
+    value = (a + b if operator == "+" else a - b if operator == "-" else a * b if operator == "*"
+             else a / b if operator == "/" else power(a, b))
+    if isinstance(value, Fraction):
+        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+            raise Unreadable("too large")
+    elif not abs(value) < 1e300:
         raise Unreadable("too large")
     return value
 
 
-def divide(a, b):
-    if b == 0:
-        raise Unreadable("division by zero")
-    return bounded(a / b)
-
-
-def raise_to(base, exponent):
-    """base ^ exponent, exact where both are rational and the root comes out even."""
-    if isinstance(base, complex) or isinstance(exponent, complex):
-        raise Unreadable("complex")
-    if isinstance(exponent, Fraction) and exponent.denominator <= 8 and abs(exponent) <= 1000 \
-            and isinstance(base, Fraction):
-        if base == 0:
-            return divide(Fraction(1), base) if exponent < 0 else Fraction(exponent == 0)
-        size = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if size * abs(exponent) > MAX_BITS:
+def power(base, exponent):
+    """base ^ exponent, exact where both are fractions and the root comes out even: 8^(2/3) = 4."""
+    if base == 0 and exponent <= 0:
+        raise Unreadable("0 to the power of 0 or less")
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator < 9:
+        top, bottom, n = abs(base.numerator), base.denominator, exponent.denominator
+        if max(top, bottom).bit_length() * abs(exponent) > MAX_BITS:
             raise Unreadable("too large")
-        n = exponent.denominator
-        roots = [round(abs(x) ** (1 / n)) if x.bit_length() < 1000 else 0
-                 for x in (base.numerator, base.denominator)]
-        if (base > 0 or n % 2) and [r**n for r in roots] == [abs(base.numerator), base.denominator]:
-            value = Fraction(roots[0], roots[1]) ** exponent.numerator
-            return value if base > 0 or exponent.numerator % 2 == 0 else -value
-    if base < 0:
-        raise Unreadable("root of a negative number")
-    if base == 0 or abs(math.log(abs(base)) * float(exponent)) > 600:
-        raise Unreadable("too large")
+        roots = [round(x ** (1 / n)) if n > 1 else x for x in (top, bottom)] \
+            if n == 1 or max(top, bottom).bit_length() < 1000 else [0, 0]
+        if [r**n for r in roots] == [top, bottom] and (base > 0 or n % 2):
+            return Fraction(roots[0] if base > 0 else -roots[0], roots[1]) ** exponent.numerator
+    if base < 0 or abs(math.log(base or 1)) * abs(exponent) > 600:
+        raise Unreadable("root of a negative number, or too large")
     return float(base) ** float(exponent)
 
 
-def same(a, b):
-    """Whether two values are one number: exactly if both are exact, else to 1e-9 of their size."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    return abs(a - b) <= 1e-9 * max(1e-9, abs(a), abs(b))
-
-
-POINTS = [{c: Fraction(hash_ % 89 + 7, 13) for c, hash_ in
-           ((chr(o), (o * k) % 1009) for o in (*range(65, 91), *range(97, 123)))}
-          for k in (131, 457, 769)]
-
-
-def evaluate_at(text):
-    """The values of an expression at the three POINTS: [Fraction or float]."""
-    return [Parser(text, point).whole() for point in POINTS]
-
-
-def same_expression(a, b):
-    return all(same(x, y) for x, y in zip(evaluate_at(a), evaluate_at(b)))
-
-
-def clean(text):
-    """LaTeX and typography to plain characters; a final full stop, \\boxed and blanks go."""
-    boxed = extract_boxed(text)
-    text = text if boxed is None else boxed
-    for pattern, replacement in LATEX:
-        text = pattern.sub(replacement, text)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
+SHORT_UNITS = {"m", "s", "g", "h", "l", "cm", "mm", "km", "kg", "mg", "ml", "ft", "in", "lb", "oz",
+               "hr", "mi", "min", "cal", "am", "pm", "c", "f", "k", "w", "j", "n", "v", "a"}
+UNITS = {name: unit for unit, names in {
+    "m": "meter metre", "s": "second sec", "g": "gram", "h": "hour hr", "l": "liter litre",
+    "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "kg": "kilogram", "ft": "foot feet",
+    "in": "inch inche", "lb": "pound", "oz": "ounce", "mi": "mile", "min": "minute",
+    "dollar": "usd buck", "%": "percent", "degree": "deg", "ml": "milliliter"}.items()
+    for name in names.split()}
+WITH_UNIT = re.compile(
+    r"(.*[\d)!.]|.*\bpi) ?(%|(?:(?:square|cubic|sq) )?[A-Za-z]+(?: ?\^ ?\(?\d\)?)?"
+    r"(?: ?(?:/|per) ?[A-Za-z]+(?:\^\d)?| [A-Za-z]{3,}){0,3})")
 
 
 def split_unit(text):
-    """"12.5 cm^2" -> ("12.5", "cm^2"); "x + 2" -> ("x + 2", ""). Money and percent are units."""
-    text = text.strip()
-    money = re.fullmatch(r"(-?) ?\$ ?(.*)|(.*\d) ?\$", text)
-    if money:
-        amount = (money.group(1) or "") + (money.group(2) if money.group(3) is None
-                                           else money.group(3))
-        return re.sub(r" (?:dollars?|usd)$", "", amount, flags=re.I), "$"
-    m = re.fullmatch(r"(.*[\d)}!]|.*\bpi) ?((?:(?:square|cubic|sq) )?[A-Za-z]+(?: ?\^ ?\{?\d\}?)?"
-                     r"(?: ?(?:/|per) ?[A-Za-z]+(?:\^\d)?| [A-Za-z]{3,})*)", text)
-    if not m or not NUMBER.search(m.group(1)) and "pi" not in m.group(1):
-        return (text[:-1].strip(), "%") if text.endswith("%") else (text, "")
-    words = m.group(2).lower()
-    first = re.match(r"[a-z]+", words).group()
-    if first not in UNITS and len(first) < 3 or first in ("sqrt", "frac", "pi", "inf", "and", "or"):
+    """"12.5 square cm" -> ("12.5", "cm^2"); "x + 2" -> ("x + 2", "")."""
+    m = WITH_UNIT.fullmatch(text)
+    words = m.group(2).lower() if m else ""
+    first = re.match(r"[a-z]+|%|", words).group()
+    if not m or first not in SHORT_UNITS and first != "%" and len(first) < 3 or first in (
+            "sqrt", "inf", "and", "frac"):
         return text, ""
     words = re.sub(r"\b(?:square|sq) ([a-z]+)", r"\1^2", words)
     words = re.sub(r"\bcubic ([a-z]+)", r"\1^3", words)
-    words = re.sub(r"[{} ]", "", words.replace(" per ", "/"))
 
     def name(match):
         word = match.group()
-        word = word[:-1] if len(word) > 2 and word.endswith("s") and word != "gas" else word
-        return SAME_UNIT.get(word, word)
+        word = word[:-1] if len(word) > 2 and word[-1] == "s" else word
+        return UNITS.get(word, word)
 
-    return m.group(1), re.sub(r"[a-z]+", name, words)
-
-
-def split_top(text, separators):
-    """Split at separators that are outside every bracket; a comma inside 1,234 does not count."""
-    parts, depth, start = [], 0, 0
-    thousands = {i for m in re.finditer(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", text)
-                 for i in range(*m.span())}
-    for i, c in enumerate(text):
-        depth += (c in "([{") - (c in ")]}")
-        if c in separators and depth <= 0 and i not in thousands:
-            parts.append(text[start:i])
-            start = i + 1
-    return [p.strip() for p in [*parts, text[start:]]]
+    return m.group(1), re.sub(r"[a-z]+", name, re.sub(r"[() ]", "", words.replace(" per ", "/")))
 
 
-def same_lists(a, b, ordered):
-    if len(a) != len(b) or len(a) > 30:
-        return False
-    if ordered:
-        return all(same_answer(x, y) for x, y in zip(a, b))
-    left = list(b)
-    for x in a:
-        match = next((y for y in left if same_answer(x, y)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return True
+def split_top(text, separator):
+    """Split at a separator that is outside every bracket."""
+    parts, depth = [""], 0
+    for c in text:
+        depth += (c in "([{⟨") - (c in ")]}⟩")
+        if c == separator and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    if len(parts) > 30:
+        raise Unreadable("too long")
+    return [p.strip() for p in parts]
+
+
+FLIP = str.maketrans("<>≤≥", "><≥≤")
 
 
 def interval(text):
-    """"(2, 5]" -> ("(", "2", "5", "]"), also from 2 < x <= 5 and x > 3; None if it is neither."""
-    text = re.sub(r"^[a-z] in ", "", text)
-    m = re.fullmatch(r"([(\[])(.*)([)\]])", text)
-    if m and len(ends := split_top(m.group(2), ",")) == 2:
-        return m.group(1), *ends, m.group(3)
-    parts = re.split(r"([<>≤≥])", text)
-    if len(parts) == 3 and re.fullmatch(r"[a-z]", parts[2].strip()):  # 3 < x
-        parts = [parts[2], {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}[parts[1]], parts[0]]
-    if len(parts) == 3 and re.fullmatch(r"[a-z]", parts[0].strip()):
-        end, open_ = parts[2].strip(), parts[1] in "<>"
-        return (("(", "- inf", end, ")" if open_ else "]") if parts[1] in "<≤" else
-                ("(" if open_ else "[", end, "inf", ")"))
-    if len(parts) == 5 and re.fullmatch(r"[a-z]", parts[2].strip()):
-        if parts[1] in ">≥":
-            parts = [parts[4], parts[3].translate(str.maketrans(">≥", "<≤")), parts[2],
-                     parts[1].translate(str.maketrans(">≥", "<≤")), parts[0]]
-        return ("(" if parts[1] == "<" else "[", parts[0].strip(), parts[4].strip(),
-                ")" if parts[3] == "<" else "]")
-    return None
+    """2 < x <= 5 -> "(2,5]", x > 3 and 3 < x -> "(3,inf)"; other texts as they are."""
+    parts = [p.strip() for p in re.split(r"([<>≤≥])", re.sub(r"^[a-z] in ", "", text))]
+    if len(parts) == 1:
+        return parts[0]
+    if parts[-2] in ">≥":
+        parts = [p.translate(FLIP) for p in parts[::-1]]  # now all are < or ≤
+    if len(parts) == 3:
+        letter_first = re.fullmatch("[a-z]", parts[0])
+        parts = ["- inf", "<", *parts] if letter_first else [*parts, "<", "inf"]
+    low, opening, letter, closing, high = parts
+    if not re.fullmatch("[a-z]", letter) or opening not in "<≤" or closing not in "<≤":
+        return text
+    return ("(" if opening == "<" else "[") + f"{low},{high}" + (")" if closing == "<" else "]")
+
+
+def canonical(text, depth=0):
+    """A cleaned answer as (kind, parts): what two ways of writing the same thing share.
+
+    "(1, 0.5]" -> ("(]", [number 1, number 1/2]); "{2, 1}" -> ("set", ...); "5 cm" -> ("number",
+    (values, "cm")); a text that is nothing else -> ("text", it).
+    """
+    if depth > 4:
+        raise Unreadable("too deep")
+    deeper, text = partial(canonical, depth=depth + 1), interval(text.strip())
+    matrix = re.fullmatch(r"\\begin ?\{[bpvB]?(?:matrix|array)\}(?:\{[clr|]*\})?(.*)"
+                          r"\\end ?\{[bpvB]?(?:matrix|array)\}", text)
+    if matrix:
+        rows = matrix.group(1).strip().strip("\\").split("\\\\")
+        return "matrix", [("row", [deeper(e) for e in row.split("&")]) for row in rows]
+    if "∪" in text:
+        return "union", [deeper(p) for p in split_top(text, "∪")]
+    if len(parts := split_top(text[1:-1], ",")) > 1 and text[0] in "([" and text[-1] in ")]":
+        return text[0] + text[-1], [deeper(p) for p in parts]
+    if re.fullmatch(r"⟨.*⟩|\{.*,.*\}", text):
+        return "set", [deeper(p) for p in parts]
+    if choice := re.fullmatch(r"\(?([A-Z])(?:[.:)]+(?: .*)?)?", text):
+        return "choice", choice.group(1)
+    plain = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
+    if len(parts := split_top(re.sub(r",? and ", ",", plain), ",")) > 1:
+        return "list", [deeper(p) for p in parts]
+    if "±" in text:
+        return "list", [deeper(text.replace("±", sign, 1)) for sign in "+-"]
+    if text.count("=") == 1:
+        left, right = text.split("=")
+        named = re.fullmatch(r"\\?[A-Za-z]\w* ?(?:\([a-z]\))? ?", left)
+        return "equation", (text, deeper(right) if named else ("text", text))
+    if infinite := re.fullmatch(r"([+-]?) ?inf", text):
+        return "text", infinite.group(1).strip("+") + "inf"
+    try:
+        value, unit = split_unit(text)
+        return "number", (evaluate_at(value), unit)
+    except (ValueError, ArithmeticError):
+        return "text", text.casefold()
+
+
+def same_values(a, b):
+    """Numbers at all points: exactly if both are exact, else to 1e-9 of their size."""
+    return all(x == y if isinstance(x, Fraction) and isinstance(y, Fraction) else
+               abs(x - y) <= 1e-9 * max(1e-9, abs(x), abs(y)) for x, y in zip(a, b))
 
 
 def same_equation(a, b):
-    """left = right on both sides: the differences are multiples of one another at every point."""
-    def differences(text):
-        left, right = text.split("=")
-        return [x - y for x, y in zip(evaluate_at(left), evaluate_at(right))]
-
-    x, y = differences(a), differences(b)
-    return all(x) and all(y) and all(same(x[0] * d, y[0] * c) for c, d in zip(x, y))
+    """Left minus right of one is a multiple of that of the other, the same at every point."""
+    x, y = ([p - q for p, q in zip(*map(evaluate_at, text.split("=")))] for text in (a, b))
+    return all(x) and all(y) and same_values([x[0] * d for d in y], [y[0] * c for c in x])
 
 
-def matrix(text):
-    """The rows of a LaTeX matrix: [[entry, ...], ...], or None."""
-    m = re.fullmatch(r"\\begin ?\{[bpvB]?(?:matrix|array)\}(?:\{[clr|]*\})?(.*)"
-                     r"\\end ?\{[bpvB]?(?:matrix|array)\}", text)
-    return m and [[e.strip() for e in row.split("&")] for row in m.group(1).strip().strip("\\")
-                  .split("\\\\")]
-
-
-def same_answer(a, b):
-    """Two cleaned answers, by the first reading that fits both."""
-    a, b = a.strip(), b.strip()
-    if a.lower() == b.lower():
-        return a != ""
-    if "\\begin" in a or "\\begin" in b:
-        x, y = matrix(a), matrix(b)
-        return bool(x and y) and len(x) == len(y) and all(same_lists(r, s, True)
-                                                          for r, s in zip(x, y))
-    if "∪" in a or "∪" in b:
-        return same_lists(split_top(a, "∪"), split_top(b, "∪"), False)
-    if re.fullmatch(r"\\\{.*\\\}", a) or re.fullmatch(r"\\\{.*\\\}", b):
-        x, y = (split_top(s[2:-2], ",") if s.startswith("\\{") else None for s in (a, b))
-        return bool(x and y) and same_lists(x, y, False)
-    x, y = interval(a), interval(b)
-    if x and y:
-        return x[0] == y[0] and x[3] == y[3] and same_end(x[1], y[1]) and same_end(x[2], y[2])
-    pairs = [re.fullmatch(r"\((.*)\)", s) for s in (a, b)]
-    if all(pairs) and any(len(split_top(p.group(1), ",")) > 1 for p in pairs):
-        return same_lists(*(split_top(p.group(1), ",") for p in pairs), True)
-    choice = [re.fullmatch(r"\(?([A-Z])(?:[.:)]+(?: .*)?)?", s) for s in (a, b)]
-    if all(choice):
-        return choice[0].group(1) == choice[1].group(1)
-    lists = [split_top(re.sub(r",? and ", ", ", s), ",") for s in (a, b)]
-    if max(map(len, lists)) > 1:
-        return same_lists(*lists, False)
-    for s in (a, b):
-        if "±" in s:
-            other = b if s is a else a
-            return "±" in other and same_answer(a.replace("±", "+"), b.replace("±", "+"))
-    if "=" in a and "=" in b and a.count("=") == b.count("=") == 1:
-        return same_equation(a, b)
-    a, b = (re.sub(r"^\\?[A-Za-z]\w* ?(?:\([a-z]\))? ?= ?", "", s) for s in (a, b))
-    (a, unit_a), (b, unit_b) = split_unit(a), split_unit(b)
-    if unit_a and unit_b and unit_a != unit_b:
+def same(a, b):
+    """Whether two canonical answers are one; x = 5 is also 5."""
+    if "equation" in (a[0], b[0]):
+        if a[0] == b[0]:
+            return same(a[1][1], b[1][1]) or same_equation(a[1][0], b[1][0])
+        a, b = (s[1][1] if s[0] == "equation" else s for s in (a, b))
+    (kind, x), (other, y) = a, b
+    if kind != other:
         return False
-    if "%" in (unit_a, unit_b) and unit_a != unit_b and same_expression(a, b) is False:
-        percent, plain = (a, b) if unit_a == "%" else (b, a)
-        return same_expression(f"({percent})/100", plain)
-    return same_expression(a, b)
+    if kind == "number":
+        (v, unit), (w, other) = x, y
+        if unit and other and unit != other:
+            return False
+        hundredth = unit != other and "%" in (unit, other)  # 50% is 50, and 0.5 too
+        return same_values(v, w) or hundredth and (same_values(v, [100 * q for q in w])
+                                                   if unit == "%" else
+                                                   same_values(w, [100 * q for q in v]))
+    if kind in ("text", "choice"):
+        return x == y
+    if len(x) != len(y):
+        return False
+    if kind not in ("set", "list", "union"):
+        return all(map(same, x, y))
+    left = list(y)
+    for part in x:
+        match = next((i for i, q in enumerate(left) if same(part, q)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
 
 
-def same_end(a, b):
-    """Ends of intervals, which may be infinite."""
-    infinite = [re.fullmatch(r"([+-]?) ?inf", s.strip()) for s in (a, b)]
-    if any(infinite):
-        return all(infinite) and (infinite[0].group(1) == "-") == (infinite[1].group(1) == "-")
-    return same_answer(a, b)
-
-
-def extract_boxed(text):
-    """What the last \\boxed{...} of a text holds, braces balanced; None without one."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, at = 0, start + len("\\boxed")
-    for brace in re.compile(r"[{}]").finditer(text, at):
-        depth += 1 if brace.group() == "{" else -1
-        if depth == 0:
-            return text[at + 1:brace.start()]
-    return None
+HEDGE = re.compile(r"\b(?:or|either|maybe|approximately|about|roughly)\b", re.I)
 
 
 def grade(given, gold):
@@ -970,20 +906,22 @@ def grade(given, gold):
 
     Exact fractions, decimals, percent, money, units, degrees, mixed and scientific numbers, pi and
     roots, sets, tuples, intervals and inequalities, matrices, polynomials, equations, text choices.
-    Hedged answers ("9 or 10") are wrong. Both are strings (or None, which is wrong).
+    Two different units are wrong and hedged answers ("9 or 10") too. A unit on one side only is
+    right, since the question often gives it: 12 apples is 12, $5 is 5. So 50% is 50 (of "what
+    percent?") and, because that is what it means, 0.5. Both are strings (or None, which is wrong).
 
         grade("0.50", "\\\\frac{1}{2}") -> True     grade("x > 3", "(3, \\\\infty)") -> True
     """
-    if given is None or gold is None:
+    if given is None or gold is None or not given.strip():
         return False
-    if len(given) > MAX_CHARS or len(gold) > MAX_CHARS:
-        return given.strip() == gold.strip()
-    if any(re.search(r"\b(?:or|either|maybe|approximately|about|roughly)\b", s, re.I)
-           for s in (given,)) and given.strip().lower() != gold.strip().lower():
+    if given.strip().casefold() == gold.strip().casefold():
+        return True
+    if max(len(given), len(gold)) > MAX_CHARS or HEDGE.search(given):
         return False
     try:
-        return same_answer(clean(given), clean(gold))
-    except (ValueError, ArithmeticError, RecursionError, AttributeError, IndexError):
+        a, b = clean(given), clean(gold)
+        return a != "" and (a.casefold() == b.casefold() or same(canonical(a), canonical(b)))
+    except (ValueError, ArithmeticError, RecursionError):
         return False
 
 
@@ -1059,59 +997,38 @@ class NGram:
     """Trigram model of token ids, interpolated down to uniform (Witten & Bell 1991).
 
     P(c | h) = (count(h c) + kinds(h) P(c | shorter h)) / (count(h) + kinds(h)), where kinds(h) is
-    how many different tokens followed h. Counts are sorted arrays of packed keys.
+    how many different tokens followed h. An n-gram is one integer, its ids the digits to base V.
     """
 
     def __init__(self, ids, vocab_size, order=3):
         self.V, self.order, self.tables = vocab_size, order, []
-        ids = np.asarray(ids, np.int64)
         for n in range(1, order + 1):
-            keys, counts = np.unique(self.pack(ids, n), return_counts=True)
-            context, first = np.unique(keys // vocab_size, return_index=True)
-            kinds = np.diff(np.append(first, len(keys)))
+            grams, counts = np.unique(self.pack(ids, n), return_counts=True)
+            histories, first, kinds = np.unique(grams // vocab_size, return_index=True,
+                                                return_counts=True)
+            by_count = np.lexsort((counts, grams // vocab_size))  # the likeliest of each last
+            best = grams[by_count][first + kinds - 1] % vocab_size
             totals = np.add.reduceat(counts, first)
-            best = np.array([keys[a + counts[a:b].argmax()] % vocab_size for a, b in
-                             zip(first, np.append(first[1:], len(keys)))])
-            self.tables.append((keys, counts, context, totals, kinds, best))
+            self.tables.append(((grams, counts), (histories, totals, kinds, best)))
 
     def pack(self, ids, n):
-        """Keys of the n-grams that end at places n - 1 ..: (len - n + 1,)."""
-        key = np.zeros(len(ids) - n + 1, np.int64)
-        for j in range(n):
-            key = key * self.V + ids[j:len(ids) - n + 1 + j]
-        return key
+        """The n-grams that end at places n - 1 ..: (len - n + 1,)."""
+        ids = np.asarray(ids, np.int64)
+        return sum(ids[j:len(ids) - n + 1 + j] * self.V ** (n - 1 - j) for j in range(n))
 
     def score(self, ids):
         """(log-probability, is it the likeliest) of every id but the first `order` - 1."""
-        ids, skip = np.asarray(ids, np.int64), self.order - 1
-        p = np.full(len(ids) - skip, 1 / self.V)
-        guess = np.full(len(p), -1)
-        for n, (keys, counts, context, totals, kinds, best) in enumerate(self.tables, 1):
-            key = self.pack(ids, n)[skip - n + 1:]
-            at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
-            count = np.where(keys[at] == key, counts[at], 0)
-            at = np.minimum(np.searchsorted(context, key // self.V), len(context) - 1)
-            known = context[at] == key // self.V
-            t, k = np.where(known, totals[at], 0), np.where(known, kinds[at], 1)
-            p = (count + k * p) / (t + k)
+        skip = self.order - 1
+        p, guess = np.full(len(ids) - skip, 1 / self.V), np.full(len(ids) - skip, -1)
+        for n, ((grams, counts), (histories, totals, kinds, best)) in enumerate(self.tables, 1):
+            gram = self.pack(ids, n)[skip - n + 1:]
+            at = np.minimum(np.searchsorted(grams, gram), len(grams) - 1)
+            count = np.where(grams[at] == gram, counts[at], 0)
+            at = np.minimum(np.searchsorted(histories, gram // self.V), len(histories) - 1)
+            known = histories[at] == gram // self.V
+            p = np.where(known, (count + kinds[at] * p) / (totals[at] + kinds[at]), p)
             guess = np.where(known, best[at], guess)
-        return np.log(p), guess == ids[skip:]
-
-
-def next_tokens(model, ids, batch=16):
-    """(log-probability, is it the likeliest) of ids from full windows that do not overlap."""
-    T, scores, hits, targets = model.config.context_length, [], [], []
-    starts = list(range(0, len(ids) - T, T))
-    for i in range(0, len(starts), batch):
-        rows = np.stack([ids[s:s + T + 1] for s in starts[i:i + batch]]).astype(np.int64)
-        rows = torch.from_numpy(rows)
-        with torch.inference_mode():
-            logits = model(rows[:, :-1].to(model.embed.weight.device)).float()  # (B, T, V)
-        target = rows[:, 1:].to(logits.device)
-        scores.append(-torch.nn.functional.cross_entropy(logits.mT, target, reduction="none").cpu())
-        hits.append((logits.argmax(-1) == target).cpu())
-        targets.append(target.cpu())
-    return tuple(torch.cat(x).flatten().numpy() for x in (scores, hits, targets))
+        return np.log(p), guess == np.asarray(ids)[skip:]
 
 
 def continuation_items(ids, T, count, seed=0):
@@ -1121,6 +1038,31 @@ def continuation_items(ids, T, count, seed=0):
     return [(ids[s[0]:s[0] + T - n].tolist(),
              [ids[s[0] + T - n:s[0] + T].tolist(), *(ids[o:o + n].tolist() for o in s[1:])])
             for s in starts]
+
+
+def ngram_overlap(ids, train, n=13):
+    """Share of the n-grams of ids that also occur in train: contamination, or common phrases."""
+    def keys(a):
+        a, key = np.asarray(a).astype(np.uint64), np.zeros(max(0, len(a) - n + 1), np.uint64)
+        for j in range(n):  # a polynomial hash mod 2^64
+            key = key * np.uint64(0x9E3779B97F4A7C15) + a[j:len(key) + j] + np.uint64(1)
+        return key
+
+    wanted = keys(ids)
+    found = np.zeros(len(wanted), bool)
+    for i in range(0, len(train), 1 << 22):
+        found |= np.isin(wanted, keys(train[i:i + (1 << 22) + n - 1]))
+    return float(found.mean()) if len(found) else 0.0
+
+
+def verbatim_rate(model, train, count, seed=0):
+    """Share of training windows whose next 32 tokens the model writes greedily, exactly."""
+    length = min(32, model.config.context_length // 2 - 1)
+    starts = np.random.default_rng(seed).integers(0, len(train) - 2 * length, count)
+    prompts = [train[s:s + length].tolist() for s in starts]
+    done = model.generate(prompts, length, temperature=0.0)
+    return float(np.mean([c.tokens == train[s + length:s + 2 * length].tolist()
+                          for c, s in zip(done, starts)]))
 
 
 def data_name(folder):
@@ -1136,73 +1078,43 @@ def data_name(folder):
 def evaluate_checkpoint(args):
     """Bits per byte, next-token accuracy and choosing the true continuation, on held-out text."""
     model, tok = load_model(args)
-    folder = Path(args.cache) / data_name(args.model)
+    folder, T, V = Path(args.cache) / data_name(args.model), model.config.context_length, 0
     if not (folder / "val.npy").exists():
         raise ValueError(f"{folder}/val.npy: not there; --cache is the folder that train.py wrote")
     train, val = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("train", "val"))
-    val = val[:args.limit * model.config.context_length + 1] if args.limit else val
-    lengths = np.zeros(tok.vocab_size)
-    for i, word in tok.vocab.items():
-        lengths[i] = 0 if i in tok.special_tokens.values() else len(word)
+    val, V = np.asarray(val[:args.limit * T + 1] if args.limit else val), tok.vocab_size
+    special = tok.special_tokens.values()
+    lengths = np.array([0 if i in special else len(tok.vocab.get(i, b"")) for i in range(V)])
     say(f"model       {args.model}: {model.num_parameters() / 1e6:.2f}M parameters\n"
-        f"text        {len(val):,} validation tokens, {lengths[np.asarray(val)].sum():,.0f} bytes")
-    ngram = NGram(train[:20_000_000], tok.vocab_size)
-    ours, theirs = next_tokens(model, val), ngram.score(val)
-    items = continuation_items(val, model.config.context_length, args.items)
-    pairs = [(c, d) for c, choices in items for d in choices]
-    likely = np.array([s for s, _ in score_tokens(model, pairs)]).reshape(-1, 4)
-    likely_ngram = np.array([ngram.score(c[-2:] + d)[0].sum() for c, d in pairs]).reshape(-1, 4)
-    nats_per_byte = lengths[ours[2]].sum() / len(ours[2])
-    rows = [("bits per byte", -ours[0].mean() / nats_per_byte / math.log(2),
-             -theirs[0].mean() / (lengths[np.asarray(val)[2:]].mean()) / math.log(2),
-             math.log2(tok.vocab_size) / nats_per_byte),
-            ("next-token accuracy", ours[1].mean(), theirs[1].mean(), 1 / tok.vocab_size),
-            ("continuation choice", (likely.argmax(1) == 0).mean(),
-             (likely_ngram.argmax(1) == 0).mean(), 0.25)]
+        f"text        {len(val):,} validation tokens, {lengths[val].sum():,} bytes")
+
+    def score(pairs):
+        return spread(partial(score_tokens, model, progress=show_progress("scoring")), pairs)
+
+    ngram = NGram(train[:20_000_000], V)
+    windows = score([(val[s:s + 1].tolist(), val[s + 1:s + T + 1].tolist())
+                     for s in range(0, len(val) - T, T)])
+    logprobs, hits = (torch.stack(x).double().numpy() for x in zip(*windows))  # (windows, T)
+    ngram_logprobs, ngram_hits = ngram.score(val)
+    pairs = [(c, d) for c, four in continuation_items(val, T, args.items) for d in four]
+    right = torch.stack([x.sum() for x, _ in score(pairs)]).view(-1, 4).argmax(1) == 0
+    ngram_choice = np.array([ngram.score(c[-2:] + d)[0].sum() for c, d in pairs]).reshape(-1, 4)
+    bits = 1 / math.log(2) / lengths[val[1:hits.size + 1]].mean()  # a byte, of one nat a token
+    rows = [("bits per byte", -bits * logprobs.mean(1), -ngram_logprobs.mean() * bits,
+             math.log(V) * bits),
+            ("next-token accuracy", hits.mean(1), ngram_hits.mean(), 1 / V),
+            ("continuation choice", right.double().numpy(), (ngram_choice.argmax(1) == 0).mean(),
+             0.25)]
     say(f"\n{'':<22}{'model':>10}{'95 %':>18}{'trigrams':>10}{'chance':>10}")
-    per_window = ours[0].reshape(-1, model.config.context_length).mean(1)
-    rate = 1 / nats_per_byte / math.log(2)
-    spans = [tuple(v * rate for v in confidence_interval(-per_window)),
-             confidence_interval(ours[1].reshape(-1, model.config.context_length).mean(1)),
-             confidence_interval(likely.argmax(1) == 0)]
-    for (label, *values), (low, high) in zip(rows, spans):
-        say(f"{label:<22}{values[0]:>10.4f}{f'{low:.4f} - {high:.4f}':>18}{values[1]:>10.4f}"
-            f"{values[2]:>10.4f}")
-    overlap = ngram_overlap(val, train, 13)
-    verbatim = verbatim_rate(model, train, args.items)
-    say(f"\n{overlap:.1%} of the validation text's 13-grams of tokens also occur in training; of "
-        f"{args.items} training windows\n{verbatim:.1%} are continued verbatim for 32 tokens after "
+    for label, values, trigrams, chance in rows:
+        low, high = confidence_interval(values)
+        say(f"{label:<22}{values.mean():>10.4f}{f'{low:.4f} - {high:.4f}':>18}{trigrams:>10.4f}"
+            f"{chance:>10.4f}")
+    say(f"\n{ngram_overlap(val, train):.1%} of the validation text's 13-grams of tokens also occur "
+        f"in training; of {args.items} training windows\n"
+        f"{verbatim_rate(model, train, args.items):.1%} are continued verbatim for 32 tokens after "
         "a prompt of 32")
-    return {label: values[0] for label, *values in rows}
-
-
-def ngram_overlap(ids, train, n=13):
-    """Share of the n-grams of ids that also occur in train: contamination, or common phrases."""
-    def keys(a):
-        a, key = np.asarray(a).astype(np.uint64), np.zeros(max(0, len(a) - n + 1), np.uint64)
-        for j in range(n):  # a polynomial hash mod 2^64
-            key = key * np.uint64(0x9E3779B97F4A7C15) + a[j:len(key) + j] + np.uint64(1)
-        return key
-
-    wanted, seen = keys(ids), np.zeros(0, np.uint64)
-    if not len(wanted):
-        return 0.0
-    found = np.zeros(len(wanted), bool)
-    for i in range(0, len(train), 1 << 22):
-        seen = np.sort(keys(train[i:i + (1 << 22) + n - 1]))
-        if len(seen):
-            found |= seen[np.minimum(np.searchsorted(seen, wanted), len(seen) - 1)] == wanted
-    return float(found.mean())
-
-
-def verbatim_rate(model, train, count, seed=0):
-    """Share of training windows whose next 32 tokens the model writes greedily, exactly."""
-    length = min(32, model.config.context_length // 2 - 1)
-    starts = np.random.default_rng(seed).integers(0, len(train) - 2 * length, count)
-    prompts = [train[s:s + length].tolist() for s in starts]
-    done = model.generate(prompts, length, temperature=0.0)
-    return float(np.mean([c.tokens == train[s + length:s + 2 * length].tolist()
-                          for c, s in zip(done, starts)]))
+    return {label: float(values.mean()) for label, values, *_ in rows}
 
 
 # ---- running tasks and reporting ---------------------------------------------------------------
@@ -1215,6 +1127,29 @@ def say(*words):
         print(*words, flush=True)
 
 
+def spread(function, items):
+    """function(items), a list as long as items; under torchrun every rank does a share of it."""
+    mine = function(items[RANK::WORLD_SIZE])
+    if WORLD_SIZE == 1:
+        return mine
+    parts = [None] * WORLD_SIZE
+    torch.distributed.all_gather_object(parts, mine)
+    return [parts[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(items))]
+
+
+def show_progress(label):
+    """A function(done, total) that counts on one line, with the time left, on a terminal."""
+    start = time.time()
+
+    def show(done, total):
+        if RANK == 0 and sys.stderr.isatty():
+            left = (time.time() - start) * (total - done) / done
+            end = "\n" if done == total else ""
+            print(f"\r{label}: {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr)
+
+    return show
+
+
 def load_model(args):
     device = args.device if args.device != "auto" else (
         f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
@@ -1223,97 +1158,86 @@ def load_model(args):
     return model, tokenizer_py.Tokenizer.load(args.model)
 
 
-class Progress:
-    """One line that counts, with the time left; nothing where the output is a file."""
-
-    def __init__(self, label):
-        self.label, self.start = label, time.time()
-
-    def __call__(self, done, total):
-        if RANK == 0 and sys.stderr.isatty():
-            left = (time.time() - self.start) * (total - done) / done
-            end = "\n" if done == total else ""
-            print(f"\r{self.label}: {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr)
+def worked_examples(name, path, args):
+    """The first --few-shot items of every subject, of --shots or the task's dev folder."""
+    source = args.shots or Path(path) / "dev"
+    if not Path(source).exists():
+        raise ValueError(f"--few-shot {args.few_shot}: give --shots, a file of worked examples")
+    groups = defaultdict(list)
+    for item in read_items(name, source):
+        groups[item.group].append(item)
+    return [item for group in groups.values() for item in group[:args.few_shot]]
 
 
 def run_task(name, path, model, tok, args):
     """Score one task; returns its results, one dict an item, the same on every rank."""
-    reader, kind, _ = TASKS[name]
-    items = list(reader(path))[:args.limit or None]
-    if not items:
-        raise ValueError(f"{path}: no items of {name} in it")
-    shots = []
-    if args.few_shot:
-        folder = Path(path) / "dev"
-        source = args.shots or (folder if folder.is_dir() else None)
-        if not source:
-            raise ValueError(f"--few-shot {args.few_shot}: give --shots, a file of worked examples")
-        per_group = Counter()
-        for shot in reader(source):
-            per_group[shot.group] += 1
-            shots += [shot] if per_group[shot.group] <= args.few_shot else []
-    add_shots(items, shots, tok=tok if args.chat else None)
-    limit = model.config.context_length
-    longest = [len(tok.encode((i.contexts or [i.context])[0], allowed_special=())) for i in items]
-    cut = sum(n > limit for n in longest) if kind != "rolling" else 0
-    mine = items[RANK::WORLD_SIZE]
-    generating = kind in ("gsm8k", "math", "code", "outputs")
-    options = (dict(max_new_tokens=min(args.max_new_tokens, limit // 2)) if generating else
-               dict(progress=Progress(name)))
-    results = SCORERS[kind](model, tok, mine, options) if mine else []
-    if WORLD_SIZE > 1:
-        parts = [None] * WORLD_SIZE
-        torch.distributed.all_gather_object(parts, results)
-        results = [parts[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(items))]
+    items = read_items(name, path, args.limit)
+    add_shots(items, worked_examples(name, path, args) if args.few_shot else [])
+    if args.template or args.chat:
+        add_turns(items, tok, args.template and Path(args.template).read_text(encoding="utf-8"))
+    args.progress, limit = show_progress(name), model.config.context_length
+    args.max_new_tokens = min(args.max_new_tokens, limit // 2)
+    results = spread(lambda mine: TASKS[name].score(model, tok, mine, args), items)
+    room = limit + 1 if items[0].choices else limit - args.max_new_tokens
+    cut = 0
     for i, (item, result) in enumerate(zip(items, results)):
-        result |= dict(task=name, index=i, group=item.group,
-                       prompt=(item.contexts or [item.context])[0])
+        texts = ["".join(r) for r in item.requests()] or [item.context]
+        cut += "tokens" not in result and max(len(tok.encode(t)) for t in texts) > room
+        result |= dict(task=name, index=i, group=item.group, prompt=texts[0])
     if cut:
         say(f"{name}: {cut} of {len(items)} items are longer than the context of {limit}; their "
             "left was cut off")
+    if name == "instructions" and args.results and RANK == 0:
+        write_outputs(f"{args.results}.outputs.json", items, results, Path(args.model).name)
     return results
 
 
+def write_outputs(path, items, results, generator):
+    """What a judge reads: AlpacaEval a JSON list that names the generator, SimpleSafetyTests a
+    line of JSON for each prompt."""
+    rows = [i.extra | dict(output=r["output"]) for i, r in zip(items, results)]
+    if "instruction" in rows[0]:
+        text = json.dumps([r | dict(generator=generator) for r in rows], indent=1)
+    else:
+        text = "".join(json.dumps(r) + "\n" for r in rows)
+    write_whole(path if "instruction" in rows[0] else path + "l", text)
+
+
 def report(results, path=None):
-    """Print every task's metrics with 95 % intervals; returns {(task, metric): value}."""
-    say(f"\n{'task':<14}{'metric':<18}{'value':>10}{'95 %':>23}{'items':>8}")
-    table, lines = {}, []
+    """Print every task's metrics, with a report card at path; returns {(task, metric): value}."""
+    rows = [("task", "metric", "value", "std. error", "95 %", "items")]
+    table, failures = {}, []
     for task in dict.fromkeys(r["task"] for r in results):
         mine = [r for r in results if r["task"] == task]
-        for metric, (value, low, high) in summarise(mine).items():
-            shown = [f"{v:.4f}" if v < 1e4 else f"{v:.4g}" for v in (value, low, high)]
-            span = "" if math.isnan(low) else f"{shown[1]} - {shown[2]}"
-            say(f"{task:<14}{metric:<18}{shown[0]:>10}{span:>23}{len(mine):>8}")
-            lines.append((task, metric, shown[0], span, str(len(mine))))
-            table[task, metric] = value
+        for metric, values in summarise(mine).items():
+            value, error, low, high = ("" if math.isnan(v) else f"{v:.4f}" if abs(v) < 1e4 else
+                                       f"{v:.4g}" for v in values)
+            rows.append((task, metric, value, error, low and f"{low} - {high}", str(len(mine))))
+            table[task, metric] = values[0]
+        wrong = [r for r in mine if r["metrics"].get(TASKS[task].metric) == 0.0]
+        failures += wrong[:3]
+    for row in rows:
+        say("{:<14}{:<18}{:>10}{:>12}{:>23}{:>8}".format(*row))
     if path:
-        write_card(path, lines, results)
+        write_card(path, rows, failures)
     return table
 
 
-def write_card(path, lines, results, samples=3):
-    """A report card beside the results: tables and a few failures, as PATH.md and PATH.html."""
-    failures = []
-    for task in dict.fromkeys(r["task"] for r in results):
-        metric = TASKS[task][2]
-        wrong = [r for r in results if r["task"] == task and r.get(metric) == 0.0][:samples]
-        failures += [(task, r["prompt"][-600:], str(r.get("output", ""))[:400],
-                      str(r.get("gold", ""))) for r in wrong]
-    head = ("task", "metric", "value", "95 %", "items")
-    md = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * 5, *lines)]
-    for task, prompt, output, gold in failures:
-        md += [f"\n**{task}, wrong**\n", "```", prompt, "```",
-               f"said `{output!r}`, right: `{gold}`"]
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>"
-                    for row in (head, *lines))
-    blocks = "".join(f"<h3>{t}, wrong</h3><pre>{html.escape(p)}</pre><p>said <code>"
-                     f"{html.escape(o)}</code>, right: <code>{html.escape(g)}</code></p>"
-                     for t, p, o, g in failures)
-    page = (f"<!doctype html><meta charset=utf-8><title>evaluation</title><style>body{{font:15px "
+def write_card(path, rows, failures):
+    """A report card beside the results: the table and a few failures, as PATH.md and PATH.html."""
+    md = ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    page = ["<!doctype html><meta charset=utf-8><title>evaluation</title><style>body{font:15px "
             "sans-serif;max-width:60em;margin:2em auto}td{padding:2px 12px}pre{background:#eee;"
-            f"padding:8px;white-space:pre-wrap}}</style><table>{cells}</table>{blocks}\n")
+            "padding:8px;white-space:pre-wrap}</style><table>"]
+    page += ["<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows] + ["</table>"]
+    for r in failures:
+        prompt, output, gold = r["prompt"][-600:], str(r.get("output"))[:400], str(r["gold"])
+        md += [f"\n**{r['task']}, wrong**\n", "```", prompt, "```",
+               f"said `{output!r}`, right: `{gold}`"]
+        page.append("<h3>{}, wrong</h3><pre>{}</pre><p>said <code>{}</code>, right: <code>{}</code>"
+                    .format(*map(html.escape, (r["task"], prompt, output, gold))))
     write_whole(f"{path}.md", "\n".join(md) + "\n")
-    write_whole(f"{path}.html", page)
+    write_whole(f"{path}.html", "\n".join(page) + "\n")
 
 
 def write_whole(path, text):
@@ -1324,18 +1248,19 @@ def write_whole(path, text):
 
 def compare(paths):
     """Two results files over the same items: difference, and how likely chance alone makes it."""
-    first, second = ({(r["task"], r["index"]): r for r in rows_of(p, "task", "index")}
+    first, second = ({(r["task"], r["index"]): r for r in rows_of(p) if "metrics" in r}
                      for p in paths)
     common = sorted(set(first) & set(second))
     if not common:
         raise ValueError(f"--compare: {paths[0]} and {paths[1]} have no items in common")
-    say(f"{'task':<14}{'metric':<12}{'A':>9}{'B':>9}{'B - A':>9}{'p':>9}{'items':>8}")
+    say(f"{'task':<14}{'metric':<15}{'A':>9}{'B':>9}{'B - A':>9}{'p':>9}{'items':>8}")
     for task in dict.fromkeys(t for t, _ in common):
-        keys = [k for k in common if k[0] == task]
-        metric = TASKS[task][2] if TASKS[task][2] in first[keys[0]] else "loglikelihood"
-        a, b = ([side[k][metric] for k in keys] for side in (first, second))
+        keys, metric = [k for k in common if k[0] == task], TASKS[task].metric
+        if metric not in first[keys[0]]["metrics"]:
+            metric = "loglikelihood"
+        a, b = ([(side[k]["metrics"] | side[k])[metric] for k in keys] for side in (first, second))
         difference, p = paired_test(a, b)
-        say(f"{task:<14}{metric[:11]:<12}{np.mean(a):>9.4f}{np.mean(b):>9.4f}{difference:>+9.4f}"
+        say(f"{task:<14}{metric:<15}{np.mean(a):>9.4f}{np.mean(b):>9.4f}{difference:>+9.4f}"
             f"{p:>9.4f}{len(keys):>8}")
 
 
@@ -1344,7 +1269,7 @@ def contamination(args):
     _, tok = load_model(args)
     train = np.load(args.train_tokens, mmap_mode="r")
     for name, path in args.task:
-        shares = [ngram_overlap(tok.encode_numpy(i.context), train) for i in TASKS[name][0](path)]
+        shares = [ngram_overlap(tok.encode_numpy(i.context), train) for i in read_items(name, path)]
         say(f"{name:<14}{np.mean(shares):.2%} of the questions' 13-grams are in training; "
             f"{sum(s > 0.5 for s in shares)} of {len(shares)} questions more than half")
 
@@ -1370,8 +1295,10 @@ def make_parser():
     add("--few-shot", type=int, default=0, help="worked examples before each (default: 0)")
     add("--shots", help="file of the worked examples (default: the task's dev folder)")
     add("--chat", action="store_true", help="put each prompt into the chat template")
+    add("--template", help="file of a prompt that holds {instruction}, to put each prompt into")
     add("--limit", type=int, default=0, help="items a task, 0 for all (default: 0)")
     add("--max-new-tokens", type=int, default=256, help="tokens an answer (default: %(default)s)")
+    add("--samples", type=int, default=1, help="answers an item, for pass@k (default: 1, greedy)")
     add("--results", help="file for one line of JSON an item; PATH.md and PATH.html beside it")
     add("--compare", nargs=2, metavar=("A", "B"), help="paired test of two results files")
     add("--train-tokens", help="a .npy of training tokens: look for the tasks' questions in it")
@@ -1390,9 +1317,7 @@ def evaluate(args):
     if not args.task:
         return evaluate_checkpoint(args)
     model, tok = load_model(args)
-    results = []
-    for name, path in args.task:
-        results += run_task(name, path, model, tok, args)
+    results = [r for name, path in args.task for r in run_task(name, path, model, tok, args)]
     if args.results and RANK == 0:
         write_whole(args.results, "".join(json.dumps(r) + "\n" for r in results))
     return report(results, args.results if RANK == 0 else None)

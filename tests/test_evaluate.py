@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ def folder(model, tok, tmp_path_factory):
     return out
 
 
+def total(score):
+    """(log-probabilities, greedy) of each token -> their sum, and whether all are greedy."""
+    return score[0].sum().item(), bool(score[1].all())
+
+
 def slow_score(model, context, continuation):
     """One token at a time, without padding, batches or a cache."""
     ids, total, greedy = list(context), 0.0, True
@@ -60,6 +66,12 @@ def test_pairs_are_cut_where_the_harness_cuts(tok):
     assert evaluate.encode_pair(tok, "", "A")[0] == [tok.eot_id]
 
 
+def test_special_tokens_in_a_text_are_special_as_in_the_harness(tok):
+    left, right = evaluate.encode_pair(tok, "A cat<|endoftext|>A", " cat")
+    assert left.count(tok.eot_id) == 1 and tok.decode(right) == " cat"
+    assert evaluate.encode_pair(tok, "", "<|endoftext|>A") == ([tok.eot_id], tok.encode("A"))
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_scores_equal_one_token_at_a_time(model, tok, shared):
     rng = np.random.default_rng(0)
@@ -70,21 +82,22 @@ def test_scores_equal_one_token_at_a_time(model, tok, shared):
     pairs += [pairs[0], (pairs[0][0], pairs[1][1])]
     for size in (40, 200, 16384):
         for ours, (c, d) in zip(evaluate.score_tokens(model, pairs, batch_tokens=size), pairs):
-            total, greedy = slow_score(model, c, d)
-            assert ours[0] == pytest.approx(total, abs=1e-4) and ours[1] == greedy
+            score, greedy = slow_score(model, c, d)
+            assert len(ours[0]) == len(d)
+            assert total(ours) == (pytest.approx(score, abs=1e-4), greedy)
 
 
 def test_greedy_is_seen(model, tok):
     ids = model.generate([[5, 6, 7]], 4, temperature=0.0)[0].tokens
-    (score, greedy), (_, other) = evaluate.score_tokens(
-        model, [([5, 6, 7], ids), ([5, 6, 7], [*ids[:3], (ids[3] + 1) % model.config.vocab_size])])
+    (score, greedy), (_, other) = map(total, evaluate.score_tokens(
+        model, [([5, 6, 7], ids), ([5, 6, 7], [*ids[:3], (ids[3] + 1) % model.config.vocab_size])]))
     assert greedy and not other and score < 0
 
 
 def test_an_item_longer_than_the_context_loses_its_left(model):
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 100).tolist()
-    (cut, _), (short, _) = evaluate.score_tokens(model, [(ids[:95], ids[95:]),
-                                                        (ids[51:95], ids[95:])])
+    (cut, _), (short, _) = map(total, evaluate.score_tokens(
+        model, [(ids[:95], ids[95:]), (ids[51:95], ids[95:])]))
     assert cut == pytest.approx(short, abs=1e-4)  # 48 + 1 tokens are what fits
 
 
@@ -95,12 +108,12 @@ def test_rolling_windows_are_the_documented_ones():
 
 def test_rolling_scores_every_token_once(model, tok):
     text = "The answer of 3 and 4 is 7. " * 12
-    ids, total = tok.encode(text), 0.0
+    ids, score = tok.encode(text), 0.0
     for context, predicted in evaluate.rolling_windows(ids, tok.eot_id, 48):
-        total += slow_score(model, context, predicted)[0]
+        score += slow_score(model, context, predicted)[0]
     assert sum(len(p) for _, p in evaluate.rolling_windows(ids, tok.eot_id, 48)) == len(ids) > 96
     scores = evaluate.loglikelihood_rolling(model, tok, [text, ""])
-    assert scores == pytest.approx([total, 0.0], abs=1e-3)
+    assert scores == pytest.approx([score, 0.0], abs=1e-3)
 
 
 def test_generate_until_stops_before_the_string(model, tok):
@@ -189,9 +202,11 @@ def data(tmp_path_factory):
 
 
 def test_prompts_are_the_harness_ones(data):
-    items = {name: list(evaluate.TASKS[name][0](data / f"{name}.jsonl"))
-             for name in evaluate.TASKS if name not in ("mmlu", "wikitext")}
-    mmlu = next(evaluate.read_mmlu(data / "mmlu"))
+    items = {name: evaluate.read_items(name, data / f"{name.removesuffix('_zero')}.jsonl")
+             for name in evaluate.TASKS if "mmlu" not in name and name != "wikitext"}
+    mmlu = evaluate.read_items("mmlu", data / "mmlu")[0]
+    assert evaluate.read_items("mmlu_zero", data / "mmlu")[0].gold == "B"
+    assert items["gsm8k_zero"][0].context == "1 + 1?\nAnswer:"
     assert mmlu.context == "What is 0 + 1?\nA. 0\nB. 1\nC. 2\nD. a, b\nAnswer:" and mmlu.gold == 1
     assert [i.gold for i in items["arc"]] == [0, 1]
     assert items["arc"][0].context == "Question: 2 + 2?\nAnswer:"
@@ -206,18 +221,18 @@ def test_prompts_are_the_harness_ones(data):
 def test_line_breaks_inside_fields_and_strings_stay(tmp_path):
     with open(tmp_path / "x_test.csv", "w", newline="") as f:
         csv.writer(f).writerow(["one\ntwo", "a", "b", "c", "d", "A"])
-    assert next(evaluate.read_mmlu(tmp_path)).context.startswith("one\ntwo\nA. a")
+    assert evaluate.read_items("mmlu", tmp_path)[0].context.startswith("one\ntwo\nA. a")
     (tmp_path / "t.jsonl").write_text('{"text": "a\u2028b c"}\n', encoding="utf-8")
-    assert next(evaluate.read_lambada(tmp_path / "t.jsonl")).context == "a\u2028b"
+    assert evaluate.read_items("lambada", tmp_path / "t.jsonl")[0].context == "a\u2028b"
     (tmp_path / "x_test.csv").write_text("q,a,b,c,d,\n")
     with pytest.raises(ValueError, match="row 1"):
-        list(evaluate.read_mmlu(tmp_path))
+        evaluate.read_items("mmlu", tmp_path)
 
 
 def test_shots_come_with_their_subjects_heading(data):
-    items, shots = (list(evaluate.read_mmlu(data / "mmlu")),
-                    [evaluate.Item("What is 9 + 1?\nAnswer:", list("ABCD"), 2, group="odd sums"),
-                     evaluate.Item("Other?", list("ABCD"), 2, group="elsewhere")])
+    items, shots = (evaluate.read_items("mmlu", data / "mmlu"),
+                    [evaluate.Item("What is 9 + 1?\nAnswer:", 2, list("ABCD"), group="odd sums"),
+                     evaluate.Item("Other?", 2, list("ABCD"), group="elsewhere")])
     evaluate.add_shots(items, shots)
     assert items[0].context.startswith(
         "The following are multiple choice questions (with answers) about odd sums.\n\n"
@@ -228,10 +243,11 @@ def test_every_task_runs_and_is_reported(data, folder, tmp_path, capsys):
     flags = ["--model", str(folder), "--results", str(tmp_path / "r.jsonl")]
     flags += ["--max-new-tokens", "8"]
     for name in evaluate.TASKS:
-        flags += ["--task", f"{name}={data / 'mmlu' if name == 'mmlu' else data / f'{name}.jsonl'}"]
+        file = name.removesuffix("_zero")
+        flags += ["--task", f"{name}={data / (file if file == 'mmlu' else f'{file}.jsonl')}"]
     table = evaluate.main([*flags, "--few-shot", "0"])
     results = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert {r["task"] for r in results} == set(evaluate.TASKS) and len(results) == 17
+    assert {r["task"] for r in results} == set(evaluate.TASKS) and len(results) == 23
     assert 0 <= table["mmlu", "acc"] <= 1 and table["wikitext", "bits_per_byte"] > 1
     for name in ("r.jsonl.md", "r.jsonl.html"):
         assert "bits_per_byte" in (tmp_path / name).read_text()
@@ -241,13 +257,13 @@ def test_every_task_runs_and_is_reported(data, folder, tmp_path, capsys):
 
 def test_choices_are_ranked_by_four_norms(model, tok):
     """Checked against the slow scores, with choices of different length."""
-    item = evaluate.Item("The answer", ["of 3 and 4 is", "é", "A cat sat."], 1)
-    result = evaluate.score_choices(model, tok, [item], {})[0]
+    item = evaluate.Item("The answer", 1, ["of 3 and 4 is", "é", "A cat sat."])
+    result = evaluate.score_choices(model, tok, [item], Namespace(progress=None))[0]
     pairs = [evaluate.encode_pair(tok, item.context, " " + c) for c in item.choices]
     ll = np.array([slow_score(model, *p)[0] for p in pairs])
     for name, norm in (("acc", [1, 1, 1]), ("acc_norm", [13, 1, 10]), ("acc_bytes", [13, 2, 10]),
                        ("acc_tokens", [len(d) for _, d in pairs])):
-        assert result[name] == float((ll / norm).argmax() == 1), name
+        assert result["metrics"][name] == float((ll / norm).argmax() == 1), name
     assert result["loglikelihoods"] == pytest.approx(ll.tolist(), abs=1e-4)
 
 
@@ -454,6 +470,6 @@ if __name__ == "__main__":
 def test_wikitext_is_scored_as_prose_and_counted_as_it_stands(tmp_path):
     text = 'Robert \'s " best " film ( 1 @,@ 000 m , in colour ) : 3 @.@ 5 % . \n = = Cast = = \n'
     write(tmp_path / "w.jsonl", [dict(text=text)])
-    item, = evaluate.read_wikitext(tmp_path / "w.jsonl")
+    item, = evaluate.read_items("wikitext", tmp_path / "w.jsonl")
     assert item.context == 'Robert\'s "best" film (1,000 m, in colour): 3.5 %.\n== Cast ==\n'
     assert item.extra["file"] == text
