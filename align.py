@@ -13,6 +13,7 @@ GRPO (Shao et al. 2024, arXiv:2402.03300), Dr. GRPO (Liu et al. 2025, 2503.20783
 """
 
 import argparse
+import contextlib
 import copy
 import gzip
 import json
@@ -20,19 +21,22 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import model as model_py
 import tokenizer as tokenizer_py
 import train as train_py
+from train import all_reduce_sum, say
 
 # ---- text to tokens ----------------------------------------------------------------------------
 
@@ -44,25 +48,41 @@ def ids_of(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def batch_of(prompts, responses, pad=0):
-    """Lists of ids -> input_ids, labels and response_mask, (B, T) each, T = longest - 1.
+@dataclass
+class Row:
+    """A sequence to learn from: which of its ids are learned, and for RL an entry a learned id."""
 
-    labels are the inputs one token on; response_mask is True where the label is of the response.
+    ids: list
+    learned: list  # of bool
+    old: list = ()  # log-probabilities when the ids were sampled
+    advantages: list = ()
+    returns: list = ()  # what a value head should have said
+    reward: float = 0.0
+    complete: bool = True  # ended by itself, not cut off
+
+
+def joined(prompt, response, **more):
+    """A Row of two lists of ids, of which the second is learned."""
+    return Row(prompt + response, [False] * len(prompt) + [True] * len(response), **more)
+
+
+def batch_of(rows, pad=0):
+    """Rows -> input_ids, labels and response_mask, (B, T) each, T = longest - 1.
+
+    labels are the inputs one token on; response_mask is True where the label is learned.
     For prompt [1, 2] and response [3, 4]: inputs 1 2 3, labels 2 3 4, mask 0 1 1.
     """
-    rows = [p + r for p, r in zip(prompts, responses)]
-    T = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (T - len(row)) for row in rows])
-    mask = torch.tensor([[len(p) <= t < len(p) + len(r) for t in range(T)]
-                         for p, r in zip(prompts, responses)])
+    T = max(len(r.ids) for r in rows)
+    ids = torch.tensor([r.ids + [pad] * (T - len(r.ids)) for r in rows])
+    mask = torch.tensor([r.learned + [False] * (T - len(r.ids)) for r in rows])
     return dict(input_ids=ids[:, :-1], labels=ids[:, 1:], response_mask=mask[:, 1:])
 
 
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
     """Prompts and outputs, encoded apart and joined: see batch_of."""
-    pad = getattr(tokenizer, "pad_token_id", None) or 0
-    return batch_of([ids_of(tokenizer, s) for s in prompt_strs],
-                    [ids_of(tokenizer, s) for s in output_strs], pad)
+    return batch_of([joined(ids_of(tokenizer, p), ids_of(tokenizer, o))
+                     for p, o in zip(prompt_strs, output_strs)],
+                    getattr(tokenizer, "pad_token_id", None) or 0)
 
 
 # ---- log-probabilities -------------------------------------------------------------------------
@@ -99,7 +119,7 @@ def get_response_log_probs(model, input_ids, labels, return_token_entropy=False,
     parts = []
     for v, y in zip(values.split(chunk), labels[where].split(chunk)):
         if torch.is_grad_enabled():
-            parts.append(torch.utils.checkpoint.checkpoint(
+            parts.append(checkpoint(
                 lambda v, y: gather_log_probs(head(v), y), v, y, use_reentrant=False))
         else:
             parts.append(gather_log_probs(head(v), y))
@@ -202,28 +222,32 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
                                   cliprange_high)
 
 
+def length_weights(mask, length_norm, rows, constant):
+    """What each token's loss counts for, (B, T) of mask (B, T), in a batch of so many rows.
+
+    "sequence": a row's mean over its response, as GRPO; "constant": its sum over the constant, as
+    Dr. GRPO; both averaged over the rows. "token": the sum over the constant, the tokens of the
+    whole batch, as DAPO.
+    """
+    if length_norm == "sequence":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / rows
+    return mask / (constant if length_norm == "token" else rows * constant)
+
+
 def grpo_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps,
                                loss_type, raw_rewards=None, advantages=None, old_log_probs=None,
                                cliprange=None, length_norm="sequence", normalize_constant=None):
-    """Backward of one micro-batch's policy loss: (loss, metadata).
+    """Backward of one micro-batch's policy loss, (loss, metadata), weighed by length_weights.
 
-    length_norm: "sequence", each row's mean over its response, as GRPO; "constant", its sum over
-    normalize_constant, as Dr. GRPO; "token", the sum over normalize_constant, which the caller sets
-    to the tokens of the whole batch on all ranks, as DAPO. The first two average over the rows and
-    divide by the accumulation steps. A row without response tokens counts 0.
+    A row without response tokens counts 0. For "token" normalize_constant is of all ranks.
     """
     loss, metadata = compute_policy_gradient_loss(
         policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange,
         response_mask=response_mask)
-    summed = (loss * response_mask).sum(1)  # (B,)
-    if length_norm == "sequence":
-        total = (summed / response_mask.sum(1).clamp(min=1)).mean() / gradient_accumulation_steps
-    elif length_norm == "constant":
-        total = (summed / normalize_constant).mean() / gradient_accumulation_steps
-    else:
-        total = summed.sum() / normalize_constant
-    total.backward()
-    return total.detach(), metadata
+    rows = len(response_mask) * gradient_accumulation_steps
+    loss = (loss * length_weights(response_mask, length_norm, rows, normalize_constant)).sum()
+    loss.backward()
+    return loss.detach(), metadata
 
 
 def kl_penalty(policy_log_probs, reference_log_probs, kind="k3"):
@@ -297,68 +321,62 @@ def answer_of(response):
     return response.split("<answer>")[-1].replace("</answer>", "").strip()
 
 
+def scores(formatted, right):
+    return dict(format_reward=float(formatted), answer_reward=float(right), reward=float(right))
+
+
 def r1_zero_reward_fn(response, ground_truth):
     """1 for a right answer in <think> .. </think> <answer> .. </answer>; the form alone gives 0."""
-    import evaluate
+    from evaluate import extract_boxed, grade
     answer = answer_of(response)
-    right = answer is not None and evaluate.grade(evaluate.extract_boxed(answer) or answer,
-                                                  str(ground_truth))
-    return dict(format_reward=float(answer is not None), answer_reward=float(right),
-                reward=float(right))
+    return scores(answer is not None, answer is not None and grade(
+        extract_boxed(answer) or answer, str(ground_truth)))
 
 
 def question_only_reward_fn(response, ground_truth):
     """1 for a right \\boxed answer anywhere in the response."""
-    import evaluate
-    answer = evaluate.extract_boxed(response)
-    right = answer is not None and evaluate.grade(answer, str(ground_truth))
-    return dict(format_reward=float(answer is not None), answer_reward=float(right),
-                reward=float(right))
+    from evaluate import extract_boxed, grade
+    answer = extract_boxed(response)
+    return scores(answer is not None, answer is not None and grade(answer, str(ground_truth)))
 
 
 def sort_reward_fn(response, ground_truth):
-    right = answer_of(response) == ground_truth
-    return dict(format_reward=float(answer_of(response) is not None), answer_reward=float(right),
-                reward=float(right))
+    return scores(answer_of(response) is not None, answer_of(response) == ground_truth)
 
 
 def countdown_reward_fn(response, ground_truth):
     """ground_truth "3 5 7 = 26": the answer must use each number once, + - * / ( ) only."""
-    import evaluate
+    from evaluate import grade
     numbers, target = ground_truth.split(" = ")
     answer = (answer_of(response) or "").split("=")[0]
     used = sorted(re.findall(r"\d+", answer)) == sorted(numbers.split())
-    right = used and re.fullmatch(r"[\d+\-*/() ]+", answer) and evaluate.grade(answer, target)
-    return dict(format_reward=float(bool(answer)), answer_reward=float(bool(right)),
-                reward=float(bool(right)))
+    allowed = re.fullmatch(r"[\d+\-*/() ]+", answer)
+    return scores(bool(answer), bool(used and allowed and grade(answer, target)))
+
+
+def too_slow(number, frame):
+    raise TimeoutError
 
 
 def safe_rewards(reward_fn, responses, truths, seconds=10.0):
-    """reward_fn of each; one that raises or takes longer counts as 0: (dicts, how many failed)."""
-    zero = dict(format_reward=0.0, answer_reward=0.0, reward=0.0)
-    results, failures = [], 0
+    """reward_fn of each; one that raises or takes longer counts as 0: (dicts, how many failed).
 
-    def work(box, start):
-        for response, truth in zip(responses[start:], truths[start:]):
+    The alarm stops Python code, sleeping and regular expressions alike, and leaves no thread
+    behind; it needs Unix and the main thread.
+    """
+    results, failures, before = [], 0, signal.signal(signal.SIGALRM, too_slow)
+    for response, truth in zip(responses, truths):
+        try:
             try:
-                box.append(dict(reward_fn(response, truth)))
-            except Exception as error:  # a user's function: whatever it raises
-                box.append(error)
-
-    while len(results) < len(responses):
-        box, seen, waited = [], 0, time.monotonic()
-        thread = threading.Thread(target=work, args=(box, len(results)), daemon=True)
-        thread.start()
-        while thread.is_alive() and time.monotonic() - waited < seconds:
-            thread.join(0.02)
-            if len(box) > seen:
-                seen, waited = len(box), time.monotonic()
-        done = list(box)[:len(responses) - len(results)]
-        failures += sum(isinstance(r, Exception) for r in done)
-        results += [dict(zero) if isinstance(r, Exception) else r for r in done]
-        if len(results) < len(responses):  # it hangs on this one: leave the thread behind
-            results.append(dict(zero))
-            failures += 1
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                given = dict(reward_fn(response, truth))
+                given["reward"] = float(given["reward"])
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Exception:  # a user's function: whatever it raises
+            given, failures = scores(0, 0), failures + 1
+        results.append(given)
+    signal.signal(signal.SIGALRM, before)
     return results, failures
 
 
@@ -446,7 +464,8 @@ def file_task(args):
 TASKS = {"sort": sort_task, "countdown": countdown_task, "gsm8k": file_task, "math": file_task}
 
 
-def load_task(args):
+def load_task(args, tokenizer, limit):
+    """The task of --task and --reward, without prompts that leave no room in `limit` tokens."""
     task = TASKS[args.task](args)
     if args.reward:
         import importlib
@@ -454,8 +473,17 @@ def load_task(args):
         sys.path.insert(0, os.getcwd())
         try:
             task.reward_fn = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"--reward {args.reward}: {error}; give MODULE:FUNCTION") from None
+    before = len(task.train) + len(task.held_out)
+    fits = [[p for p in part if 0 < len(ids_of(tokenizer, p[0])) < limit - 1]
+            for part in (task.train, task.held_out)]
+    skipped, drawn = before - sum(map(len, fits)), not task.train
+    task.train, task.held_out = fits
+    if skipped:
+        say(f"{skipped} problems skipped: empty, or no room for an answer in {limit} tokens")
+    if not task.held_out or not (task.train or drawn):
+        raise ValueError(f"--task {args.task}: no problem left to train on, or none held out")
     return task
 
 
@@ -471,25 +499,27 @@ def draw_problems(task, count, seed, step):
 
 
 def conversation_ids(row, tokenizer, eos):
-    """A row -> [(ids, is it the assistant's)]: messages, prompt/response, or plain text.
+    """A row -> [(ids, is it the assistant's)]: messages, or prompt and response.
 
     Every assistant turn ends in a token that is learned too: else the model never learns to stop.
+    A conversation with an empty answer, or none, gives an empty list.
     """
     if "messages" in row:
-        parts, before = [], ""
-        for i, message in enumerate(row["messages"]):
-            text = tokenizer.apply_chat_template(row["messages"][:i + 1])
+        parts, before, turns = [], "", row["messages"]
+        answers = [m["content"] for m in turns if m["role"] == "assistant"]
+        for i, message in enumerate(turns if answers and all(answers) else ()):
             if message["role"] == "assistant":
-                opened = tokenizer.apply_chat_template(row["messages"][:i],
-                                                       add_generation_prompt=True)
+                opened = tokenizer.apply_chat_template(turns[:i], add_generation_prompt=True)
+                text = tokenizer.apply_chat_template(turns[:i + 1])
                 parts += [(ids_of(tokenizer, opened[len(before):]), False),
                           (ids_of(tokenizer, text[len(opened):]), True)]
                 before = text
         return parts
     if "response" in row and "prompt" in row:
         return [(ids_of(tokenizer, row["prompt"]), False),
-                (ids_of(tokenizer, row["response"]) + [eos], True)]
-    raise ValueError(f"a row has {', '.join(row)}: messages, or prompt and response, are needed")
+                (ids_of(tokenizer, row["response"]) + [eos], True)] if row["response"] else []
+    raise ValueError(f"--data: a row has {', '.join(row)}; messages, or prompt and response, are "
+                     "needed")
 
 
 class PackedSFTDataset(torch.utils.data.Dataset):
@@ -541,9 +571,6 @@ def load_hh(path):
 
 # ---- a session: model, optimizer, log ----------------------------------------------------------
 
-say = train_py.say
-
-
 class LoRALinear(torch.nn.Module):
     """base(x) + (alpha / r) B A x with A (r, d_in), B (d_out, r) learned (Hu et al. 2021)."""
 
@@ -570,6 +597,8 @@ def add_lora(model, rank, alpha):
 def merged(model):
     """A copy of the model with every LoRALinear folded into the matrix it stands around."""
     model = copy.deepcopy(model)
+    for layer in model.layers:  # checkpoint_blocks' forward would run the original's block
+        layer.__dict__.pop("forward", None)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):
@@ -592,10 +621,18 @@ class Session:
     head: object = None  # the linear head of rewards or values, where there is one
     step: int = 0  # done so far
     records: list = field(default_factory=list)
-    seconds: dict = field(default_factory=lambda: dict(rollout=0.0, train=0.0))
+    pool: set = field(default_factory=set)  # of expert iteration: (prompt ids, response ids)
+    seconds: dict = field(default_factory=dict)  # spent since the last line of the log
+    stopping: bool = False  # SIGTERM came
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16")
+
+    @contextlib.contextmanager
+    def timed(self, name):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def parameters(self):
         modules = [self.model, self.head] if self.head else [self.model]
@@ -617,15 +654,17 @@ def new_sorter(args):
 def open_session(args, head=False):
     device = train_py.init_distributed(args.device)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    task = load_task(args) if args.task else None
     if args.model:
         model = model_py.Transformer.from_pretrained(args.model, dtype=torch.float32)
         tok = tokenizer_py.Tokenizer.load(args.model)
     else:
         model, tok = new_sorter(args)
+    task = load_task(args, tok, model.config.context_length) if args.task else None
     s = Session(args, model.to(device), tok, task, device)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(s, "stopping", True))
     if not args.model and not (Path(args.out) / "train_state.pt").exists():
         pretrain_sorter(s)
+    torch.manual_seed(args.seed)
     if args.lora:
         add_lora(s.model, args.lora, args.lora_alpha)
         s.model.to(device)
@@ -668,6 +707,7 @@ def restore(s):
     s.model.load_state_dict(state["model"])
     for optimizer, own in zip(s.optimizers, state["optimizers"]):
         optimizer.load_state_dict(own)
+    s.pool = set(state["pool"])
     if s.head:
         s.head.load_state_dict(state["head"])
     lines = log.read_text().splitlines() if log.exists() else []
@@ -692,7 +732,7 @@ def save(s):
     work.rmdir()
     train_py.save_checkpoint(s.model, s.optimizers, s.step, out / "train_state.pt",
                              settings={k: getattr(s.args, k) for k in IDENTITY},
-                             head=s.head.state_dict() if s.head else {})
+                             pool=sorted(s.pool), head=s.head.state_dict() if s.head else {})
 
 
 def reference_model(s):
@@ -711,29 +751,34 @@ def reference_model(s):
 
 
 def log_step(s, **record):
-    """One line on the screen and in log.jsonl; the plot and the checkpoint when they are due."""
+    """One line on the screen and in log.jsonl; the plot and the checkpoint when they are due.
+
+    rollout, scoring, train, wait: shares of the step's time; wait is for the other ranks.
+    """
     s.step += 1
     spent = sum(s.seconds.values()) or 1.0
-    record = dict(step=s.step, **record, rollout=round(s.seconds["rollout"] / spent, 3))
+    shares = {k: round(v / spent, 3) for k, v in s.seconds.items()}
+    record, s.seconds = dict(step=s.step, **record, **shares), {}
     s.records.append(record)
-    if train_py.RANK:
-        return
-    with open(Path(s.args.out) / "log.jsonl", "a") as f:
-        f.write(json.dumps(record) + "\n")
-    if s.step == 1 or s.step % s.args.log_every == 0 or s.step == s.args.steps:
-        say(f"{s.step:>5}/{s.args.steps:<5} " + "  ".join(
-            f"{k} {v:.4g}" for k, v in record.items() if k != "step" and v is not None))
-    if s.step % s.args.save_every == 0 or s.step == s.args.steps:
-        save(s)
-        draw(s)
+    stopping, = all_reduce_sum([float(s.stopping)], s.device)
+    if train_py.RANK == 0:
+        with open(Path(s.args.out) / "log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+        if s.step == 1 or s.step % s.args.log_every == 0 or s.step == s.args.steps:
+            say(f"{s.step:>5}/{s.args.steps:<5} " + "  ".join(
+                f"{k} {v:.4g}" for k, v in record.items() if k != "step" and v is not None))
+        if s.step % s.args.save_every == 0 or s.step == s.args.steps or stopping:
+            save(s)
+            draw(s, [k for k in record if k != "step" and k not in shares])
+    if stopping:
+        raise KeyboardInterrupt
 
 
-def draw(s):
+def draw(s, names):
     """progress.png: every logged number against the step."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    names = [k for k in s.records[-1] if k not in ("step", "rollout")]
     figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3), dpi=100)
     for panel, name in zip(np.atleast_1d(panels), names):
         points = [(r["step"], r[name]) for r in s.records if r.get(name) is not None]
@@ -772,123 +817,119 @@ def optimizer_step(s, factor=1.0):
     return norm
 
 
-def micro_batches(rows, tokens):
-    """Indices of rows (prompt ids, response ids), by length, in batches of about `tokens`."""
-    lengths, batch = [len(r[0]) + len(r[1]) for r in rows], []
-    for i in sorted(range(len(rows)), key=lengths.__getitem__):
-        longest = lengths[i]
-        if batch and longest * (len(batch) + 1) > tokens:
+def micro_batches(units, tokens):
+    """Units (lists of rows that stay together), by length, in batches of about so many tokens."""
+    length = {id(u): max(len(r.ids) for r in u) * len(u) for u in units}
+    batch = []
+    for unit in sorted(units, key=lambda u: length[id(u)]):
+        if batch and length[id(unit)] * (len(batch) + 1) > tokens:
             yield batch
             batch = []
-        batch.append(i)
+        batch.append(unit)
     if batch:
         yield batch
 
 
 def on_device(s, rows):
-    batch = batch_of([r[0] for r in rows], [r[1] for r in rows])
+    batch = batch_of(rows)
     return (batch[k].to(s.device) for k in ("input_ids", "labels", "response_mask"))
 
 
-# ---- supervised fine-tuning, expert iteration ---------------------------------------------------
+def update(s, units, loss_fn, names, factor=1.0):
+    """One optimizer step, of every algorithm: sums over all ranks of `names`, and the norm.
+
+    loss_fn(units of a micro-batch) -> (its share of the loss, what to sum under each name).
+    """
+    totals = [0.0] * len(names)
+    with s.timed("train"):
+        for part in micro_batches(units, s.args.micro_tokens):
+            loss, values = loss_fn(part)
+            loss.backward()
+            totals = [t + float(v) for t, v in zip(totals, values)]
+    with s.timed("wait"):
+        totals = all_reduce_sum(totals, s.device)
+    with s.timed("train"):
+        return dict(zip(names, totals), gnorm=optimizer_step(s, factor))
+
+
+# ---- supervised fine-tuning ---------------------------------------------------------------------
 
 
 def sft_update(s, rows, factor=1.0):
-    """One step on rows [(prompt ids, response ids)]: mean loss a response token, over all ranks."""
-    start, total = time.perf_counter(), 0.0
-    tokens, = train_py.all_reduce_sum([float(sum(len(r[1]) for r in rows))], s.device)
-    for part in micro_batches(rows, s.args.micro_tokens):
-        ids, labels, mask = on_device(s, [rows[i] for i in part])
+    """One step on rows: mean loss a learned token, over all ranks."""
+    tokens, = all_reduce_sum([float(sum(sum(r.learned) for r in rows))], s.device)
+
+    def loss_fn(part):
+        ids, labels, mask = on_device(s, [r for r, in part])
         with s.autocast():
             logp = get_response_log_probs(s.model, ids, labels, mask=mask)["log_probs"]
         loss = -(logp * mask).sum() / max(tokens, 1.0)
-        loss.backward()
-        total += loss.item()
-    norm = optimizer_step(s, factor)
-    s.seconds["train"] += time.perf_counter() - start
-    return train_py.all_reduce_sum([total], s.device)[0], norm
+        return loss, [loss.item()]
+
+    return update(s, [[r] for r in rows], loss_fn, ["loss"], factor)
 
 
 def pretrain_sorter(s):
     """Teach the new model the form of an answer, and some sorting, from 300 demonstrations."""
     rng, args = np.random.default_rng(s.args.seed + 10**7), copy.copy(s.args)
     problems = [sort_problem(rng) for _ in range(s.args.demonstrations)]
-    rows = [(s.tokenizer.encode(p), s.tokenizer.encode(sort_demonstration(p, t)) + [0])
+    rows = [joined(s.tokenizer.encode(p), s.tokenizer.encode(sort_demonstration(p, t)) + [0])
             for p, t in problems]
-    args.lr, args.muon_lr, args.warmup, args.optimizer = 3e-3, 0.02, 20, "muon"
+    args.lr, args.muon_lr, args.warmup, args.optimizer, args.lora = 3e-3, 0.02, 20, "muon", 0
     own = Session(args, s.model, s.tokenizer, s.task, s.device)
     own.optimizers = make_optimizers(own)
     start, steps = time.time(), args.pretrain_steps
     for step in range(steps):
         mine = [rows[i] for i in rng.choice(len(rows), 64)]
-        loss, _ = sft_update(own, mine[train_py.RANK::train_py.WORLD_SIZE],
-                             min(1.0, 2 * (1 - step / steps)))
+        loss = sft_update(own, mine[train_py.RANK::train_py.WORLD_SIZE],
+                          min(1.0, 2 * (1 - step / steps)))["loss"]
     say(f"pre-trained on {len(rows)} demonstrations: loss {loss:.4f}, held-out accuracy "
         f"{held_out_accuracy(s):.3f}, {time.time() - start:.0f} s")
 
 
 def sft_rows(s):
-    """--data -> [(prompt ids, response ids)]; several assistant turns give several rows."""
+    """The conversations of --data as Rows; one that does not fit the context is skipped."""
     rows, skipped = [], 0
-    limit, eos = s.model.config.context_length, s.tokenizer.eot_id
-    for row in read_rows(s.args.data):
-        before = []
-        for ids, learned in conversation_ids(row, s.tokenizer, eos):
-            if learned and before and len(ids) > 1 and len(before) + len(ids) <= limit:
-                rows.append((before, ids))
-            skipped += learned and not (before and len(ids) > 1 and len(before) + len(ids) <= limit)
-            before = before + ids
+    limit = s.model.config.context_length
+    for raw in read_rows(s.args.data):
+        parts = conversation_ids(raw, s.tokenizer, s.tokenizer.eot_id)
+        row = Row([i for ids, _ in parts for i in ids],
+                  [learned for ids, learned in parts for _ in ids])
+        if parts and parts[0][0] and len(row.ids) <= limit:
+            rows.append(row)
+        else:
+            skipped += 1
     if skipped:
-        say(f"{skipped} responses skipped: empty, without a prompt, or over {limit} tokens with it")
+        say(f"{skipped} rows skipped: an empty prompt or response, or over {limit} tokens")
     if not rows:
         raise ValueError("--data: no response left to learn from")
     return pack(rows, limit) if s.args.pack else rows
 
 
 def pack(rows, limit):
-    """Join rows end to end while they fit one context: [([], ids, mask)] without padding."""
-    packed, at = [], None
-    for prompt, response in rows:
-        if at is None or len(at[1]) + len(prompt) + len(response) > limit:
-            at = ([], [], [])
-            packed.append(at)
-        at[1].extend(prompt + response)
-        at[2].extend([False] * len(prompt) + [True] * len(response))
+    """Join rows end to end while they fit one context, so that little is padding."""
+    packed = []
+    for row in rows:
+        if not packed or len(packed[-1].ids) + len(row.ids) > limit:
+            packed.append(Row([], []))
+        packed[-1].ids.extend(row.ids)
+        packed[-1].learned.extend(row.learned)
     return packed
 
 
 def sft(args):
+    """Supervised fine-tuning on the assistant's tokens."""
     s = open_session(args)
     if not args.data:
         raise ValueError("sft: needs --data FILE.jsonl of messages, or prompt and response")
     rows = sft_rows(s)
-    per_step = args.batch_size
-    args.steps = args.steps or math.ceil(len(rows) * args.epochs / per_step)
+    args.steps = args.steps or math.ceil(len(rows) * args.epochs / args.batch_size)
     while s.step < args.steps:
-        rng = np.random.default_rng((args.seed, s.step * per_step // len(rows)))
-        order = rng.permutation(len(rows))
-        first = s.step * per_step % len(rows)
-        chosen = [rows[i] for i in order[first:first + per_step]]
-        mine = chosen[train_py.RANK::train_py.WORLD_SIZE]
-        loss, norm = packed_update(s, mine) if args.pack else sft_update(s, mine)
-        accuracy = held_out_accuracy(s) if s.task and due(s) else None
-        log_step(s, loss=loss, gnorm=norm, accuracy=accuracy)
-
-
-def packed_update(s, rows):
-    """sft_update for packed rows: the mask is theirs."""
-    total, limit = 0.0, max(len(r[1]) for r in rows) if rows else 0
-    tokens, = train_py.all_reduce_sum([float(sum(sum(r[2]) for r in rows))], s.device)
-    for _, ids, mask in rows:
-        x = torch.tensor([ids[:limit]], device=s.device)
-        keep = torch.tensor([mask[:limit]], device=s.device)[:, 1:]
-        with s.autocast():
-            logp = get_response_log_probs(s.model, x[:, :-1], x[:, 1:], mask=keep)["log_probs"]
-        loss = -logp.sum() / max(tokens, 1.0)
-        loss.backward()
-        total += loss.item()
-    norm = optimizer_step(s)
-    return train_py.all_reduce_sum([total], s.device)[0], norm
+        epoch, first = divmod(s.step * args.batch_size, len(rows))
+        order = np.random.default_rng((args.seed, epoch)).permutation(len(rows))
+        chosen = [rows[i] for i in order[first:first + args.batch_size]]
+        result = sft_update(s, chosen[train_py.RANK::train_py.WORLD_SIZE])
+        log_step(s, **result, accuracy=held_out_accuracy(s) if s.task and due(s) else None)
 
 
 def due(s):
@@ -899,38 +940,30 @@ def due(s):
 
 
 def rollout(s, prompts, n=1, temperature=1.0, seed=0):
-    """n samples of each prompt (strings): Completions, prompt by prompt; too long ones dropped.
+    """n Completions of each prompt (a string), prompt by prompt.
 
     Temperature 1 without top-k or top-p, as the losses assume; the tokens that were sampled are
-    the ones trained on, never text encoded again. Returns (completions, which prompts were kept).
+    the ones trained on, never text encoded again.
     """
-    start, room = time.perf_counter(), s.model.config.context_length - 1
-    ids = [ids_of(s.tokenizer, p) for p in prompts]
-    kept = [i for i, row in enumerate(ids) if 0 < len(row) < room]
-    limit = min(s.args.max_new_tokens, room)
-    stop = [*s.task.stop, s.tokenizer.eot_id]
+    limit = min(s.args.max_new_tokens, s.model.config.context_length - 1)
     with s.autocast():
-        done = s.model.generate([ids[i] for i in kept], limit, temperature=temperature, n=n,
-                                stop=stop, tokenizer=s.tokenizer, seed=seed,
-                                batch_size=s.args.rollout_batch) if kept else []
-    s.seconds["rollout"] += time.perf_counter() - start
-    return done, kept
+        return s.model.generate(
+            [ids_of(s.tokenizer, p) for p in prompts], limit, temperature=temperature, n=n,
+            stop=[*s.task.stop, s.tokenizer.eot_id], tokenizer=s.tokenizer, seed=seed,
+            batch_size=s.args.rollout_batch) if prompts else []
 
 
 def held_out_accuracy(s):
     """Mean reward of greedy answers to the held-out problems, shared by the ranks."""
     mine = s.task.held_out[train_py.RANK::train_py.WORLD_SIZE]
-    seconds = dict(s.seconds)
-    done, kept = rollout(s, [p for p, _ in mine], temperature=0.0)
-    s.seconds = seconds
-    rewards, _ = safe_rewards(s.task.reward_fn, [d.text for d in done], [mine[i][1] for i in kept])
-    total, count = train_py.all_reduce_sum([sum(r["reward"] for r in rewards), float(len(mine))],
-                                           s.device)
+    done = rollout(s, [p for p, _ in mine], temperature=0.0)
+    rewards, _ = safe_rewards(s.task.reward_fn, [d.text for d in done], [t for _, t in mine])
+    total, count = all_reduce_sum([sum(r["reward"] for r in rewards), float(len(mine))], s.device)
     return total / max(count, 1)
 
 
 def log_generations(path, step, prompts, completions, truths, rewards, count=8):
-    """Append sampled transcripts to a .jsonl: prompt, response, truth, rewards, length, entropy."""
+    """Append a step's transcripts to a .jsonl: prompt, response, truth, rewards, length, reason."""
     with open(path, "a", encoding="utf-8") as f:
         for p, c, t, r in list(zip(prompts, completions, truths, rewards))[:count]:
             f.write(json.dumps(dict(step=step, prompt=p, response=c.text, truth=t, **r,
@@ -938,36 +971,33 @@ def log_generations(path, step, prompts, completions, truths, rewards, count=8):
                                     mean_logprob=float(np.mean(c.logprobs)))) + "\n")
 
 
-@dataclass
-class Experience:
-    """Rollouts of a step, group by group."""
-
-    rows: list  # (prompt ids, response ids)
-    old: list  # log-probabilities of the response tokens when they were sampled
-    raw: torch.Tensor  # rewards (N,)
-    complete: list  # whether each ended by itself
-    failures: int  # of the reward function
-
-
 def collect(s):
-    """Sample this rank's share of the step's problems and reward every answer."""
-    args = s.args
+    """Sample this rank's share of the step's problems and reward every answer.
+
+    Returns Rows, group by group, and what to log of all ranks: mean reward and length.
+    """
+    args, n = s.args, s.args.group_size
     problems = draw_problems(s.task, args.prompts, args.seed, s.step)
     problems = problems[train_py.RANK::train_py.WORLD_SIZE]
-    done, kept = rollout(s, [p for p, _ in problems], args.group_size,
-                         seed=hash_seed(args.seed, s.step, train_py.RANK))
-    truths = [problems[i][1] for i in kept for _ in range(args.group_size)]
-    rewards, failures = safe_rewards(s.task.reward_fn, [d.text for d in done], truths)
-    if failures:
-        say(f"the reward function failed on {failures} of {len(done)} answers; they count 0")
+    with s.timed("rollout"):
+        done = rollout(s, [p for p, _ in problems], n,
+                       seed=hash_seed(args.seed, s.step, train_py.RANK))
+    prompts, truths = ([p[i] for p in problems for _ in range(n)] for i in (0, 1))
+    with s.timed("scoring"):
+        rewards, failures = safe_rewards(s.task.reward_fn, [d.text for d in done], truths)
     if (s.step + 1) % args.log_every == 0 and train_py.RANK == 0:
-        prompts = [problems[i][0] for i in kept for _ in range(args.group_size)]
         log_generations(Path(args.out) / "transcripts.jsonl", s.step + 1, prompts, done, truths,
                         rewards)
-    rows = [(d.ids[:len(d.ids) - len(d.tokens)], d.tokens) for d in done]
-    return Experience(rows, [d.logprobs for d in done],
-                      torch.tensor([r["reward"] for r in rewards], dtype=torch.float32),
-                      [d.reason == "stop" for d in done], failures)
+    rows = [joined(d.ids[:len(d.ids) - len(d.tokens)], d.tokens, old=d.logprobs,
+                   reward=r["reward"], complete=d.reason == "stop")
+            for d, r in zip(done, rewards)]
+    with s.timed("wait"):
+        reward, length, count, failures = all_reduce_sum(
+            [sum(r.reward for r in rows), float(sum(len(r.old) for r in rows)),
+             float(len(rows)), float(failures)], s.device)
+    if failures:
+        say(f"the reward function failed on {failures:.0f} of {count:.0f} answers; they count 0")
+    return rows, dict(reward=reward / max(count, 1), length=length / max(count, 1))
 
 
 def hash_seed(*numbers):
@@ -977,33 +1007,23 @@ def hash_seed(*numbers):
 def ei(args):
     """Expert iteration: fine-tune on all of one's own right answers so far, again and again."""
     s = open_session(args)
-    path = Path(args.out) / f"pool-{train_py.RANK}.json"
-    pool = {tuple(map(tuple, row)) for row in json.loads(path.read_text())} if s.step else set()
     while s.step < args.steps:
-        x = collect(s)
-        pool |= {(tuple(p), tuple(r)) for (p, r), v in zip(x.rows, x.raw.tolist()) if v == 1.0}
-        rows = [(list(p), list(r)) for p, r in sorted(pool)]
-        rng = np.random.default_rng((args.seed, s.step, train_py.RANK))
+        rows, record = collect(s)
+        right = [(tuple(r.ids[:-len(r.old)]), tuple(r.ids[-len(r.old):]))
+                 for r in rows if r.reward == 1.0]
+        everybodys = [None] * train_py.WORLD_SIZE
+        dist.all_gather_object(everybodys, right)
+        s.pool.update(*everybodys)
+        pool = [joined(list(p), list(r)) for p, r in sorted(s.pool)]
+        rng = np.random.default_rng((args.seed, s.step, 0))
         for _ in range(args.epochs * args.minibatches):
-            size = min(len(rows), args.batch_size // train_py.WORLD_SIZE)
-            chosen = rng.choice(len(rows), size, replace=False) if rows else []
-            loss, norm = sft_update(s, [rows[i] for i in chosen])
-        path.write_text(json.dumps(sorted(pool)))
-        accuracy = held_out_accuracy(s) if due(s) else None
-        reward, count, right = train_py.all_reduce_sum(
-            [x.raw.sum().item(), float(len(x.raw)), float(len(pool))], s.device)
-        log_step(s, reward=reward / max(count, 1), pool=right, loss=loss, gnorm=norm,
-                 accuracy=accuracy)
+            chosen = rng.choice(len(pool), min(len(pool), args.batch_size), False) if pool else []
+            result = sft_update(s, [pool[i] for i in chosen][train_py.RANK::train_py.WORLD_SIZE])
+        log_step(s, **record, pool=len(pool), **result,
+                 accuracy=held_out_accuracy(s) if due(s) else None)
 
 
 # ---- policy gradients ---------------------------------------------------------------------------
-
-
-def token_weights(s, mask, rows, tokens):
-    """What each token's loss counts for (B, T), from the batch's rows and tokens on all ranks."""
-    if s.args.length_norm == "sequence":
-        return mask / mask.sum(1, keepdim=True).clamp(min=1) / rows
-    return mask / (tokens if s.args.length_norm == "token" else rows * s.args.max_new_tokens)
 
 
 def check_first_ratio(s, policy, old, mask):
@@ -1011,80 +1031,85 @@ def check_first_ratio(s, policy, old, mask):
     off = ((policy - old).exp() - 1).abs()[mask]
     worst = (off.mean() if s.args.dtype == "bf16" else off.max()).item() if off.numel() else 0.0
     allowed = 0.05 if s.args.dtype == "bf16" else 1e-3
-    if worst > allowed:
+    if not worst <= allowed:
         raise ValueError(f"log-probabilities of sampling and training differ by {worst:.2g} in "
                          f"ratio, {allowed} is allowed: generation and training disagree")
-    return worst
 
 
-def policy_update(s, x, advantages, reference=None, first=True):
-    """One optimizer step on Experience rows; returns this rank's sums of what to log."""
-    a, sums = s.args, dict(entropy=0.0, kl=0.0, clipped=0.0, tokens=0.0, ratio=0.0)
-    kept = [c or not a.mask_overlong for c in x.complete]
-    rows, tokens = train_py.all_reduce_sum(
-        [float(sum(kept)), float(sum(len(r[1]) for r, k in zip(x.rows, kept) if k))], s.device)
-    for part in micro_batches(x.rows, a.micro_tokens):
-        ids, labels, mask = on_device(s, [x.rows[i] for i in part])
-        mask = mask & torch.tensor([kept[i] for i in part], device=s.device)[:, None]
-        old = torch.zeros(mask.shape, device=s.device)
-        for b, i in enumerate(part):
-            at = len(x.rows[i][0]) - 1
-            old[b, at:at + len(x.old[i])] = torch.tensor(x.old[i], device=s.device)
+def spread(mask, lists):
+    """Lists with an entry a learned token -> (B, T), 0 elsewhere."""
+    flat = torch.tensor([v for values in lists for v in values], device=mask.device)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat.float())
+
+
+def policy_update(s, rows, reference=None, first=True):
+    """One optimizer step on sampled rows, with PPO's value loss where there is a head."""
+    a = s.args
+    kept = [r for r in rows if r.complete or not a.mask_overlong]
+    count, tokens = all_reduce_sum([float(len(kept)), float(sum(len(r.old) for r in kept))],
+                                   s.device)
+    constant = max(tokens, 1.0) if a.length_norm == "token" else a.max_new_tokens
+
+    def loss_fn(part):
+        part = [r for r, in part]
+        ids, labels, mask = on_device(s, part)
+        old, advantages, returns, raw = (spread(mask, values) for values in (
+            [r.old for r in part], [r.advantages for r in part],
+            [r.returns or [0.0] * len(r.old) for r in part],
+            [[r.reward] * len(r.old) for r in part]))
         with s.autocast():
             out = get_response_log_probs(s.model, ids, labels, True, mask)
-        policy, entropy = out["log_probs"], out["token_entropy"]
+            values = token_values(s, ids) if s.head else 0.0
+        policy, entropy, kl = out["log_probs"], out["token_entropy"], torch.zeros_like(old)
         if first:
-            sums["ratio"] = max(sums["ratio"], check_first_ratio(s, policy.detach(), old, mask))
-        adv, raw = advantages[part, None].to(s.device), x.raw[part, None].to(s.device)
-        loss, extra = compute_policy_gradient_loss(policy, a.loss, raw, adv, old, a.cliprange,
-                                                   a.cliprange_high, mask)
+            check_first_ratio(s, policy.detach(), old, mask)
+        loss, extra = compute_policy_gradient_loss(policy, a.loss, raw, advantages, old,
+                                                   a.cliprange, a.cliprange_high, mask)
         if reference is not None:
             with torch.no_grad(), s.autocast():
                 ref = get_response_log_probs(reference, ids, labels, mask=mask)["log_probs"]
             kl = kl_penalty(policy, ref, a.kl_kind)
-            loss, sums["kl"] = loss + a.kl * kl, sums["kl"] + (kl * mask).sum().item()
+            loss = loss + a.kl * kl
+        if s.head:
+            loss = loss + a.value_weight * (values - returns).square()
         loss = loss - a.entropy_bonus * entropy
-        (loss * token_weights(s, mask, max(rows, 1.0), max(tokens, 1.0))).sum().backward()
-        sums["entropy"] += (entropy * mask).sum().item()
-        sums["tokens"] += mask.sum().item()
-        sums["clipped"] += (extra["clipped"] & mask).sum().item() if extra else 0.0
-    sums["gnorm"] = optimizer_step(s)
-    return sums
+        loss = (loss * length_weights(mask, a.length_norm, max(count, 1.0), constant)).sum()
+        clipped = extra.get("clipped", torch.zeros_like(mask)) & mask
+        return loss, [(x * mask).sum().item() for x in (entropy, kl, clipped)] + [mask.sum().item()]
+
+    return update(s, [[r] for r in kept], loss_fn, ["entropy", "kl", "clipped", "tokens"])
 
 
-def subset(x, chosen):
-    return Experience([x.rows[i] for i in chosen], [x.old[i] for i in chosen], x.raw[chosen],
-                      [x.complete[i] for i in chosen], x.failures)
+def policy_loop(s, advantages_fn):
+    """Sample, compare, step, repeat; advantages_fn(rows) fills in rows' advantages."""
+    args = s.args
+    reference = reference_model(s) if args.kl else None
+    while s.step < args.steps:
+        rows, record = collect(s)
+        with s.timed("train"):
+            advantages_fn(rows)
+        useful = list(range(len(rows)))
+        if args.drop_equal:  # groups that are all right or all wrong have nothing to say
+            useful = [i for i in useful if any(rows[i].advantages)]
+        for epoch in range(args.epochs):
+            order = np.random.default_rng((args.seed, s.step, epoch)).permutation(useful)
+            for i, chosen in enumerate(np.array_split(order.astype(int), args.minibatches)):
+                sums = policy_update(s, [rows[j] for j in chosen], reference, epoch + i == 0)
+        tokens = max(sums.pop("tokens"), 1.0)
+        gnorm = sums.pop("gnorm")
+        log_step(s, **record, **{k: v / tokens for k, v in sums.items()}, gnorm=gnorm,
+                 accuracy=held_out_accuracy(s) if due(s) else None)
 
 
 def grpo(args):
-    """Group-relative policy optimization: sample groups, compare within them, step; repeat."""
-    s = open_session(args)
-    reference = reference_model(s) if args.kl else None
-    while s.step < args.steps:
-        x = collect(s)
-        advantages = group_advantages(x.raw, args.group_size, normalize_by_std=not args.no_std)
-        reward, count, length = train_py.all_reduce_sum(
-            [x.raw.sum().item(), float(len(x.raw)), float(sum(len(r[1]) for r in x.rows))],
-            s.device)
-        useful = list(range(len(x.rows)))
-        if args.drop_equal:  # groups that are all right or all wrong have nothing to say
-            useful = [i for i in useful if advantages[i] != 0]
-        start = time.perf_counter()
-        for epoch in range(args.epochs):
-            rng = np.random.default_rng((args.seed, s.step, epoch))
-            order = rng.permutation(useful).astype(int).tolist()
-            size = math.ceil(max(1, len(order)) / args.minibatches)
-            for i in range(args.minibatches):
-                chosen = order[i * size:(i + 1) * size]
-                sums = policy_update(s, subset(x, chosen), advantages[chosen], reference,
-                                     first=epoch == 0 and i == 0)
-        s.seconds["train"] += time.perf_counter() - start
-        accuracy = held_out_accuracy(s) if due(s) else None
-        tokens = max(sums["tokens"], 1.0)
-        log_step(s, reward=reward / max(count, 1), length=length / max(count, 1),
-                 entropy=sums["entropy"] / tokens, kl=sums["kl"] / tokens if args.kl else None,
-                 clipped=sums["clipped"] / tokens, gnorm=sums["gnorm"], accuracy=accuracy)
+    """Group-relative policy optimization: an answer's advantage is over others to its problem."""
+    def advantages_fn(rows):
+        raw = torch.tensor([r.reward for r in rows])
+        for row, a in zip(rows, group_advantages(raw, args.group_size,
+                                                 normalize_by_std=not args.no_std).tolist()):
+            row.advantages = [a] * len(row.old)
+
+    policy_loop(open_session(args), advantages_fn)
 
 
 def gae(rewards, values, gamma=1.0, lam=0.95):
@@ -1106,74 +1131,50 @@ def token_values(s, ids):
 def ppo(args):
     """PPO: a value head on the policy's residual stream, the reward at the last token."""
     s = open_session(args, head=True)
-    while s.step < args.steps:
-        x = collect(s)
-        start, advantages, returns = time.perf_counter(), {}, {}
-        for part in micro_batches(x.rows, args.micro_tokens):
-            ids, _, mask = on_device(s, [x.rows[i] for i in part])
+
+    def advantages_fn(rows):
+        for part in micro_batches([[r] for r in rows], args.micro_tokens):
+            ids, _, mask = on_device(s, [r for r, in part])
             with torch.no_grad(), s.autocast():
-                values = token_values(s, ids)
-            for b, i in enumerate(part):
-                v = values[b][mask[b]].cpu()
-                rewards = torch.zeros_like(v)
-                rewards[-1] = x.raw[i]
-                advantages[i] = gae(rewards, v, lam=args.gae_lambda)
-                returns[i] = advantages[i] + v
-        flat = torch.cat([advantages[i] for i in range(len(x.rows))])
-        flat_mean, flat_std = flat.mean(), flat.std() + 1e-6
-        for epoch in range(args.epochs):
-            order = np.random.default_rng((args.seed, s.step, epoch)).permutation(len(x.rows))
-            for chosen in np.array_split(order, args.minibatches):
-                tokens, = train_py.all_reduce_sum(
-                    [float(sum(len(x.rows[i][1]) for i in chosen))], s.device)
-                rows = [x.rows[i] for i in chosen]
-                for part in micro_batches(rows, args.micro_tokens):
-                    ids, labels, mask = on_device(s, [rows[i] for i in part])
-                    mine = [chosen[i] for i in part]
+                values = token_values(s, ids).cpu()
+            for (row,), v, m in zip(part, values, mask.cpu()):
+                rewards = F.pad(torch.tensor([row.reward]), (len(row.old) - 1, 0))
+                advantages = gae(rewards, v[m], lam=args.gae_lambda)
+                row.returns, row.advantages = (advantages + v[m]).tolist(), advantages.tolist()
+        flat = [a for r in rows for a in r.advantages]
+        n, total, square = all_reduce_sum([float(len(flat)), sum(flat), sum(a * a for a in flat)],
+                                          s.device)
+        mean = total / max(n, 1)
+        deviation = math.sqrt(max(square / max(n, 1) - mean**2, 0.0)) + 1e-6
+        for row in rows:
+            row.advantages = [(a - mean) / deviation for a in row.advantages]
 
-                    def spread(lists, mask=mask):  # lists of response tokens -> (B, T)
-                        return torch.zeros(mask.shape).masked_scatter(
-                            mask.cpu(), torch.cat([torch.as_tensor(v) for v in lists]).float()
-                        ).to(s.device)
-
-                    adv = spread([(advantages[i] - flat_mean) / flat_std for i in mine])
-                    old = spread([x.old[i] for i in mine])
-                    target = spread([returns[i] for i in mine])
-                    with s.autocast():
-                        out = get_response_log_probs(s.model, ids, labels, mask=mask)
-                        value, policy = token_values(s, ids), out["log_probs"]
-                    loss, _ = compute_grpo_clip_loss(adv, policy, old, args.cliprange,
-                                                     args.cliprange_high)
-                    loss = loss + args.value_weight * (value - target).square()
-                    ((loss * mask).sum() / max(tokens, 1.0)).backward()
-                norm = optimizer_step(s)
-        s.seconds["train"] += time.perf_counter() - start
-        reward, count = train_py.all_reduce_sum([x.raw.sum().item(), float(len(x.raw))], s.device)
-        log_step(s, reward=reward / max(count, 1), gnorm=norm,
-                 accuracy=held_out_accuracy(s) if due(s) else None)
+    policy_loop(s, advantages_fn)
 
 
 # ---- preferences --------------------------------------------------------------------------------
 
 
 def preference_rows(s):
-    """[(prompt ids, chosen ids, rejected ids)] of --data, or of own answers to --task."""
-    eos = s.tokenizer.eot_id
+    """[[chosen Row, rejected Row]] of --data, or of own answers to --task."""
+    eos, limit = s.tokenizer.eot_id, s.model.config.context_length
     if s.args.data:
         raw = list(read_rows(s.args.data))
         pairs = raw if raw and "prompt" in raw[0] else load_hh(s.args.data)
-        missing = [k for k in ("prompt", "chosen", "rejected") if not pairs or k not in pairs[0]]
-        if missing:
-            raise ValueError(f"--data: rows without {', '.join(missing)}; prompt, chosen, rejected "
-                             "or HH transcripts are needed")
-        rows = [(ids_of(s.tokenizer, p["prompt"]), ids_of(s.tokenizer, p["chosen"]) + [eos],
-                 ids_of(s.tokenizer, p["rejected"]) + [eos]) for p in pairs]
+        for number, pair in enumerate(pairs or [{}], 1):
+            missing = [k for k in ("prompt", "chosen", "rejected") if k not in pair]
+            if missing:
+                raise ValueError(f"--data: row {number} is without {', '.join(missing)}; prompt, "
+                                 "chosen, rejected or HH transcripts are needed")
+        rows = [[joined(ids_of(s.tokenizer, p["prompt"]), ids_of(s.tokenizer, p[k]) + [eos])
+                 for k in ("chosen", "rejected")] for p in pairs]
     else:
         rows = own_pairs(s)
-    limit = s.model.config.context_length
-    fitting = [r for r in rows if r[0] and len(r[0]) + max(len(r[1]), len(r[2])) <= limit]
+    fitting = [u for u in rows if all(not r.learned[0] and sum(r.learned) > 1
+                                      and len(r.ids) <= limit for r in u)]
     if len(fitting) < len(rows):
-        say(f"{len(rows) - len(fitting)} pairs skipped: no prompt, or over {limit} tokens")
+        say(f"{len(rows) - len(fitting)} pairs skipped: an empty prompt or answer, or over "
+            f"{limit} tokens")
     if not fitting:
         raise ValueError("no pair left to learn from")
     return fitting
@@ -1181,48 +1182,38 @@ def preference_rows(s):
 
 def own_pairs(s):
     """A right and a wrong answer of the model itself to each problem that got both."""
+    n, pairs = s.args.group_size, []
     problems = draw_problems(s.task, s.args.pairs, s.args.seed, 0)
-    done, kept = rollout(s, [p for p, _ in problems], s.args.group_size, seed=s.args.seed)
-    truths = [problems[i][1] for i in kept for _ in range(s.args.group_size)]
+    done = rollout(s, [p for p, _ in problems], n, seed=s.args.seed)
+    truths = [t for _, t in problems for _ in range(n)]
     rewards, _ = safe_rewards(s.task.reward_fn, [d.text for d in done], truths)
-    rows = []
-    for g in range(0, len(done), s.args.group_size):
-        group = list(zip(done[g:g + s.args.group_size], rewards[g:g + s.args.group_size]))
-        right = [d for d, r in group if r["reward"] == 1.0]
-        wrong = [d for d, r in group if r["reward"] < 1.0]
-        rows += [(a.ids[:len(a.ids) - len(a.tokens)], a.tokens, b.tokens)
-                 for a, b in list(zip(right, wrong))[:2]]
-    say(f"{len(rows)} pairs of own answers to {len(problems)} problems")
-    return rows
+    rows = [joined(d.ids[:len(d.ids) - len(d.tokens)], d.tokens, reward=r["reward"])
+            for d, r in zip(done, rewards)]
+    for g in range(0, len(rows), n):
+        right = [r for r in rows[g:g + n] if r.reward == 1.0]
+        wrong = [r for r in rows[g:g + n] if r.reward < 1.0]
+        pairs += list(map(list, zip(right, wrong)))[:2]
+    say(f"{len(pairs)} pairs of own answers to {len(problems)} problems")
+    return pairs
 
 
-def preference_step(s, rows, loss_fn):
-    """One step on pairs; loss_fn(rows of 2B sequences, chosen first) -> (losses (B,), margins)."""
-    total = right = 0.0
-    count, = train_py.all_reduce_sum([float(len(rows))], s.device)
-    size = max(1, s.args.micro_tokens // (2 * max([len(r[0]) + len(r[1]) for r in rows] or [1])))
-    for i in range(0, len(rows), size):
-        part = rows[i:i + size]
-        losses, margins = loss_fn([(p, c) for p, c, _ in part] + [(p, r) for p, _, r in part])
-        (losses.sum() / max(count, 1.0)).backward()
-        total, right = total + losses.sum().item(), right + (margins > 0).sum().item()
-    norm = optimizer_step(s)
-    total, right = train_py.all_reduce_sum([total, right], s.device)
-    return total / max(count, 1), right / max(count, 1), norm
-
-
-def preference_loop(s, rows, loss_fn, evaluate_task=True):
+def preference_loop(s, pairs, loss_fn, evaluate_task=True):
+    """Steps on pairs; loss_fn(rows of 2B sequences, chosen first) -> (losses (B,), margins)."""
     a = s.args
-    a.steps = a.steps or math.ceil(len(rows) * a.epochs / a.batch_size)
+    a.steps = a.steps or math.ceil(len(pairs) * a.epochs / a.batch_size)
     while s.step < a.steps:
-        start = time.perf_counter()
-        chosen = np.random.default_rng((a.seed, s.step)).choice(
-            len(rows), min(a.batch_size, len(rows)), replace=False)
-        mine = [rows[i] for i in chosen][train_py.RANK::train_py.WORLD_SIZE]
-        loss, margin_accuracy, norm = preference_step(s, mine, loss_fn)
-        s.seconds["train"] += time.perf_counter() - start
-        accuracy = held_out_accuracy(s) if evaluate_task and s.task and due(s) else None
-        log_step(s, loss=loss, margin_accuracy=margin_accuracy, gnorm=norm, accuracy=accuracy)
+        size = min(a.batch_size, len(pairs))
+        chosen = np.random.default_rng((a.seed, s.step)).choice(len(pairs), size, replace=False)
+        mine = [pairs[i] for i in chosen][train_py.RANK::train_py.WORLD_SIZE]
+
+        def share(part, size=size):
+            losses, margins = loss_fn([u[0] for u in part] + [u[1] for u in part])
+            return losses.sum() / size, [losses.sum().item() / size,
+                                         (margins > 0).sum().item() / size]
+
+        result = update(s, mine, share, ["loss", "margin_accuracy"])
+        log_step(s, **result,
+                 accuracy=held_out_accuracy(s) if evaluate_task and s.task and due(s) else None)
 
 
 def dpo(args):
@@ -1234,13 +1225,13 @@ def dpo(args):
     s = open_session(args)
     reference = reference_model(s)
     s.model, policy_model = reference, s.model  # own answers are the starting model's
-    rows, s.model = preference_rows(s), policy_model
+    pairs, s.model = preference_rows(s), policy_model
     nll = float(not args.data) if args.nll is None else args.nll
     if s.task:
         say(f"held-out accuracy before: {held_out_accuracy(s):.3f}")
 
-    def loss_fn(both):
-        ids, labels, mask = on_device(s, both)
+    def loss_fn(rows):
+        ids, labels, mask = on_device(s, rows)
         with s.autocast():
             policy = get_response_log_probs(s.model, ids, labels, mask=mask)["log_probs"].sum(1)
             with torch.no_grad():
@@ -1250,23 +1241,23 @@ def dpo(args):
                                    args.label_smoothing, *lengths)
         return losses - nll * policy.chunk(2)[0] / lengths[0], margins
 
-    preference_loop(s, rows, loss_fn)
+    preference_loop(s, pairs, loss_fn)
 
 
 def rm(args):
     """A reward model: a linear head on the last token, saved as reward_head.safetensors."""
     s = open_session(args, head=True)
-    rows = preference_rows(s)
 
-    def loss_fn(both):
-        ids, _, mask = on_device(s, [(p, r + [0]) for p, r in both])  # inputs reach the last token
+    def loss_fn(rows):
+        # one id more, so that the inputs reach the last token
+        ids, _, mask = on_device(s, [Row(r.ids + [0], r.learned + [True]) for r in rows])
         with s.autocast():
             values = token_values(s, ids)
         last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
         chosen, rejected = values.gather(1, last[:, None])[:, 0].chunk(2)
         return reward_model_loss(chosen, rejected), chosen - rejected
 
-    preference_loop(s, rows, loss_fn, evaluate_task=False)
+    preference_loop(s, preference_rows(s), loss_fn, evaluate_task=False)
     if train_py.RANK == 0:
         from safetensors.torch import save_file
         save_file(s.head.state_dict(), Path(args.out) / "reward_head.safetensors")
@@ -1385,6 +1376,7 @@ def main(argv=None):
               file=sys.stderr)
         sys.exit(130)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         train_py.distributed.close_distributed()
 
 

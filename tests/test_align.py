@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +42,7 @@ def numeric_gradient(f, x, h=1e-6):
 
 
 def test_prompt_and_output_by_hand():
-    batch = align.batch_of([[1, 2], [5]], [[3, 4], [6, 7, 8]])
+    batch = align.batch_of([align.joined([1, 2], [3, 4]), align.joined([5], [6, 7, 8])])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [5, 6, 7]]
     assert batch["labels"].tolist() == [[2, 3, 4], [6, 7, 8]]
     assert batch["response_mask"].tolist() == [[False, True, True], [True, True, True]]
@@ -230,6 +234,21 @@ def _small(tok):
                                                      context_length=256))
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge", "simpo", "smoothed"])
+def test_preference_losses_have_the_gradient_of_their_value(kind):
+    smoothing = 0.1 if kind == "smoothed" else 0.0
+    n = torch.tensor([3.0, 5.0]).double()
+
+    def loss(x):  # (4,): chosen, then rejected
+        return align.dpo_loss(*x.chunk(2), *(x.detach() * 0 - 2).chunk(2), 0.3,
+                              "sigmoid" if smoothing else kind, smoothing, n, n + 1)[0].sum()
+
+    x = torch.tensor([-4.0, -3.0, -5.0, -2.5]).double().requires_grad_()
+    loss(x).backward()
+    numeric = numeric_gradient(loss, x.detach())
+    torch.testing.assert_close(x.grad, numeric, atol=1e-6, rtol=1e-5)
+
+
 def test_reward_model_loss_by_hand():
     loss = align.reward_model_loss(torch.tensor([2.0]), torch.tensor([0.5]))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1.5)))
@@ -266,11 +285,14 @@ def test_a_reward_that_raises_or_hangs_counts_0():
             raise RuntimeError
         if response == "hang":
             time.sleep(30)
+        while response == "spin":
+            pass
         return dict(reward=1.0, format_reward=1.0, answer_reward=1.0)
 
     start = time.time()
-    results, failures = align.safe_rewards(reward, ["a", "raise", "hang", "b"], [""] * 4, 0.3)
-    assert [r["reward"] for r in results] == [1, 0, 0, 1] and failures == 2
+    answers = ["a", "raise", "hang", "spin", "b"]
+    results, failures = align.safe_rewards(reward, answers, [""] * 5, 0.3)
+    assert [r["reward"] for r in results] == [1, 0, 0, 0, 1] and failures == 3
     assert time.time() - start < 5
 
 
@@ -326,42 +348,47 @@ def session(tmp_path):
     return align.open_session(args)
 
 
+def collected(session):
+    rows, _ = align.collect(session)
+    for i, row in enumerate(rows):
+        row.advantages = [i / 8 - 1] * len(row.old)
+    return rows
+
+
 def test_training_sees_the_very_tokens_that_were_sampled(session):
-    x = align.collect(session)
-    assert len(x.rows) == 18 and all(len(o) == len(r[1]) for o, r in zip(x.old, x.rows))
-    ids, labels, mask = align.on_device(session, x.rows)
+    rows = collected(session)
+    assert len(rows) == 18
+    ids, labels, mask = align.on_device(session, rows)
     logp = align.get_response_log_probs(session.model, ids, labels, mask=mask)["log_probs"]
-    for b, (old, row) in enumerate(zip(x.old, x.rows)):
-        assert labels[b][mask[b]].tolist() == row[1]
-        assert logp[b][mask[b]].tolist() == pytest.approx(old, abs=1e-4)
+    for b, row in enumerate(rows):
+        assert labels[b][mask[b]].tolist() == row.ids[-len(row.old):]
+        assert logp[b][mask[b]].tolist() == pytest.approx(row.old, abs=1e-4)
 
 
 def test_a_sampler_that_disagrees_stops_the_run(session):
-    x = align.collect(session)
-    x.old[3][0] += 0.01
-    with pytest.raises(ValueError, match="differ by 0.01 in ratio"):
-        align.policy_update(session, x, torch.ones(18))
+    rows = collected(session)
+    rows[3].old[0] += 0.02
+    with pytest.raises(ValueError, match="differ by 0.02 in ratio"):
+        align.policy_update(session, rows)
 
 
 def test_update_is_the_same_in_any_micro_batches(session, monkeypatch):
-    x, grads = align.collect(session), []
-    advantages = torch.linspace(-1, 1, 18)
+    rows, grads = collected(session), []
 
-    def keep_gradient(s):
+    def keep_gradient(s, factor):
         grads.append(torch.cat([p.grad.flatten().clone() for p in s.parameters()]))
         s.model.zero_grad()
 
     monkeypatch.setattr(align, "optimizer_step", keep_gradient)
     for tokens in (40, 200, 16384):
         session.args.micro_tokens = tokens
-        align.policy_update(session, x, advantages)
+        align.policy_update(session, rows)
     torch.testing.assert_close(grads[1], grads[0], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(grads[2], grads[0], atol=1e-6, rtol=1e-4)
 
 
 def test_an_empty_update_gives_numbers(session):
-    x = align.subset(align.collect(session), [])
-    sums = align.policy_update(session, x, torch.zeros(0))
+    sums = align.policy_update(session, [])
     assert sums["gnorm"] == 0 and all(p.isfinite().all() for p in session.model.parameters())
 
 
@@ -387,11 +414,12 @@ def test_every_algorithm_runs(algorithm, flags, tmp_path, capsys):
     assert (tmp_path / "o" / "reward_head.safetensors").exists() == (algorithm == "rm")
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "grpo --kl 0.1", "ei", "dpo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "grpo --kl 0.1", "ei", "dpo", "ppo", "rm", "sft"])
 def test_a_run_stopped_and_continued_is_the_same_run(algorithm, tmp_path, monkeypatch):
     flags = [*algorithm.split(), *QUICK, "--steps", "4"]
-    if algorithm == "dpo":
-        rows = [dict(prompt=f"sort {i} 1:", chosen=f" 1 {i}", rejected=f" {i}") for i in range(9)]
+    if algorithm in ("dpo", "rm", "sft"):
+        rows = [dict(prompt=f"sort {i} 1:", chosen=f" 1 {i}", rejected=f" {i}", response=f"1 {i}")
+                for i in range(9)]
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         flags += ["--data", str(tmp_path / "pairs.jsonl")]
     align.main([*flags, "--out", str(tmp_path / "a")])
@@ -426,6 +454,49 @@ def test_lora_merges_into_the_same_function(sorter):
     assert not any("base" in n for n, _ in align.merged(base).named_parameters())
     trained = [n for n, p in base.named_parameters() if p.requires_grad]
     assert trained and all(n.endswith((".A", ".B")) for n in trained)
+
+
+def test_a_reference_stays_where_it_was_with_checkpointed_blocks(session):
+    align.train_py.checkpoint_blocks(session.model)
+    ids = torch.arange(8)[None]
+    reference, before = align.reference_model(session), session.model(ids).detach()
+    with torch.no_grad():
+        for p in session.model.layers.parameters():
+            p.add_(0.1)
+    torch.testing.assert_close(reference(ids), before)
+    assert (session.model(ids) - before).abs().max() > 1e-3
+
+
+RANKS = """
+import sys, torch, align
+args = align.make_parser().parse_args(["grpo", "--out", sys.argv[1], "--pretrain-steps", "1",
+    "--held-out", "2", "--optimizer", "adamw", "--lr", "1e-3", "--muon-lr", "1e-3",
+    "--max-new-tokens", "20", "--task", "sort"])
+s, rank, ranks = align.open_session(args), align.train_py.RANK, align.train_py.WORLD_SIZE
+rows = [align.joined([5 + i], list(range(9, 10 + 2 * i)), old=[-1.0] * (2 * i + 1),
+                     advantages=[i - 2.5] * (2 * i + 1)) for i in range(6)]
+for args.length_norm in ("sequence", "constant", "token"):
+    align.policy_update(s, rows[rank::ranks], first=False)
+align.sft_update(s, rows[:5][rank::ranks])
+if rank == 0:
+    torch.save(s.model.state_dict(), sys.argv[1] + ".pt")
+"""
+
+
+def test_two_ranks_count_tokens_together(tmp_path):
+    """Rows of unequal length, an odd number of them: the weights must be those of one rank."""
+    weights = []
+    for n, port in ((1, 29613), (2, 29614)):
+        out = str(tmp_path / f"ranks{n}")
+        runs = [subprocess.Popen(
+            [sys.executable, "-c", RANKS, out], cwd=Path(align.__file__).parent,
+            env=os.environ | dict(RANK=str(r), WORLD_SIZE=str(n), LOCAL_RANK=str(r),
+                                  LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                                  MASTER_PORT=str(port))) for r in range(n)]
+        assert [run.wait(timeout=240) for run in runs] == [0] * n
+        weights.append(torch.load(out + ".pt", weights_only=True))
+    for name, one in weights[0].items():
+        torch.testing.assert_close(weights[1][name], one, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows,flags,words", [
