@@ -92,6 +92,12 @@ class ModelConfig:
 
 # ---- layers ------------------------------------------------------------------------------------
 
+# Numbers of fp32 rows for which W x^T is up to twice as fast as x W^T on a CPU (measured with MKL,
+# matrices of 512 and more). AMD's processors want it for one to four rows too.
+CPU_INFO = Path("/proc/cpuinfo")
+ON_AMD = CPU_INFO.exists() and "AuthenticAMD" in CPU_INFO.read_text()
+FEW_ROWS = {*range(12, 49), *(range(1, 5) if ON_AMD else ())}
+
 
 def softmax(x, dim=-1):
     """exp(x) / sum(exp(x)) along `dim`; the maximum is subtracted so that 1e4 does not overflow."""
@@ -123,14 +129,13 @@ def truncated_normal(std, *shape, **kind):
 
 
 def project(x, weight, bias=None):
-    """x W^T + b. For one to four fp32 rows on a CPU, which is decoding, W x^T with two columns or
-    more runs at the speed of memory, three times as fast as torch's matrix-vector product."""
+    """x W^T + b. Where rows are few, which is decoding, W x^T is the faster product: see FEW_ROWS."""
     rows = x.numel() // x.shape[-1]
-    if torch.is_grad_enabled() or not 0 < rows <= 4 or x.device.type != "cpu" or (
-            compute_dtype(x) != torch.float32):
+    if (rows not in FEW_ROWS or torch.is_grad_enabled() or x.device.type != "cpu"
+            or compute_dtype(x) != torch.float32):
         return F.linear(x, weight, bias)
-    h = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1)
-    y = (weight @ h.T).T[:rows].reshape(*x.shape[:-1], -1)
+    h = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1)  # one column alone is no product
+    y = (weight @ h.T).T[:rows].view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
@@ -156,6 +161,14 @@ class Embedding(nn.Module):
 
     def forward(self, ids):
         return F.embedding(ids, self.weight)
+
+
+def kernels_for(x, config):
+    """kernels.py, if config asks for it and x lies on a GPU: attention, norms and loss in Triton.
+    On a CPU what is here is quicker."""
+    if x.is_cuda and config.attention == "flash":
+        import kernels
+        return kernels
 
 
 class ScaleByRMS(torch.autograd.Function):
@@ -239,9 +252,12 @@ def rope_frequencies(d_head, theta, scaling=None):
 
 
 def rotate(x, cos, sin):
-    """Turn pair i of x (B, T, H, E) = dimensions (i, i + E/2), as Llama does, by its angle."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    """Turn pair i of x (..., E) = dimensions (i, i + E/2), as Llama does, by its angle.
+
+    x1 cos - x2 sin and x2 cos + x1 sin: cos twice and (-sin, sin) beside each other, as `tables`
+    makes them, leave three operations.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class RotaryEmbedding(nn.Module):
@@ -254,11 +270,12 @@ class RotaryEmbedding(nn.Module):
         self.frequencies, self.factor = rope_frequencies(d_head, theta, scaling)
 
     def tables(self, positions, dtype=torch.float32):
-        """cos and sin of every angle: positions (..., T) -> two of (..., T, 1, E/2)."""
+        """What `rotate` takes: positions (..., T) -> two of (..., T, 1, E)."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        angles = positions[..., None, None] * self.frequencies
-        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+        angles = positions[..., None, None] * self.frequencies  # (..., T, 1, E/2)
+        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
     def forward(self, x, positions):
         """x (..., T, E), positions (T,) or (..., T) -> x turned, same shape and dtype."""
@@ -295,35 +312,50 @@ def blocked_attention(q, k, v, block=256):
     later = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     for i, q_block in enumerate((q / math.sqrt(q.shape[-1])).split(block, dim=2)):
         S = min((i + 1) * block, T)
-        k_seen, v_seen = (k, v) if S == T else (k[:, :, :S], v[:, :, :S])
-        scores = q_block @ k_seen.transpose(-2, -1) + later[i * block:S, :S]  # (B, H, N, S)
-        out.append(torch.softmax(scores, -1) @ v_seen)
+        scores = q_block @ k[:, :, :S].mT + later[i * block:S, :S]  # (B, H, N, S)
+        out.append(torch.softmax(scores, -1) @ v[:, :, :S])
     return torch.cat(out, dim=2)
 
 
-def attend(q, k, v, mask, config):
-    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E).
+def one_query_attention(q, k, v, mask=None):
+    """Attention of one query a row, q (B, H, 1, E), over k, v (B, K, S, E): decoding.
 
-    mask as from `visible`; None means causal when T == S, everything when T == 1.
+    The H / K heads that share keys are the rows of one product, so nothing is repeated. Half the
+    time of torch's fused kernel, which is made for many queries.
     """
-    causal, softcap = mask is None and q.shape[1] > 1, config.attention_softcap
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, K, H/K, E)
+    scores = (grouped / math.sqrt(q.shape[-1])) @ k.mT  # (B, K, H/K, S)
+    if mask is not None:  # (B, 1, 1, S)
+        scores = torch.where(mask, scores, -math.inf)
+    return (torch.softmax(scores, -1) @ v).view(*q.shape[:3], -1)
+
+
+def attend(q, k, v, mask, config):
+    """Attention of q (B, T, H, E) over k, v (B, S, K, E) -> (B, T, H, E), by the quickest way.
+
+    mask as from `visible`; None means causal when T > 1, everything when T == 1.
+    """
+    T, window, softcap = q.shape[1], config.sliding_window, config.attention_softcap
     if callable(config.attention):  # distributed.py's, over a sequence that several ranks share
         return config.attention(q, k, v)
-    if config.attention == "flash" and mask is None and q.shape[-1] == v.shape[-1]:
-        from kernels import flash_attention
-        return flash_attention(q, k, v, window=config.sliding_window, softcap=softcap)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E)
-    blocked = causal and q.device.type == "cpu" and q.dtype == torch.bfloat16
-    naive = config.attention == "naive" or softcap
-    if not (naive or blocked):
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    if blocked and not naive:
-        return blocked_attention(q, k, v).transpose(1, 2)
-    if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    return scaled_dot_product_attention(q, k, v, mask, softcap).transpose(1, 2)
+    kernels = kernels_for(q, config)
+    if kernels and T > 1 and mask is None and q.shape[-1] == v.shape[-1]:
+        return kernels.flash_attention(q, k, v, window=window, softcap=softcap)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E), (B, K, S, E)
+    groups, plain = q.shape[1] // k.shape[1], softcap or config.attention == "naive"
+    if T == 1 and not plain and not torch.is_grad_enabled():
+        y = one_query_attention(q, k, v, mask)
+    elif plain or mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        if plain and mask is None:
+            mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(
+                k.shape[2] - T)
+        y = scaled_dot_product_attention(q, k, v, mask, softcap) if plain else (
+            blocked_attention(q, k, v))
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=groups > 1)
+    return y.transpose(1, 2)
 
 
 def cross_entropy(logits, targets, reduction="mean", ignore_index=-100, z_loss=0.0):
@@ -661,7 +693,8 @@ class MoE(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, (B, length, K, E) each, allocated once, written in place.
+    """Keys and values of every layer, (B, length, K, E) each, allocated once, written in place;
+    in memory (B, K, length, E), as attention reads them.
 
     Position t of a row lies at index t, so rows of different lengths need no padding on the left:
     what lies beyond a row's end is masked now and overwritten later.
@@ -670,7 +703,8 @@ class KVCache:
     def __init__(self, model, batch, length):
         c, w = model.config, model.embed.weight
         sizes = [(1, c.kv_rank), (1, c.d_rope)] if c.kv_rank else [(c.num_kv_heads, c.d_head)] * 2
-        self.k, self.v = ([w.new_zeros(batch, length, *s) for _ in model.layers] for s in sizes)
+        self.k, self.v = ([w.new_zeros(batch, K, length, E).transpose(1, 2) for _ in model.layers]
+                          for K, E in sizes)
         self.model, self.device, self.graphs = model, w.device, {}
         self.running, self.first = 0, 0  # rows in use, and the first row of the next pass
 
@@ -751,16 +785,20 @@ class Completion:
     sample: int
     prompt: int  # which of the prompts it continues
     ids: list  # of the prompt, then the new tokens
-    tokens: list = field(default_factory=list)  # the new ones
+    start: int  # length of the prompt
     logprobs: list = field(default_factory=list)  # of the model, before temperature and filters
     text: str = ""
     reason: str = ""
 
+    @property
+    def tokens(self):
+        return self.ids[self.start:]
+
 
 @torch.inference_mode()
-def stream(model, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+def passes(model, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
            stop=(), seed=0, n=1, batch_size=64, tokenizer=None, draft=None, draft_tokens=4):
-    """Yield (Completion, token) as tokens come; see generate.
+    """Yield [(Completion, token), ...] after each pass of the model; see generate.
 
     Sample i belongs to prompt i // n. Every sample owns its row of uniform random numbers, so
     what it draws does not depend on the batch it happens to run in.
@@ -768,53 +806,58 @@ def stream(model, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1
     check_prompts(prompts, max_new_tokens, model.config)
     if tokenizer is None and any(isinstance(s, str) for s in stop):
         raise ValueError("stop holds a string: generate needs the tokenizer to find it")
-    queue = deque(Completion(i, i // n, list(prompts[i // n])) for i in range(len(prompts) * n))
+    queue = deque(Completion(i, i // n, list(prompts[i // n]), len(prompts[i // n]))
+                  for i in range(len(prompts) * n))
     k, filters = draft_tokens if draft else 0, (temperature, top_k, top_p, min_p)
-    uniform = torch.rand(len(queue), max_new_tokens + k, 3,
-                         generator=torch.Generator().manual_seed(seed))
+    models = [model, draft] if isinstance(draft, Transformer) else [model]
+    device = model.embed.weight.device
+    uniform = torch.rand(len(queue), max_new_tokens + k + 1, 3,
+                         generator=torch.Generator().manual_seed(seed)).to(device)
     longest, batch_size = max(map(len, prompts), default=0), min(batch_size, len(queue))
     limit, rows = min(longest + max_new_tokens, model.config.context_length), []
-    models = [model, draft] if isinstance(draft, Transformer) else [model]
     caches = [KVCache(m, batch_size, limit + k) for m in models]
     while queue or rows:
-        while queue and len(rows) < batch_size:  # continuous batching: a free place is refilled
+        while queue and len(rows) < batch_size:  # continuous batching: free places are refilled
             rows.append(queue.popleft())
         for cache in caches:
             cache.prefill(rows)
-        u = torch.stack([uniform[row.sample, len(row.tokens):][:k + 1] for row in rows])
-        u = u.to(caches[0].device)  # (B, k + 1, 3)
+        owner, made, last = torch.tensor([(row.sample, len(row.ids) - row.start, row.ids[-1])
+                                          for row in rows], device=device).T[..., None]
+        u = uniform[owner, made + torch.arange(k + 1, device=device)]  # (B, k + 1, 3)
         guess, q = propose(caches[1:], rows, k, filters, u, model.config.vocab_size)
-        last = torch.tensor([row.ids[-1:] for row in rows], device=u.device)
         logits = caches[0].step(torch.cat((last, guess), 1), [len(row.ids) - 1 for row in rows])
         logits = logits.float()  # (B, k + 1, V)
-        tokens, count = accept(distribution(logits, *filters), q, guess, u)
+        if k:
+            tokens, count = accept(distribution(logits, *filters), q, guess, u)
+        else:
+            tokens, count = pick(logits, u[..., 0], *filters), [1] * len(rows)  # (B, 1)
         scores = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-        for row, new, m, score in zip(rows, tokens.tolist(), count, scores.tolist()):
-            for token, logprob in zip(new[:m], score):
-                row.ids.append(token)
-                row.tokens.append(token)
-                row.logprobs.append(logprob)
-                row.reason = finished(row, max_new_tokens, stop, limit, tokenizer)
-                if row.reason and tokenizer:
-                    row.text = tokenizer.decode(row.tokens)
-                yield row, token
-                if row.reason:
-                    break
-        kept = [i for i, row in enumerate(rows) if not row.reason]
-        rows = [rows[i] for i in kept]
-        for cache in caches:
-            cache.keep(kept)
+        yield [(row, token) for row, new, m, score in zip(
+                   rows, tokens.tolist(), count, scores.tolist()) if not row.reason
+               for token in extend(row, new[:m], score, stop, max_new_tokens, limit, tokenizer)]
+        going = [i for i, row in enumerate(rows) if not row.reason]
+        if len(going) <= 0.75 * len(rows):  # moving the others costs more than a few idle rows
+            rows = [rows[i] for i in going]
+            for cache in caches:
+                cache.keep(going)
+
+
+def stream(model, prompts, *args, **options):
+    """Yield (Completion, token) as tokens come; arguments as in `passes`."""
+    for pairs in passes(model, prompts, *args, **options):
+        yield from pairs
 
 
 def generate(model, prompts, *args, **options):
     """Continue each prompt, a list of ids, n times; returns len(prompts) * n Completions.
 
-    Arguments as in stream. stop holds ids, and strings if a tokenizer is given. Samples over
+    Arguments as in passes. stop holds ids, and strings if a tokenizer is given. Samples over
     batch_size queue, and take the place of those that finish. draft, a smaller Transformer or
     "ngram" (what followed the last two tokens before), proposes draft_tokens tokens that one
     pass of this model checks (Leviathan et al. 2023); the distribution stays the model's own.
     """
-    done = {row.sample: row for row, _ in stream(model, prompts, *args, **options)}
+    done = {row.sample: row for pairs in passes(model, prompts, *args, **options)
+            for row, _ in pairs}
     return [done[i] for i in sorted(done)]
 
 
@@ -832,16 +875,31 @@ def check_prompts(prompts, max_new_tokens, config):
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
 
 
-def finished(row, max_new_tokens, stop, limit, tokenizer):
-    """Why the row is done, or nothing."""
+def extend(row, tokens, scores, stop, max_new_tokens, limit, tokenizer):
+    """Append tokens until one ends the row; returns those appended."""
+    for i, (token, logprob) in enumerate(zip(tokens, scores)):
+        row.ids.append(token)
+        row.logprobs.append(logprob)
+        if stop and stopped(row, token, stop, tokenizer):
+            row.reason = "stop"
+        elif len(row.logprobs) >= max_new_tokens:
+            row.reason = "length"
+        elif len(row.ids) >= limit:
+            row.reason = "context"
+        if row.reason:
+            row.text = tokenizer.decode(row.tokens) if tokenizer else ""
+            return tokens[:i + 1]
+    return tokens
+
+
+def stopped(row, token, stop, tokenizer):
     for s in stop:
-        if isinstance(s, str):  # a string of n bytes has n tokens at most
-            end = tokenizer.decode(row.tokens[-len(s.encode()) - 1:])
-        if s in end if isinstance(s, str) else s == row.tokens[-1]:
-            return "stop"
-    if len(row.tokens) >= max_new_tokens:
-        return "length"
-    return "context" if len(row.ids) >= limit else ""
+        if s == token:
+            return True
+        # A string of n bytes has n tokens at most, and one more may hold what came before it.
+        if isinstance(s, str) and s in tokenizer.decode(row.tokens[-len(s.encode()) - 1:]):
+            return True
+    return False
 
 
 def propose(helpers, rows, k, filters, u, vocab_size):
@@ -877,14 +935,19 @@ def accept(p, q, guess, u):
     p (B, k + 1, V), q (B, k, V), u (B, k + 1, 3) uniform.
     """
     k, rows = guess.shape[1], torch.arange(len(p), device=p.device)
-    if k == 0:
-        return draw(p[:, 0], u[:, 0, 0])[:, None], [1] * len(p)
     p_guess, q_guess = (t[:, :k].gather(-1, guess[..., None]).squeeze(-1) for t in (p, q))
     n = (u[:, :k, 1] * q_guess < p_guess).long().cumprod(1).sum(1)  # (B,) guesses kept
     q = F.pad(q, (0, 0, 0, 1))  # (B, k + 1, V): nothing was guessed for the last place
     tokens = F.pad(guess, (0, 1))
     tokens[rows, n] = draw((p[rows, n] - q[rows, n]).clamp_(min=0), u[rows, n, 0])
     return tokens, (n + 1).tolist()
+
+
+def pick(logits, u, temperature, *filters):
+    """A token for each row of logits (..., V) by uniform u (...)."""
+    if temperature == 0:
+        return logits.max(-1).indices
+    return draw(distribution(logits, temperature, *filters), u)
 
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -895,7 +958,7 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     if top_k and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    p = softmax(logits)
+    p = torch.softmax(logits, -1)
     if top_p < 1:  # the smallest set that holds top_p (Holtzman et al. 2020)
         sorted_p, order = p.sort(-1, descending=True)
         outside = sorted_p.cumsum(-1) - sorted_p >= top_p
