@@ -129,7 +129,7 @@ def truncated_normal(std, *shape, **kind):
 
 
 def project(x, weight, bias=None):
-    """x W^T + b. Where rows are few, which is decoding, W x^T is the faster product: see FEW_ROWS."""
+    """x W^T + b; as W x^T where that is the faster product, which is in decoding: see FEW_ROWS."""
     rows = x.numel() // x.shape[-1]
     if (rows not in FEW_ROWS or torch.is_grad_enabled() or x.device.type != "cpu"
             or compute_dtype(x) != torch.float32):
@@ -163,10 +163,10 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-def kernels_for(x, config):
-    """kernels.py, if config asks for it and x lies on a GPU: attention, norms and loss in Triton.
-    On a CPU what is here is quicker."""
-    if x.is_cuda and config.attention == "flash":
+def kernels_for(x, attention):
+    """kernels.py for what attention="flash" asks for on a GPU: attention, norms and loss in Triton.
+    None elsewhere: on a CPU what is here is the quicker."""
+    if x.is_cuda and attention == "flash":
         import kernels
         return kernels
 
@@ -195,11 +195,15 @@ class ScaleByRMS(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in fp32 whatever x is (Zhang & Sennrich 2019)."""
 
+    attention = "sdpa"  # a Transformer's norms get its config.attention
+
     def __init__(self, d_model, eps=1e-6, device=None, dtype=None):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype)), eps
 
     def forward(self, x):
+        if kernels := kernels_for(x, self.attention):
+            return kernels.rms_norm(x, self.weight, self.eps).to(compute_dtype(x))
         return ScaleByRMS.apply(x, self.weight, self.eps, compute_dtype(x))
 
 
@@ -338,7 +342,7 @@ def attend(q, k, v, mask, config):
     T, window, softcap = q.shape[1], config.sliding_window, config.attention_softcap
     if callable(config.attention):  # distributed.py's, over a sequence that several ranks share
         return config.attention(q, k, v)
-    kernels = kernels_for(q, config)
+    kernels = kernels_for(q, config.attention)
     if kernels and T > 1 and mask is None and q.shape[-1] == v.shape[-1]:
         return kernels.flash_attention(q, k, v, window=window, softcap=softcap)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, E), (B, K, S, E)
@@ -347,11 +351,11 @@ def attend(q, k, v, mask, config):
         y = one_query_attention(q, k, v, mask)
     elif plain or mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-        if plain and mask is None:
+        if plain and mask is None:  # one query sees all S keys, T of T those up to its own
             mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(
                 k.shape[2] - T)
-        y = scaled_dot_product_attention(q, k, v, mask, softcap) if plain else (
-            blocked_attention(q, k, v))
+        y = (scaled_dot_product_attention(q, k, v, mask, softcap) if plain
+             else blocked_attention(q, k, v))
     else:
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
                                            enable_gqa=groups > 1)
@@ -545,6 +549,9 @@ class Transformer(nn.Module):
             self.lm_head = Linear(D, V)
             if config.zero_init:
                 nn.init.zeros_(self.lm_head.weight)
+        for m in self.modules():
+            if isinstance(m, RMSNorm):
+                m.attention = config.attention
 
     def positions(self, T, device):
         return torch.arange(T, device=device)
@@ -561,7 +568,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{T} tokens do not fit context_length={c.context_length}")
         else:
             positions = self.positions(T, ids.device)
-            if c.sliding_window and c.sliding_window < T and c.attention != "flash":
+            if c.sliding_window and c.sliding_window < T and not kernels_for(ids, c.attention):
                 mask = visible(positions[None], positions, c.sliding_window)
         x = self.embed(ids)  # (B, T, D)
         if c.position == "learned":
@@ -590,8 +597,13 @@ class Transformer(nn.Module):
         if reduction == "none":
             return cross_entropy(self.head(hidden), targets, "none", ignore_index, z_loss)
         weight = (self.embed if c.tie_embeddings else self.lm_head).weight
-        total = FusedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(),
-                                        ignore_index, c.logit_softcap, z_loss, chunk)
+        if kernels := kernels_for(hidden, c.attention):
+            total = kernels.linear_cross_entropy(
+                hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss,
+                softcap=c.logit_softcap, reduction="sum")
+        else:
+            total = FusedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(),
+                                            ignore_index, c.logit_softcap, z_loss, chunk)
         tokens = (targets != ignore_index).sum()
         if self.training and c.num_experts and c.balance == "loss":
             total = total + tokens * c.balance_loss * sum(m.aux for m in self.moes())
@@ -880,7 +892,9 @@ def extend(row, tokens, scores, stop, max_new_tokens, limit, tokenizer):
     for i, (token, logprob) in enumerate(zip(tokens, scores)):
         row.ids.append(token)
         row.logprobs.append(logprob)
-        if stop and stopped(row, token, stop, tokenizer):
+        # A string of n bytes has n tokens at most, and one more may hold what came before it.
+        if any(s == token if not isinstance(s, str) else
+               s in tokenizer.decode(row.tokens[-len(s.encode()) - 1:]) for s in stop):
             row.reason = "stop"
         elif len(row.logprobs) >= max_new_tokens:
             row.reason = "length"
@@ -892,21 +906,13 @@ def extend(row, tokens, scores, stop, max_new_tokens, limit, tokenizer):
     return tokens
 
 
-def stopped(row, token, stop, tokenizer):
-    for s in stop:
-        if s == token:
-            return True
-        # A string of n bytes has n tokens at most, and one more may hold what came before it.
-        if isinstance(s, str) and s in tokenizer.decode(row.tokens[-len(s.encode()) - 1:]):
-            return True
-    return False
-
-
 def propose(helpers, rows, k, filters, u, vocab_size):
     """Guesses (B, k) of the next tokens and the distributions (B, k, V) they were drawn from."""
+    if not k:
+        return u.new_empty(len(rows), 0, dtype=torch.long), None
     if not helpers:
-        guess = torch.tensor([lookup(row.ids, k) for row in rows], device=u.device).long()
-        return guess, F.one_hot(guess, vocab_size).float() if k else None
+        guess = torch.tensor([lookup(row.ids, k) for row in rows], device=u.device)
+        return guess, F.one_hot(guess, vocab_size).float()
     # Two tokens back, because the last pass never fed its final guess. A prompt of one token may
     # leave a gap in the draft's cache: that costs a guess, not correctness.
     back, guess, q = min(2, *(len(row.ids) for row in rows)), [], []
@@ -921,7 +927,7 @@ def propose(helpers, rows, k, filters, u, vocab_size):
 
 def lookup(ids, k):
     """The k tokens that followed the last earlier occurrence of the last two; else of nothing."""
-    for i in range(len(ids) - 3, -1, -1) if k else ():
+    for i in range(len(ids) - 3, -1, -1):
         if ids[i:i + 2] == ids[-2:]:
             return (ids[i + 2:i + 2 + k] + ids[-1:] * k)[:k]
     return ids[-1:] * k
@@ -1364,12 +1370,10 @@ def load(args):
     return model, tokenizer, {**options, "draft": draft, "stop": stop, "tokenizer": tokenizer}
 
 
-def show(model, tokenizer, ids, options, blanks=""):
-    """Print a continuation of ids as it comes, but for `blanks` at its start; returns its text."""
+def show(model, tokenizer, ids, options):
+    """Print a continuation of ids as it comes; returns its text."""
     text, tokens = "", (token for _, token in model.stream([ids], **options))
     for piece in tokenizer.decode_stream(t for t in tokens if t not in options["stop"]):
-        cut = len(os.path.commonprefix([piece, blanks]))
-        blanks, piece = blanks[cut:] if cut == len(piece) else "", piece[cut:]
         print(piece, end="", flush=True)
         text += piece
     print()
@@ -1379,19 +1383,16 @@ def show(model, tokenizer, ids, options, blanks=""):
 def run_generate(args):
     model, tokenizer, options = load(args)
     # A word's token begins with the blank before it: a blank that ends the prompt would become a
-    # token that text never has there. The model gets the prompt without, and writes it itself.
+    # token that text never has there. In training a document begins after the end of another.
     prompt = args.prompt.rstrip(" ")
-    blanks = args.prompt[len(prompt):]
-    # In training a document begins after the end of another.
     ids = [i for i in (tokenizer.eot_id,) if i is not None] + tokenizer.encode(prompt)
     if args.samples == 1:
-        print(args.prompt, end="", flush=True)
-        show(model, tokenizer, ids, options, blanks)
+        print(prompt, end="", flush=True)
+        show(model, tokenizer, ids, options)
         return
     for i, done in enumerate(model.generate([ids], n=args.samples, **options)):
         text = tokenizer.decode([t for t in done.tokens if t not in options["stop"]])
-        text = text[len(os.path.commonprefix([text, blanks])):]
-        print(f"--- sample {i + 1}, {done.reason}\n{args.prompt}{text}")
+        print(f"--- sample {i + 1}, {done.reason}\n{prompt}{text}")
 
 
 def run_chat(args):
