@@ -80,14 +80,14 @@ class ModelConfig:
         if self.d_ff is None:  # SwiGLU has three matrices where the others have two
             third = -(-self.d_model * 8 // 3 // 64) * 64
             self.d_ff = third if self.ffn == "swiglu" else 4 * self.d_model
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads")
-        if self.value_embeddings * 2 > self.num_layers:
-            raise ValueError(f"value_embeddings={self.value_embeddings} need twice as many layers")
-        if self.kv_rank and (self.qk_norm or self.value_embeddings):
-            raise ValueError("kv_rank (latent attention) goes without qk_norm, value_embeddings")
-        if self.num_experts and self.ffn != "swiglu":
-            raise ValueError("num_experts needs ffn='swiglu'")
+        for wrong, message in (
+                (self.num_heads % self.num_kv_heads, "num_heads is no multiple of num_kv_heads"),
+                (self.value_embeddings * 2 > self.num_layers, "value_embeddings: too few layers"),
+                (self.kv_rank and (self.qk_norm or self.value_embeddings),
+                 "kv_rank (latent attention) goes without qk_norm, value_embeddings"),
+                (self.num_experts and self.ffn != "swiglu", "num_experts needs ffn='swiglu'")):
+            if wrong:
+                raise ValueError(message)
 
 
 # ---- layers ------------------------------------------------------------------------------------
@@ -726,16 +726,18 @@ class KVCache:
         starts is a list, or a tensor when the step must not depend on its values (a CUDA graph):
         then S is the whole cache.
         """
-        device, length, fixed = self.device, self.k[0].shape[1], torch.is_tensor(starts)
+        length, fixed = self.k[0].shape[1], torch.is_tensor(starts)
         self.end = length if fixed else max(starts) + T
         if self.end > length:
             raise ValueError(f"{self.end} tokens do not fit a cache of {length}")
-        positions = torch.as_tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
-        self.at = self.first + torch.arange(len(starts), device=device)[:, None], positions
-        if not fixed and not (window and window < self.end) and (
-                self.end == T or T == 1 and min(starts) == max(starts)):
+        row, new, keys = (torch.arange(n, device=self.device)
+                          for n in (len(starts), T, self.end))
+        positions = torch.as_tensor(starts, device=self.device)[:, None] + new
+        self.at = self.first + row[:, None], positions
+        all_seen = not fixed and (self.end == T or T == 1 and min(starts) == max(starts))
+        if all_seen and not (window and window < self.end):
             return positions, None  # plain causal, or one query that sees every key
-        return positions, visible(positions, torch.arange(self.end, device=device), window)
+        return positions, visible(positions, keys, window)
 
     def update(self, layer, k, v):
         """Write k, v (B, T, K, E) at their positions; return all so far, (B, S, K, E) each."""
@@ -877,12 +879,13 @@ Transformer.stream, Transformer.generate = stream, generate
 
 
 def check_prompts(prompts, max_new_tokens, config):
+    room, V = config.context_length - 1, config.vocab_size
     for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < config.context_length:
+        if not 0 < len(prompt) <= room:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens, not 1 to context_length - 1 = "
-                             f"{config.context_length - 1}, so that a new one fits")
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise ValueError(f"prompt {i} has a token outside vocab_size={config.vocab_size}")
+                             f"{room}, so that a new one fits")
+        if not 0 <= min(prompt) <= max(prompt) < V:
+            raise ValueError(f"prompt {i} has a token outside vocab_size={V}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
 
@@ -1283,12 +1286,12 @@ def run_account(args):
     print(f"{'part':<22}{'parameters':>16}{'training FLOPs/token':>24}{'share':>8}")
     for part, (numbers, flops) in [*parts.items(), ("total", (N, total))]:
         print(f"{part:<22}{numbers:>16,}{flops:>24,.0f}{flops / total:>8.1%}")
-    print(f"without token and position tables: {model.num_parameters(embeddings=False):,} "
-          f"parameters; by 6N: {6 * N:,} FLOPs/token, {6 * N / total:.3f} of the exact count")
     cache = KVCache(model, 1, T)
-    print(f"fp32 memory, batch {B} x {T}: weights {4 * N / GB:.2f} GB, gradients {4 * N / GB:.2f}, "
-          f"AdamW {8 * N / GB:.2f}; KV cache "
-          f"{sum(t.nbytes for t in cache.k + cache.v) / 1e6:.1f} MB a sequence")
+    cache_bytes = sum(t.nbytes for t in cache.k + cache.v)
+    print(f"without token and position tables: {model.num_parameters(embeddings=False):,} "
+          f"parameters; by 6N: {6 * N:,} FLOPs/token, {6 * N / total:.3f} of the exact count\n"
+          f"fp32 memory, batch {B} x {T}: weights {4 * N / GB:.2f} GB, gradients {4 * N / GB:.2f}, "
+          f"AdamW {8 * N / GB:.2f}; KV cache {cache_bytes / 1e6:.1f} MB a sequence")
     if not model.config.num_experts:  # which expert gets how many tokens depends on the numbers
         print(f"activations kept for backward: {activation_bytes(model, B, T) / GB:.2f} GB")
 
@@ -1386,13 +1389,11 @@ def run_generate(args):
     # token that text never has there. In training a document begins after the end of another.
     prompt = args.prompt.rstrip(" ")
     ids = [i for i in (tokenizer.eot_id,) if i is not None] + tokenizer.encode(prompt)
-    if args.samples == 1:
+    for i in range(args.samples):
+        if args.samples > 1:
+            print(f"--- sample {i + 1}")
         print(prompt, end="", flush=True)
-        show(model, tokenizer, ids, options)
-        return
-    for i, done in enumerate(model.generate([ids], n=args.samples, **options)):
-        text = tokenizer.decode([t for t in done.tokens if t not in options["stop"]])
-        print(f"--- sample {i + 1}, {done.reason}\n{prompt}{text}")
+        show(model, tokenizer, ids, {**options, "seed": args.seed + i})
 
 
 def run_chat(args):

@@ -78,9 +78,11 @@ def test_linear_embedding_swiglu_and_mlp():
         check(mlp, lambda x, m=mlp, f=f: f(x @ m.w1.weight.T) @ m.w2.weight.T, x)
 
 
-def test_few_rows_take_the_same_product():
+@pytest.mark.parametrize("few", [M.FEW_ROWS, range(1, 50)])
+def test_few_rows_take_the_same_product(few, monkeypatch):
+    monkeypatch.setattr(M, "FEW_ROWS", few)
     weight = torch.randn(7, 6)
-    for shape in ((1, 6), (1, 1, 6), (4, 6), (2, 2, 6), (5, 6), (0, 6)):
+    for shape in ((1, 6), (1, 1, 6), (4, 6), (2, 2, 6), (5, 6), (16, 1, 6), (49, 6), (0, 6)):
         x = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(M.project(x, weight), x @ weight.T)
@@ -114,6 +116,35 @@ def test_blocked_attention_is_the_plain_one():
     for block in (4, 13, 64):
         check(lambda q, k, v, b=block: M.blocked_attention(q, k, v, b),
               lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v)
+
+
+@pytest.mark.parametrize("K", [6, 2, 1])
+def test_one_query_attention_is_the_plain_one(K):
+    q, k, v = double(3, 6, 1, 4), double(3, K, 9, 4, seed=1), double(3, K, 9, 4, seed=2)
+    mask = torch.arange(9) < torch.tensor([9, 1, 5])[:, None, None, None]  # (B, 1, 1, S)
+    for m in (None, mask):
+        torch.testing.assert_close(
+            M.one_query_attention(q, k, v, m),
+            F.scaled_dot_product_attention(q, k, v, m, enable_gqa=True))
+
+
+@pytest.mark.parametrize("flags", [{}, {"sliding_window": 4, "logit_softcap": 9.0},
+                                   {"attention_softcap": 5.0, "num_kv_heads": 2}])
+def test_kernels_of_a_gpu_compute_the_same(flags, monkeypatch):
+    """attention="flash", with the twins that kernels.py runs where there is no GPU."""
+    kernels = pytest.importorskip("kernels")
+    ids, targets = random_ids(2, 12), random_ids(2, 12, seed=2)
+    targets[0, :5] = -100
+    used, results = [], []
+    for attention in ("sdpa", "flash"):
+        model = tiny(attention=attention, **flags)
+        loss = model.loss(ids, targets, z_loss=0.01)
+        loss.backward()
+        results.append([loss, model(ids), *(p.grad for p in model.parameters())])
+        monkeypatch.setattr(M, "kernels_for",
+                            lambda x, a: used.append(a) or (kernels if a == "flash" else None))
+    assert used.count("flash") == 2 * (2 * 5 + 1) + 1 + (2 if "sliding_window" in flags else 0)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 def test_rotary_embedding_turns_pairs_by_their_angle():
@@ -420,6 +451,19 @@ class Letters:
 
     def decode(self, ids):
         return "".join(chr(97 + i % 26) for i in ids)
+
+
+def test_rows_that_end_wait_until_moving_pays():
+    """Of 8 rows one ends at its first token: it stays idle in the batch, and changes nothing."""
+    model, prompts = tiny(), [[i, i + 1] for i in range(8)]
+    want = [greedy(model, prompt, 6) for prompt in prompts]
+    stop = want[0][0]
+    for batch_size in (8, 3):
+        done = model.generate(prompts, 6, temperature=0, stop=[stop], batch_size=batch_size)
+        for d, tokens in zip(done, want):
+            cut = tokens.index(stop) + 1 if stop in tokens else 6
+            assert d.tokens == tokens[:cut] and len(d.logprobs) == cut
+            assert d.reason == ("stop" if stop in tokens else "length")
 
 
 def test_why_it_stops():
