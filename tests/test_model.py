@@ -111,13 +111,6 @@ def test_plain_attention(shape):
     assert big.isfinite().all()
 
 
-def test_blocked_attention_is_the_plain_one():
-    q, k, v = (double(2, 3, 13, 4, seed=i) for i in range(3))
-    for block in (4, 13, 64):
-        check(lambda q, k, v, b=block: M.blocked_attention(q, k, v, b),
-              lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v)
-
-
 @pytest.mark.parametrize("K", [6, 2, 1])
 def test_one_query_attention_is_the_plain_one(K):
     q, k, v = double(3, 6, 1, 4), double(3, K, 9, 4, seed=1), double(3, K, 9, 4, seed=2)
