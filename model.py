@@ -1295,45 +1295,60 @@ def import_transformers():
             sys.modules["kernels"] = ours
 
 
-def run_bench(args):
+def with_peer(transformers, **config):
+    """A random model of these sizes, and the same weights in transformers (None without it)."""
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=8192, num_layers=6, qk_norm=False)  # transformers' Llama
-    ours, theirs, transformers = Transformer(config), None, import_transformers()
-    if transformers:
-        with tempfile.TemporaryDirectory() as directory:
-            ours.save_pretrained(directory)
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    ours = Transformer(ModelConfig(**config)).eval()
+    if not transformers:
+        return ours, None
+    with tempfile.TemporaryDirectory() as directory:
+        ours.save_pretrained(directory)
+        return ours, transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+def row(name, tokens, *runs):
+    """Time runs, ours first, in turns so that a busy machine hurts all alike; print medians."""
+    times = [[] for _ in runs]
+    for _ in range(6):
+        for run, taken in zip(runs, times):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    speeds = [tokens / statistics.median(t[1:]) for t in times]  # the first round warms up
+    ours, peer = (*speeds, math.nan)[:2]
+    print(f"| {name} | {ours:.0f} | {peer:.0f} | {ours / peer:.2f} |", flush=True)
+
+
+def generate_row(name, models, prompts, tokens, n=1, temperature=0.0):
+    """Ours against transformers' generate: n samples of each of prompts (B, T)."""
+    ours, theirs = models
+    many = prompts.repeat_interleave(n, 0)
+    runs = [lambda: ours.generate(prompts.tolist(), tokens, temperature, n=n, batch_size=len(many)),
+            lambda: theirs.generate(
+                many, attention_mask=torch.ones_like(many), do_sample=temperature > 0, top_k=0,
+                max_new_tokens=tokens, eos_token_id=ours.config.vocab_size, pad_token_id=0)]
+    row(f"generate, {name}", len(many) * tokens, *runs[:2 if theirs else 1])
+
+
+def run_bench(args):
+    transformers = import_transformers()
+    ours, theirs = models = with_peer(transformers, vocab_size=8192, num_layers=6, qk_norm=False)
     print(f"{ours.num_parameters() / 1e6:.1f}M parameters, {torch.get_num_threads()} threads; "
           f"peer: transformers {transformers.__version__ if theirs else 'is not installed'}")
     print("| what | ours, tokens/s | peer, tokens/s | times as fast |\n|---|---|---|---|")
-
-    def row(name, tokens, *runs):
-        times = [[] for run in runs if theirs or run is runs[0]]
-        for _ in range(6):  # in turns, so that a busy machine hurts both alike
-            for run, taken in zip(runs, times):
-                start = time.perf_counter()
-                run()
-                taken.append(time.perf_counter() - start)
-        speeds = [tokens / statistics.median(t[1:]) for t in times]  # the first round warms up
-        print(f"| {name} | " + " | ".join(f"{s:.0f}" for s in speeds)
-              + f" | {speeds[0] / speeds[-1]:.2f} |", flush=True)
-
-    def both(prompts):
-        return (lambda: ours.generate(prompts.tolist(), 128, temperature=0),
-                lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts),
-                                        do_sample=False, max_new_tokens=128, eos_token_id=8193,
-                                        pad_token_id=0))
-
     ids = torch.randint(8192, (16, 256))
     for dtype in (torch.float32, torch.bfloat16):
         cast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-        row(f"forward + backward, 8 x 256, {str(dtype)[6:]}", 8 * 255,
-            lambda cast=cast: cast(ours.loss)(ids[:8, :-1], ids[:8, 1:]).backward(),
-            lambda cast=cast: cast(theirs)(ids[:8], labels=ids[:8]).loss.backward())
-    row("generate, 16 x 128 tokens, float32", 16 * 128, *both(ids[:, :32]))
-    row("generate, 1 x 128 tokens, float32", 128, *both(ids[:1, :32]))
+        runs = [lambda cast=cast: cast(ours.loss)(ids[:8, :-1], ids[:8, 1:]).backward(),
+                lambda cast=cast: cast(theirs)(ids[:8], labels=ids[:8]).loss.backward()]
+        row(f"forward + backward, 8 x 256, {str(dtype)[6:]}", 8 * 255, *runs[:2 if theirs else 1])
+    generate_row("16 x 128 tokens", models, ids[:, :32], 128)
+    generate_row("1 x 128 tokens", models, ids[:1, :32], 128)
     quantize(ours)
-    row("generate, 1 x 128 tokens, ours int8", 128, *both(ids[:1, :32]))
+    generate_row("1 x 128 tokens, ours int8", models, ids[:1, :32], 128)
+    small = with_peer(transformers, vocab_size=260, d_model=96, num_layers=3, num_heads=3, d_ff=256)
+    generate_row("rollouts of 0.4M parameters, 64 x 8 x 64 tokens", small,
+                 torch.randint(260, (64, 24)), 64, 8, 1.0)
 
 
 # ---- command line ------------------------------------------------------------------------------
