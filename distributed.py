@@ -607,11 +607,11 @@ class ShardedLayer:
 class FSDP(nn.Module):
     """Weights, gradients and optimizer state sharded over the ranks (ZeRO-3).
 
-    A layer is a member of a ModuleList, or where there is none, a module with a 2-D weight of its
-    own. It is gathered before it runs and freed after it, in both passes: `prefetch` layers are
-    gathered or on their way at any time, layer l + prefetch only once l is done. What lies outside
-    the layers (embedding, head) stays gathered from the forward pass to its gradient. Parameters of
-    other dimensions are small: they stay whole, and their gradients are all-reduced.
+    A layer is a member of a ModuleList, or where there is none, a module without children. It is
+    gathered before it runs and freed after it, in both passes: `prefetch` layers are gathered or on
+    their way at any time, layer l + prefetch only once l is done. What lies outside the layers or
+    is shared by several (embedding, head) stays gathered from the forward pass to its gradient.
+    Parameters of other dimensions are small: they stay whole, their gradients are all-reduced.
 
     Weights travel in compute_dtype (their own if None), gradients in reduce_dtype; the shards that
     the optimizer sees, and their gradients, keep the weights' own dtype. With W weights, w of them
@@ -631,30 +631,22 @@ class FSDP(nn.Module):
         self.scale = 1 / dist.get_world_size(group) if average else 1
         self.syncing, self.backward_runs = True, False
         self.small = [p for p in module.parameters() if p.ndim != 2 and p.requires_grad]
-        homes, self.root = self.shard_layers(module)  # root: the weights outside of all layers
-        self.order = list(dict.fromkeys(homes.values()))
-        for m, layer in homes.items():
-            m.register_forward_pre_hook(partial(self.before, layer))
-            m.register_forward_hook(partial(self.after, layer))
-
-    def shard_layers(self, module):
-        """({module: the ShardedLayer to gather before it runs}, [ShardedLayers of the rest])."""
-        places = {}
-        for m in module.modules():
+        modules, places = list(module.modules()), {}  # {parameter: [(module, name), ...]}
+        for m in modules:
             for name, p in m._parameters.items():
                 if p is not None and p.ndim == 2:
                     places.setdefault(p, []).append((m, name))
-        blocks = [b for m in module.modules() if isinstance(m, nn.ModuleList) for b in m]
-        homes = {}
-        for block in blocks:
+        blocks = [b for m in modules if isinstance(m, nn.ModuleList) for b in m]
+        self.order = []
+        for block in blocks or [m for m in modules if not list(m.children())]:
             inside = set(block.modules())
             own = [p for p, uses in places.items() if all(m in inside for m, _ in uses)]
             if own:
-                homes[block] = ShardedLayer({p: places.pop(p) for p in own}, self)
-        rest = [ShardedLayer({p: uses}, self) for p, uses in places.items()]
-        if blocks:
-            return homes, rest
-        return {m: layer for layer in rest for m, _ in layer.places[0]}, []
+                layer = ShardedLayer({p: places.pop(p) for p in own}, self)
+                self.order.append(layer)
+                block.register_forward_pre_hook(partial(self.before, layer))
+                block.register_forward_hook(partial(self.after, layer))
+        self.root = [ShardedLayer({p: uses}, self) for p, uses in places.items()]
 
     def before(self, layer, module, inputs):
         i = self.order.index(layer)
@@ -857,7 +849,10 @@ def tensor_parallel_loss(model, into, group, ids, targets, reduction="mean", ign
 
 
 def zigzag(x, group, dim=1):
-    """This rank's share of a sequence: chunks r and 2N-1-r of 2N, so that causal work is even."""
+    """This rank's share of a sequence: chunks r and 2N-1-r of 2N, so that causal work is even.
+
+    Of 8 tokens, rank 0 of 2 has 0 1 6 7 and rank 1 has 2 3 4 5: each 18 of the 36 pairs.
+    """
     n, r = dist.get_world_size(group), dist.get_rank(group)
     if x.shape[dim] % (2 * n):
         raise ValueError(f"context parallel over {n}: {x.shape[dim]} tokens are not a multiple of "
@@ -1439,8 +1434,8 @@ class Parallel:
     @property
     def copies_only(self):
         """Whether every rank has the model as one process has it."""
-        others = self.mesh.size("tp", "cp", "pp", "ep")
-        return others == 1 and (self.kind == "ddp" or dist.get_world_size() == 1)
+        return self.mesh.size("tp", "cp", "pp", "ep", "fsdp") == 1 and (
+            self.kind != "zero1" or dist.get_world_size() == 1)
 
     @property
     def data_ranks(self):
@@ -1567,7 +1562,7 @@ MODELS = {  # Llama 3.2 1B, Llama 3.1 (arXiv:2407.21783, table 3), Qwen3-30B-A3B
 @dataclass
 class Hardware:
     """A GPU and its node. efficiency is the share of the dense bf16 peak that a step's arithmetic
-    reaches: one figure a GPU, from one published run (RESULTS.md), the only thing fitted."""
+    reaches: one figure a GPU, from one published run (RESULTS.md). It and FP8 are fitted."""
 
     tflops: float
     memory: float
@@ -1587,7 +1582,8 @@ HARDWARE = {
     "b200": Hardware(2250, 180, 900, 50, 0.41),
 }
 RECOMPUTE = {"none": 0.0, "selective": 0.5, "full": 1.0}  # of a forward pass, done again
-FP8 = 2048  # d_model at which casting to float8 takes as long as the product saves: fitted, too
+FP8 = 2048  # d_model at which casting to float8 takes as long as the product saves: fitted to the
+# same run with float8, it predicts the larger models' gain
 
 
 @dataclass
@@ -1796,6 +1792,11 @@ def print_plan(costs):
 # ---- bench -------------------------------------------------------------------------------------
 
 
+def say(text):
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
 def median_seconds(call, repeats=7, warmup=2):
     times = []
     for _ in range(repeats + warmup):
@@ -1808,7 +1809,7 @@ def median_seconds(call, repeats=7, warmup=2):
     return float(np.median(times[warmup:]))
 
 
-def bench_collectives(device, say):
+def bench_collectives(device):
     n = dist.get_world_size()
     say(f"{'collective':<16} {'ranks':>5} {'MiB':>7} {'ms':>8} {'GB/s a rank':>12}")
     for size in (2**10, 2**16, 2**20, 2**24):
@@ -1824,7 +1825,7 @@ def bench_collectives(device, say):
                 f"{sent / seconds / 1e9:>12.2f}")
 
 
-def bench_checkpointing(say, n=16, d=256):
+def bench_checkpointing(n=16, d=256):
     say(f"\nkept for the backward pass of {n} blocks, d_model {d}, 4 x 256 tokens, checkpointed")
     blocks = [nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)) for _ in range(n)]
     x = torch.randn(4, 256, d, requires_grad=True)
@@ -1853,7 +1854,7 @@ def torch_fsdp(model):
     return fully_shard(model)
 
 
-def bench_wrappers(args, device, say):
+def bench_wrappers(args, device):
     """One training step under each wrapper: seconds, bytes sent, bytes of state on a rank; the
     ratio is to the time of the torch wrapper above."""
     import model as model_py
@@ -1901,16 +1902,11 @@ def state_bytes(module, optimizer):
 
 def run_bench(args):
     device = init_distributed(args.device)
-
-    def say(*words):
-        if dist.get_rank() == 0:
-            print(*words, flush=True)
-
     say(f"{dist.get_world_size()} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads "
         f"each, torch {torch.__version__}\n")
-    bench_collectives(device, say)
-    bench_checkpointing(say)
-    bench_wrappers(args, device, say)
+    bench_collectives(device)
+    bench_checkpointing()
+    bench_wrappers(args, device)
 
 
 # ---- command line ------------------------------------------------------------------------------
