@@ -25,7 +25,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -92,13 +92,12 @@ class Mesh:
     def __init__(self, **sizes):
         if unknown := set(sizes) - set(self.AXES):
             raise ValueError(f"Mesh: no axis {', '.join(unknown)}, only {', '.join(self.AXES)}")
-        self.sizes = {a: sizes.get(a, 1) for a in self.AXES}
-        shape, world = tuple(self.sizes.values()), dist.get_world_size()
-        if math.prod(shape) != world:
+        self.sizes, world = {a: sizes.get(a, 1) for a in self.AXES}, dist.get_world_size()
+        if self.size(*self.AXES) != world:
             product = " x ".join(f"{a} {n}" for a, n in self.sizes.items() if n != 1) or "1"
-            raise ValueError(f"Mesh: {product} = {math.prod(shape)} ranks, but there are {world}")
-        self.ranks = np.arange(world).reshape(shape)
-        self.at = dict(zip(self.AXES, map(int, np.unravel_index(dist.get_rank(), shape))))
+            raise ValueError(f"Mesh: {product} = {self.size(*self.AXES)} ranks, "
+                             f"but there are {world}")
+        self.ranks = np.arange(world).reshape(list(self.sizes.values()))
         self.groups = {}
         for axis in self.AXES:
             self.group(axis)
@@ -112,10 +111,8 @@ class Mesh:
         if key not in self.groups:
             index = [self.AXES.index(a) for a in key]
             rows = np.moveaxis(self.ranks, index, range(-len(index), 0))
-            for row in rows.reshape(-1, self.size(*key)).tolist():
-                group = dist.new_group(row)
-                if dist.get_rank() in row:
-                    self.groups[key] = group
+            rows = rows.reshape(-1, self.size(*key)).tolist()
+            self.groups[key], _ = dist.new_subgroups_by_enumeration(rows)
         return self.groups[key]
 
     def size(self, *axes):
@@ -125,25 +122,28 @@ class Mesh:
         return dist.get_rank(self.group(*axes))
 
 
-def check_same(module, group=None):
-    """Refuse ranks whose parameters differ in name, shape or type: they would wait for ever."""
+def peer(rank, group):
+    """The number that rank of the group has among all ranks."""
+    return dist.get_global_rank(group or dist.group.WORLD, rank)
+
+
+def start_alike(module, group=None):
+    """Give every rank the parameters and buffers of the group's first rank.
+
+    Ranks whose parameters differ in name, shape or type are refused: they would wait for ever.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if not tensors or tensors[0].is_meta:
+        return
     text = repr([(n, tuple(p.shape), str(p.dtype)) for n, p in module.named_parameters()])
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    ends = torch.tensor([digest, -digest], device=device)
-    if device.type != "meta":
-        dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
-        if ends[0] != -ends[1]:
-            raise ValueError("the ranks' models differ in the names, shapes or types of their "
-                             "parameters; give every rank the same flags and checkpoint")
-
-
-def broadcast_module(module, group=None):
-    """Give every rank the parameters and buffers of the group's first rank."""
-    source = dist.get_global_rank(group or dist.group.WORLD, 0)
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.device.type != "meta":
-            dist.broadcast(tensor.data, source, group=group)
+    ends = torch.tensor([digest, -digest], device=tensors[0].device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+    if ends[0] != -ends[1]:
+        raise ValueError("the ranks' models differ in the names, shapes or types of their "
+                         "parameters; give every rank the same flags and checkpoint")
+    for tensor in tensors:
+        dist.broadcast(tensor.data, peer(0, group), group=group)
 
 
 # ---- collectives, with gradients ---------------------------------------------------------------
@@ -170,13 +170,13 @@ class CommCounter(TorchDispatchMode):
             label, times = self.NAMES[name]
             tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:2]
             size = max(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-            group = next(a for a in args if isinstance(a, torch.ScriptObject))
-            n = dist.ProcessGroup.unbox(group).size()
+            group = dist.ProcessGroup.unbox(
+                next(a for a in args if isinstance(a, torch.ScriptObject)))
+            n = group.size()
             sent = size if times is None else times * size * (n - 1) / n
-            if name == "alltoall_base_" and args[4]:  # uneven: all rows but those for itself
-                rows = args[1].element_size() * args[1][:1].numel()
-                own = args[4][dist.ProcessGroup.unbox(group).rank()]
-                sent = rows * (sum(args[4]) - own)
+            if label == "all_to_all" and args[4]:  # uneven: all rows but those for itself
+                row = args[1].element_size() * args[1][:1].numel()
+                sent = row * (sum(args[4]) - args[4][group.rank()])
             self.log.append((label, sent, n))
         return function(*args, **(kwargs or {}))
 
@@ -199,20 +199,30 @@ def all_reduce(x, group):
 
 def all_gather(x, group, dim=0):
     """Every rank's x, one after the other along dim."""
-    n = dist.get_world_size(group)
-    out = x.new_empty(n, *x.shape)
+    out = x.new_empty(dist.get_world_size(group), *x.shape)
     all_gather_single(out.flatten(0, 1) if x.ndim else out, x.contiguous(), group=group)
     return torch.cat(out.unbind(0), dim) if dim else out.flatten(0, 1)
 
 
 def reduce_scatter(x, group, dim=0):
     """This rank's piece along dim of the sum over the group."""
-    pieces = torch.cat(x.chunk(dist.get_world_size(group), dim)) if dim else x.contiguous()
-    pieces = summable(pieces, group)
-    rows = pieces.shape[0] // dist.get_world_size(group)
-    out = pieces.new_empty(rows, *pieces.shape[1:])
+    n = dist.get_world_size(group)
+    pieces = summable(torch.cat(x.chunk(n, dim)) if dim else x.contiguous(), group)
+    out = pieces.new_empty(pieces.shape[0] // n, *pieces.shape[1:])
     reduce_scatter_single(out, pieces, group=group)
     return out.to(x.dtype)
+
+
+def all_to_all(x, group, sends=None, receives=None):
+    """Rows of x to the ranks, sends[r] of them to r; as many to each where nothing is said."""
+    out = x.new_empty(sum(receives), *x.shape[1:]) if receives else torch.empty_like(x)
+    dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+    return out
+
+
+def finish(works):
+    while works:  # once each: gloo would wait for another message the second time
+        works.pop().wait()
 
 
 class Exchange(torch.autograd.Function):
@@ -229,41 +239,31 @@ class Exchange(torch.autograd.Function):
         return ctx.back(dy.contiguous()), None, None
 
 
-def same(x):
+def pair(there, back):
+    return lambda x, group: Exchange.apply(x, partial(there, group=group),
+                                           partial(back, group=group))
+
+
+def same(x, group):
     return x
 
 
-def enter(x, group):
-    """Into a region where each rank does part of the work on the same x: gradients add up."""
-    return Exchange.apply(x, same, partial(all_reduce, group=group))
+# Into a region where each rank does part of the work on the same x, and out of it, where partial
+# results add up; the last two for a sequence that is split outside: (B, T/N, D) <-> (B, T, D).
+enter = pair(same, all_reduce)
+leave = pair(all_reduce, same)
+gather_sequence = pair(partial(all_gather, dim=1), partial(reduce_scatter, dim=1))
+scatter_sequence = pair(partial(reduce_scatter, dim=1), partial(all_gather, dim=1))
 
 
-def leave(x, group):
-    """Out of it: the ranks' partial results add up, and the gradient is for all of them."""
-    return Exchange.apply(x, partial(all_reduce, group=group), same)
+def flatten(tensors):
+    """One vector of them all, to send as one message."""
+    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
 
 
-def gather_sequence(x, group):
-    """enter() for a sequence that is split: (B, T/N, D) -> (B, T, D)."""
-    return Exchange.apply(x, partial(all_gather, group=group, dim=1),
-                          partial(reduce_scatter, group=group, dim=1))
-
-
-def scatter_sequence(x, group):
-    """leave() for one: (B, T, D) of partial sums -> (B, T/N, D)."""
-    return Exchange.apply(x, partial(reduce_scatter, group=group, dim=1),
-                          partial(all_gather, group=group, dim=1))
-
-
-def send_to_all(x, sends, receives, group):
-    """Rows of x to the ranks, sends[r] of them to r; gradients go back the way they came."""
-    def move(x, sends, receives):
-        out = x.new_empty(sum(receives), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
-        return out
-
-    return Exchange.apply(x, partial(move, sends=sends, receives=receives),
-                          partial(move, sends=receives, receives=sends))
+def unflatten(flat, like):
+    """The pieces of flatten(like)."""
+    return [v.view_as(t) for t, v in zip(like, flat.split([t.numel() for t in like]))]
 
 
 def sum_gradients(parameters, group=None):
@@ -271,17 +271,17 @@ def sum_gradients(parameters, group=None):
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
-    flat = torch.cat([g.flatten() for g in grads])
+    flat = flatten(grads)
     dist.all_reduce(flat, group=group)
-    for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
-        grad.copy_(piece.view_as(grad))
+    torch._foreach_copy_(grads, unflatten(flat, grads))
 
 
 # ---- pieces of a parameter ---------------------------------------------------------------------
 # A split parameter has .splits, a list of (dim, group, size): cut along dim, of `size` before the
 # cut, into the group's ranks, padded to equal pieces; cuts lie in each other in that order. .parts
 # says how many ranks hold different parts of the model here, .full_name its name in the model of
-# one process, where that is not its own.
+# one process where that is not its own, .kind whether its gradient is "partial" (to be summed over
+# the tensor-parallel ranks too) or an "expert"'s (not over the expert-parallel ones).
 
 
 def cut(x, dim, group):
@@ -298,11 +298,9 @@ def cut(x, dim, group):
 def split_parameter(p, dim, group):
     """p -> a Parameter that holds this rank's piece along dim."""
     piece = nn.Parameter(cut(p.detach(), dim, group), p.requires_grad)
+    piece.__dict__.update(p.__dict__)  # .full_name, .kind
     piece.splits = [*getattr(p, "splits", []), (dim, group, p.shape[dim])]
     piece.parts = getattr(p, "parts", 1) * dist.get_world_size(group)
-    for name in ("full_name", "expert"):
-        if hasattr(p, name):
-            setattr(piece, name, getattr(p, name))
     return piece
 
 
@@ -314,13 +312,6 @@ def whole(x, p):
     return x
 
 
-def piece_of(x, p):
-    """Cut a whole tensor as the parameter p is."""
-    for dim, group, _ in getattr(p, "splits", []):
-        x = cut(x, dim, group)
-    return x
-
-
 def whole_shape(p):
     """The shape p has in the model of one process."""
     shape = list(p.shape)
@@ -329,17 +320,21 @@ def whole_shape(p):
     return tuple(shape)
 
 
+def named(model):
+    """(name in the model of one process, parameter) of all parameters."""
+    return [(getattr(p, "full_name", name), p) for name, p in model.named_parameters()]
+
+
 def clip_grad_norm(parameters, max_norm, group=None):
     """Scale gradients so that the norm over all parts of the model is at most max_norm; returns
     the norm. A part that several ranks hold alike counts once: each adds its share of it."""
     parameters = [p for p in parameters if p.grad is not None]
-    world = dist.get_world_size(group)
     device = parameters[0].grad.device if parameters else None
     square = torch.zeros((), dtype=torch.float64, device=device)
     for p in parameters:
-        square += p.grad.double().square().sum() * getattr(p, "parts", 1) / world
+        square += p.grad.double().square().sum() * getattr(p, "parts", 1)
     dist.all_reduce(square, group=group)
-    norm = square.sqrt().float()
+    norm = (square / dist.get_world_size(group)).sqrt().float()
     if max_norm:
         for p in parameters:
             p.grad.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
@@ -347,6 +342,29 @@ def clip_grad_norm(parameters, max_norm, group=None):
 
 
 # ---- data parallel -----------------------------------------------------------------------------
+
+
+@contextmanager
+def no_sync(self):
+    """Gradients of the backward passes inside only add up, on this rank."""
+    self.syncing = False
+    try:
+        yield
+    finally:
+        self.syncing = True
+
+
+def fill_buckets(params, limit):
+    """Lists of successive parameters of one type, as many in each as fit `limit` bytes."""
+    buckets, room = [], 0
+    for p in params:
+        size = p.numel() * p.element_size()
+        if not buckets or size > room or buckets[-1][0].dtype != p.dtype:
+            buckets.append([])
+            room = limit
+        buckets[-1].append(p)
+        room -= size
+    return buckets
 
 
 class DDP(nn.Module):
@@ -361,33 +379,22 @@ class DDP(nn.Module):
     any rank has used it: what none has used keeps no gradient). average=False sums instead.
     """
 
+    no_sync = no_sync
+
     def __init__(self, module, mode="bucket", bucket_mb=25, group=None, average=True):
         super().__init__()
         if mode not in ("naive", "flat", "overlap", "bucket"):
             raise ValueError(f"mode {mode!r} is not one of naive, flat, overlap, bucket")
-        check_same(module, group)
-        broadcast_module(module, group)
+        start_alike(module, group)
         self.module, self.group, self.syncing = module, group, True
         self.scale = 1 / dist.get_world_size(group) if average else 1
-        self.eager = mode in ("overlap", "bucket")
         limit = {"flat": math.inf, "bucket": bucket_mb * 2**20}.get(mode, 0)
         self.params = [p for p in module.parameters() if p.requires_grad]
-        self.buckets = self.fill_buckets(self.params[::-1], limit)  # gradients come last first
+        self.buckets = fill_buckets(self.params[::-1], limit)  # the last gradients come first
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        for p in self.params if self.eager else ():
+        for p in self.params if mode in ("overlap", "bucket") else ():
             p.register_post_accumulate_grad_hook(self.ready)
         self.reset()
-
-    @staticmethod
-    def fill_buckets(params, limit):
-        buckets, size = [], 0
-        for p in params:
-            size += p.numel() * p.element_size()
-            if not buckets or size > limit or buckets[-1][0].dtype != p.dtype:
-                buckets.append([])
-                size = p.numel() * p.element_size()
-            buckets[-1].append(p)
-        return buckets
 
     def reset(self):
         self.next, self.flying = 0, []  # the first bucket not sent; what is on its way
@@ -396,14 +403,9 @@ class DDP(nn.Module):
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
-    @contextmanager
-    def no_sync(self):
-        """Gradients of the backward passes inside only add up, on this rank."""
-        self.syncing = False
-        try:
-            yield
-        finally:
-            self.syncing = True
+    def loss(self, *args, **kwargs):
+        """module.loss, for models that have it."""
+        return self.module.loss(*args, **kwargs)
 
     def ready(self, p):
         """Hook: p has its gradient. Buckets leave in their order, so that all ranks agree on it,
@@ -419,8 +421,7 @@ class DDP(nn.Module):
 
     def send(self):
         bucket = self.buckets[self.next]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        flat = grads[0] if len(grads) == 1 else torch.cat([g.flatten() for g in grads])
+        flat = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in bucket])
         self.flying.append((dist.all_reduce(flat, group=self.group, async_op=True), flat))
         self.next += 1
 
@@ -434,87 +435,66 @@ class DDP(nn.Module):
         used = dict(zip(self.params, used.tolist()))
         for (work, flat), bucket in zip(self.flying, self.buckets):
             work.wait()
-            flat.mul_(self.scale)
-            for p, piece in zip(bucket, flat.view(-1).split([p.numel() for p in bucket])):
-                p.grad = piece.view_as(p) if used[p] else None
+            for p, piece in zip(bucket, unflatten(flat.mul_(self.scale), bucket)):
+                p.grad = piece if used[p] else None
         self.reset()
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """ZeRO-1: each rank keeps the optimizer state of 1/N of the parameters and updates those.
 
-    Whole parameters, the largest first to whoever has least, so Muon's matrices stay whole. A step
-    ends with each rank broadcasting what it updated: the bytes of the parameters, in all.
+    Whole parameters, the largest first to whoever has least, so Muon's matrices stay whole. The
+    optimizer inside knows all of them, but sees the gradients of this rank's only: to others it
+    does nothing, and keeps nothing for them. A step ends with each rank broadcasting what it
+    updated: the bytes of the parameters, in all.
     """
 
     def __init__(self, params, optimizer_cls, group=None, **kwargs):
-        self.group, self.owner, self.local = group, {}, None
+        self.group, self.owner = group, {}
         self.held = [0] * dist.get_world_size(group)  # elements a rank
-        self.me = dist.get_rank(group)
-        super().__init__(params, kwargs)
-        groups = [dict(g, params=self.own(g)) for g in self.param_groups]
-        self.local = optimizer_cls(groups, **kwargs)
-        for mine, of_all in zip(self.local.param_groups, self.param_groups):
-            of_all.update({k: v for k, v in mine.items() if k != "params"})
+        self.local = optimizer_cls(params, **kwargs)
+        super().__init__(self.local.param_groups, self.local.defaults)
+        self.share_state()
 
-    def own(self, group):
-        return [p for p in group["params"] if self.owner[p] == self.me]
+    def share_state(self):
+        self.param_groups, self.state = self.local.param_groups, self.local.state
 
     def add_param_group(self, param_group):
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for p in sorted(group["params"], key=lambda p: -p.numel()):
+        if all(param_group is not g for g in self.local.param_groups):
+            self.local.add_param_group(param_group)
+        for p in sorted(param_group["params"], key=lambda p: -p.numel()):
             self.owner[p] = min(range(len(self.held)), key=self.held.__getitem__)
             self.held[self.owner[p]] += p.numel()
-        if self.local:
-            self.local.add_param_group(dict(group, params=self.own(group)))
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        pairs = list(zip(self.local.param_groups, self.param_groups))
-        for mine, of_all in pairs:  # schedules change the rates here
-            mine.update({k: v for k, v in of_all.items() if k != "params"})
+        me = dist.get_rank(self.group)
+        others = {p: p.grad for p, owner in self.owner.items() if owner != me}
+        for p in others:
+            p.grad = None
         self.local.step()
-        for mine, of_all in pairs:
-            of_all.update({k: v for k, v in mine.items() if k != "params"})
-        self.share()
+        for p, grad in others.items():
+            p.grad = grad
+        for rank in range(len(self.held)):
+            if params := [p for p, owner in self.owner.items() if owner == rank]:
+                flat = flatten([p.detach() for p in params])
+                dist.broadcast(flat, peer(rank, self.group), group=self.group)
+                torch._foreach_copy_(params, unflatten(flat, params))
         return loss
-
-    def share(self):
-        flying = []
-        kinds = {(self.owner[p], p.dtype) for p in self.owner}
-        for owner, dtype in sorted(kinds, key=str):
-            params = [p for p, o in self.owner.items() if o == owner and p.dtype == dtype]
-            flat = torch.cat([p.flatten() for p in params])
-            source = dist.get_global_rank(self.group or dist.group.WORLD, owner)
-            flying.append((dist.broadcast(flat, source, group=self.group, async_op=True),
-                           flat, params))
-        for work, flat, params in flying:
-            work.wait()
-            for p, piece in zip(params, flat.split([p.numel() for p in params])):
-                p.copy_(piece.view_as(p))
 
     def state_dict(self):
         """As the optimizer would give it in one process; every rank must ask."""
-        index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        mine = {index[p]: s for p, s in self.local.state.items()}
-        shares = [None] * len(self.held)
-        dist.all_gather_object(shares, mine, group=self.group)
-        groups = [dict(g, params=[index[p] for p in g["params"]]) for g in self.param_groups]
-        return {"state": {k: v for s in shares for k, v in s.items()}, "param_groups": groups}
+        mine, shares = self.local.state_dict(), [None] * len(self.held)
+        dist.all_gather_object(shares, mine["state"], group=self.group)
+        return mine | {"state": {i: s for share in shares for i, s in share.items()}}
 
     def load_state_dict(self, state_dict):
         """Take this rank's share of a whole state."""
-        params = [p for g in self.param_groups for p in g["params"]]
-        self.local.state.clear()
-        for i, state in state_dict["state"].items():
-            if self.owner[params[i]] == self.me:
-                self.local.state[params[i]] = {
-                    k: v.to(params[i].device).clone() if torch.is_tensor(v) and v.ndim else v
-                    for k, v in state.items()}
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            group.update({k: v for k, v in saved.items() if k != "params"})
+        params, me = [p for g in self.param_groups for p in g["params"]], dist.get_rank(self.group)
+        mine = {i: s for i, s in state_dict["state"].items() if self.owner[params[i]] == me}
+        self.local.load_state_dict(state_dict | {"state": mine})
+        self.share_state()
 
 
 # ---- fully sharded data parallel ---------------------------------------------------------------
@@ -533,7 +513,7 @@ class ShardedLayer:
         self.fsdp, self.group, self.places = fsdp, fsdp.group, list(places.values())
         self.n = dist.get_world_size(self.group)
         self.shards = [split_parameter(p, 0, self.group) for p in places]
-        self.full, self.sizes = [], [s.numel() for s in self.shards]
+        self.full = []
         for p, shard in zip(places, self.shards):
             dtype = fsdp.compute_dtype or p.dtype
             room = torch.empty(self.n * shard.numel(), dtype=dtype, device=p.device)
@@ -541,16 +521,21 @@ class ShardedLayer:
             if p.requires_grad:
                 full.register_post_accumulate_grad_hook(self.accumulated)
             self.full.append(full)
-        self.trainable = sum(p.requires_grad for p in places)
+        self.learns = [i for i, p in enumerate(places) if p.requires_grad]
+        self.missing = len(self.learns)  # gradients until the layer is done with
         self.gathering = self.reducing = None  # (work, buffer) of what is under way
-        self.missing, self.gathered = self.trainable, True
+        self.gathered = True
         self.free()
+
+    def show(self, weights):
+        for weight, places in zip(weights, self.places):
+            for module, name in places:
+                module._parameters[name] = weight
 
     def gather(self):
         if self.gathered or self.gathering:
             return
-        dtype = self.full[0].dtype
-        mine = torch.cat([s.detach().to(dtype).flatten() for s in self.shards])
+        mine = flatten([s.detach().to(self.full[0].dtype) for s in self.shards])
         out = mine.new_empty(self.n * len(mine))
         self.gathering = all_gather_single(out, mine, group=self.group, async_op=True), out
 
@@ -560,23 +545,20 @@ class ShardedLayer:
             return
         work, out = self.gathering
         work.wait()
-        pieces = out.view(self.n, -1).split(self.sizes, 1)  # (N, numel) of each weight
-        for full, piece, places in zip(self.full, pieces, self.places):
+        pieces = out.view(self.n, -1).split([s.numel() for s in self.shards], 1)
+        for full, piece in zip(self.full, pieces):  # (N, elements of a rank), a row from each
             full.untyped_storage().resize_(piece.numel() * piece.element_size())
             # .data, since autograd must not take this for a change of the weight
             full.data.as_strided(piece.shape, (piece.shape[1], 1)).copy_(piece)
-            for module, name in places:
-                module._parameters[name] = full
+        self.show(self.full)
         self.gathering, self.gathered = None, True
 
     def free(self):
-        if not self.gathered:
-            return
-        for full, shard, places in zip(self.full, self.shards, self.places):
-            full.untyped_storage().resize_(0)
-            for module, name in places:
-                module._parameters[name] = shard
-        self.gathered = False
+        if self.gathered:
+            for full in self.full:
+                full.untyped_storage().resize_(0)
+            self.show(self.shards)
+            self.gathered = False
 
     def accumulated(self, _):
         """Hook: one more weight has its gradient. After the last the layer is done with."""
@@ -584,110 +566,93 @@ class ShardedLayer:
         if not self.missing:
             if self.fsdp.syncing:
                 self.reduce()
-            self.missing = self.trainable
+            self.missing = len(self.learns)
             self.free()
 
     def reduce(self):
         """Start the reduce-scatter of the whole gradients."""
         self.settle()
         rows = []
-        for full, shard in zip(self.full, self.shards):
-            if full.requires_grad:
-                grad = torch.zeros_like(full) if full.grad is None else full.grad
-                grad = grad.to(self.fsdp.reduce_dtype).flatten()
-                missing = self.n * shard.numel() - len(grad)
-                rows.append((F.pad(grad, (0, missing)) if missing else grad).view(self.n, -1))
-                full.grad = None
+        for full, shard in ((self.full[i], self.shards[i]) for i in self.learns):
+            grad = torch.zeros_like(full) if full.grad is None else full.grad
+            grad = grad.to(self.fsdp.reduce_dtype).flatten()
+            missing = self.n * shard.numel() - len(grad)
+            rows.append((F.pad(grad, (0, missing)) if missing else grad).view(self.n, -1))
+            full.grad = None
         flat = torch.cat(rows, 1) if len(rows) > 1 else rows[0]  # (N, elements of a rank)
         del rows, grad
         out = flat.new_empty(flat.shape[1])
         self.reducing = reduce_scatter_single(out, flat.view(-1), group=self.group,
                                               async_op=True), out
 
+    def settle(self):
+        """Wait for the reduction under way; its result joins the shards' gradients."""
+        if self.reducing:
+            work, out = self.reducing
+            work.wait()
+            shards = [self.shards[i] for i in self.learns]
+            for shard, piece in zip(shards, unflatten(out, shards)):
+                grad = piece.mul(self.fsdp.scale).to(shard.dtype)
+                shard.grad = grad if shard.grad is None else shard.grad + grad
+            self.reducing = None
+
     def finish(self):
         if self.fsdp.syncing and any(full.grad is not None for full in self.full):
             self.reduce()  # not all weights were used
-        self.missing = self.trainable
+        self.missing = len(self.learns)
         self.free()
         self.settle()
-
-    def settle(self):
-        """Wait for the reduction under way; its result joins the shards' gradients."""
-        if not self.reducing:
-            return
-        work, out = self.reducing
-        work.wait()
-        shards = [s for s in self.shards if s.requires_grad]
-        for shard, piece in zip(shards, out.split([s.numel() for s in shards])):
-            grad = piece.mul(self.fsdp.scale).view_as(shard).to(shard.dtype)
-            shard.grad = grad if shard.grad is None else shard.grad + grad
-        self.reducing = None
 
 
 class FSDP(nn.Module):
     """Weights, gradients and optimizer state sharded over the ranks (ZeRO-3).
 
-    A layer is a member of a ModuleList, or where there is none, a module with a 2-D weight of its
-    own. It is gathered before it runs and freed after it, in both passes: `prefetch` layers are
-    gathered or on their way at any time, layer l + prefetch only once l is done. What lies outside
-    the layers (embedding, head) stays gathered from the forward pass to its gradient. Parameters of
-    other dimensions are small: they stay whole, and their gradients are all-reduced.
+    A layer is a member of a ModuleList, or where there is none, a module without children. It is
+    gathered before it runs and freed after it, in both passes: `prefetch` layers are gathered or on
+    their way at any time, layer l + prefetch only once l is done. What lies outside the layers or
+    is shared by several (embedding, head) stays gathered from the forward pass to its gradient.
+    Parameters of other dimensions are small: they stay whole, their gradients are all-reduced.
 
     Weights travel in compute_dtype (their own if None), gradients in reduce_dtype; the shards that
     the optimizer sees, and their gradients, keep the weights' own dtype. With W weights, w of them
     outside the layers, a step sends (N-1)/N of 2 (W - w) + w in compute_dtype and W in
-    reduce_dtype: three halves of DDP's bytes. Ranks must use the same weights in the same order.
+    reduce_dtype: three halves of DDP's bytes. Layers are prefetched in the order they are
+    registered in, which must be that of their use.
     """
+
+    no_sync = no_sync
 
     def __init__(self, module, compute_dtype=None, reduce_dtype=torch.float32, prefetch=2,
                  group=None, average=True):
         super().__init__()
-        check_same(module, group)
-        broadcast_module(module, group)
+        start_alike(module, group)
         self.module, self.group, self.prefetch = module, group, max(1, prefetch)
         self.compute_dtype, self.reduce_dtype = compute_dtype, reduce_dtype
         self.scale = 1 / dist.get_world_size(group) if average else 1
         self.syncing, self.backward_runs = True, False
-        places, self.homes = {}, {}
-        for m in module.modules():
+        self.small = [p for p in module.parameters() if p.ndim != 2 and p.requires_grad]
+        modules, places = list(module.modules()), {}  # {parameter: [(module, name), ...]}
+        for m in modules:
             for name, p in m._parameters.items():
                 if p is not None and p.ndim == 2:
                     places.setdefault(p, []).append((m, name))
-        for layer, inside in self.layers_of(module).items():
-            taken = {p: places.pop(p) for p in list(places)
-                     if all(m in inside for m, _ in places[p])}
-            if taken:
-                self.homes[layer] = ShardedLayer(taken, self)
-        has_lists = any(isinstance(m, nn.ModuleList) for m in module.modules())
-        rest = [ShardedLayer({p: where}, self) for p, where in places.items()]
-        self.root, self.order = (rest, list(self.homes.values())) if has_lists else ([], [])
-        if not has_lists:  # tied weights, too, are gathered wherever they are used
-            self.homes |= {m: layer for layer in rest for where in layer.places for m, _ in where}
-            self.order = list(dict.fromkeys(self.homes.values()))
-        self.seen = []
-        for m, layer in self.homes.items():
-            m.register_forward_pre_hook(partial(self.before, layer))
-            m.register_forward_hook(partial(self.after, layer))
-        sharded = {s for layer in (*self.root, *self.order) for s in layer.shards}
-        self.small = [p for p in module.parameters() if p not in sharded and p.requires_grad]
-
-    @staticmethod
-    def layers_of(module):
-        """{layer: the modules inside it}, of the outermost ModuleLists."""
-        layers, inside = {}, set()
-        for m in module.modules():
-            if isinstance(m, nn.ModuleList) and m not in inside:
-                inside |= set(m.modules())
-                layers |= {child: set(child.modules()) for child in m}
-        return layers
+        blocks = [b for m in modules if isinstance(m, nn.ModuleList) for b in m]
+        self.order = []
+        for block in blocks or [m for m in modules if not list(m.children())]:
+            inside = set(block.modules())
+            own = [p for p, uses in places.items() if all(m in inside for m, _ in uses)]
+            if own:
+                layer = ShardedLayer({p: places.pop(p) for p in own}, self)
+                self.order.append(layer)
+                block.register_forward_pre_hook(partial(self.before, layer))
+                block.register_forward_hook(partial(self.after, layer))
+        self.root = [ShardedLayer({p: uses}, self) for p, uses in places.items()]
 
     def before(self, layer, module, inputs):
+        i = self.order.index(layer)
+        for ahead in () if self.backward_runs else self.order[i:i + self.prefetch]:
+            ahead.gather()
         layer.wait()
-        if not self.backward_runs:
-            self.seen.append(layer)
-            i = self.order.index(layer)
-            for ahead in self.order[i + 1:i + self.prefetch]:
-                ahead.gather()
 
     def after(self, layer, module, inputs, output):
         if self.backward_runs:  # a layer that activation checkpointing runs again
@@ -696,19 +661,16 @@ class FSDP(nn.Module):
         for tensor in (output,) if torch.is_tensor(output) else output:
             if torch.is_tensor(tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self.before_backward, layer))
-        i = self.order.index(layer) + self.prefetch
-        if i < len(self.order):
-            self.order[i].gather()
 
     def before_backward(self, layer, grad):
         self.backward_runs = True
         i = self.order.index(layer)
         for later in self.order[i + 1:]:
-            if not later.trainable:
+            if not later.learns:  # no gradient says when it is done with
                 later.free()
-        layer.wait()
-        for ahead in self.order[max(0, i + 1 - self.prefetch):i][::-1]:
+        for ahead in self.order[max(0, i + 1 - self.prefetch):i + 1][::-1]:
             ahead.gather()
+        layer.wait()
 
     def run(self, function, *args, **kwargs):
         self.backward_runs = False
@@ -716,10 +678,7 @@ class FSDP(nn.Module):
             layer.gather()
         for layer in self.root:
             layer.wait()
-        self.seen = []
         output = function(*args, **kwargs)
-        if len(self.seen) == len(self.order):
-            self.order = list(dict.fromkeys(self.seen + self.order))
         if not torch.is_grad_enabled():
             for layer in (*self.root, *self.order):
                 layer.free()
@@ -732,19 +691,10 @@ class FSDP(nn.Module):
         """module.loss, for models that have it."""
         return self.run(self.module.loss, *args, **kwargs)
 
-    @contextmanager
-    def no_sync(self):
-        """Whole gradients of the backward passes inside add up on this rank, in memory."""
-        self.syncing = False
-        try:
-            yield
-        finally:
-            self.syncing = True
-
     def finish_gradient_synchronization(self):
         for layer in (*self.root, *self.order):
             layer.finish()
-        if self.syncing and self.small:
+        if self.syncing:
             for p in self.small:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             sum_gradients(self.small, self.group)
@@ -767,16 +717,16 @@ class FSDP(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """A table whose rows are split: each rank looks up the ids it has, and the results add up."""
 
-    def __init__(self, embedding, group, leave):
+    def __init__(self, embedding, group, out):
         super().__init__()
-        self.weight, self.leave = split_parameter(embedding.weight, 0, group), leave
+        self.weight, self.out = split_parameter(embedding.weight, 0, group), out
         self.first = dist.get_rank(group) * len(self.weight)
 
     def forward(self, ids):
         local = ids - self.first
         here = (local >= 0) & (local < len(self.weight))
         rows = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
-        return self.leave(rows * here[..., None])
+        return self.out(rows * here[..., None])
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -806,19 +756,6 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return dz * grad, None, None, None, None
 
 
-def check_tensor_parallel(model, n):
-    c = model.config
-    for name in ("num_heads", "num_kv_heads", "d_ff"):
-        if getattr(c, name) % n:
-            raise ValueError(f"tensor parallel over {n}: {name}={getattr(c, name)} is not a "
-                             "multiple of it")
-    for name in ("num_experts", "kv_rank", "value_embeddings"):
-        if getattr(c, name):
-            raise ValueError(f"tensor parallel: {name}={getattr(c, name)} cannot be split here")
-    if c.qk_norm == "full":
-        raise ValueError("tensor parallel: qk_norm='full' needs all heads on one rank")
-
-
 def tensor_parallel(model, group, sequence=False):
     """Split our Transformer's matrices over the group; returns parameters whose gradients are
     partial: call sum_gradients(them, group) after the backward pass.
@@ -829,41 +766,50 @@ def tensor_parallel(model, group, sequence=False):
     what lies between the parts is split along T: 4 all-gathers and 4 reduce-scatters of the same
     bytes in all, and 1/N of the activations there.
     """
-    n = dist.get_world_size(group)
-    check_tensor_parallel(model, n)
+    n, c = dist.get_world_size(group), model.config
+    for name in ("num_heads", "num_kv_heads", "d_ff"):
+        if getattr(c, name) % n:
+            raise ValueError(f"tensor parallel: {name}={getattr(c, name)} is not a multiple of {n}")
+    if c.num_experts or c.kv_rank or c.value_embeddings or c.qk_norm == "full":
+        raise ValueError(f"tensor parallel: num_experts={c.num_experts}, kv_rank={c.kv_rank}, "
+                         f"value_embeddings={c.value_embeddings} must be 0, qk_norm not 'full'")
     into, out = (gather_sequence, scatter_sequence) if sequence else (enter, leave)
     into, out = partial(into, group=group), partial(out, group=group)
     partials = []
-    for name, m in model.named_modules():
+    for name, m in list(model.named_modules()):
         if name.endswith((".attn", ".ffn")):
             m.register_forward_pre_hook(
                 lambda m, args, kwargs: ((into(args[0]), *args[1:]), kwargs), with_kwargs=True)
-        if name.endswith((".q", ".k", ".v", ".w1", ".w3")):
+        if name.endswith((".q", ".k", ".v", ".w1", ".w3")):  # W (F, D) -> (F/N, D)
             for p_name, p in list(m.named_parameters()):
                 m.register_parameter(p_name, split_parameter(p, 0, group))
-        elif name.endswith((".o", ".w2")):
-            m.register_parameter("weight", split_parameter(m.weight, 1, group))
-            after, m.bias = m.bias, None  # added once, to the sum
-            if after is not None:
-                after.full_name = f"{name}.bias"
-                m.register_parameter("row_bias", after)
-                partials += [after] * sequence
+        elif name.endswith((".o", ".w2")):  # W (D, F) -> (D, F/N)
+            m.weight = split_parameter(m.weight, 1, group)
+            m.register_parameter("row_bias", m.bias)  # added once, to the sum
+            m.bias = None
+            if m.row_bias is not None:
+                m.row_bias.full_name = f"{name}.bias"
+                partials += [m.row_bias] * sequence
             m.register_forward_hook(
                 lambda m, x, y: out(y) if m.row_bias is None else out(y) + m.row_bias)
-            m.row_bias = getattr(m, "row_bias", None)
         elif name.endswith(("q_norm", "k_norm")) or sequence and name.endswith("norm"):
             partials += m.parameters(recurse=False)
         if sequence and hasattr(m, "residual"):
             partials.append(m.residual)
-        if sequence and name == "pos":
+        if sequence and name == "pos":  # (T, D) -> (T/N, D)
             m.register_forward_hook(lambda m, x, y: y.chunk(n, -2)[dist.get_rank(group)])
             partials.append(m.weight)
-    table = VocabParallelEmbedding(model.embed, group, out)
-    if not model.config.tie_embeddings:
+    for p in partials:
+        p.kind = "partial"
+    model.embed = table = VocabParallelEmbedding(model.embed, group, out)
+    if not c.tie_embeddings:
         model.lm_head.weight = split_parameter(model.lm_head.weight, 0, group)
-    model.embed = table
     model.loss = partial(tensor_parallel_loss, model, into, group)
     model.head = partial(tensor_parallel_head, model, into, group)
+    if sequence:  # a later stage of a pipeline has no table, and sees T/N positions of its input
+        positions = model.positions
+        model.positions = lambda T, device: positions(
+            T if model.embed is table else T * n, device)
     return partials
 
 
@@ -874,10 +820,10 @@ def local_logits(model, into, group, hidden):
     z = F.linear(into(hidden), weight).float()
     if c.logit_softcap:
         z = c.logit_softcap * torch.tanh(z / c.logit_softcap)
-    padding = (dist.get_rank(group) + 1) * len(weight) - c.vocab_size
-    if padding > 0:
-        z = z.masked_fill(torch.arange(len(weight), device=z.device) >= len(weight) - padding,
-                          -math.inf)
+    first = dist.get_rank(group) * len(weight)
+    if first + len(weight) > c.vocab_size:
+        columns = torch.arange(first, first + len(weight), device=z.device)
+        z = z.masked_fill(columns >= c.vocab_size, -math.inf)
     return z
 
 
@@ -903,7 +849,10 @@ def tensor_parallel_loss(model, into, group, ids, targets, reduction="mean", ign
 
 
 def zigzag(x, group, dim=1):
-    """This rank's share of a sequence: chunks r and 2N-1-r of 2N, so that causal work is even."""
+    """This rank's share of a sequence: chunks r and 2N-1-r of 2N, so that causal work is even.
+
+    Of 8 tokens, rank 0 of 2 has 0 1 6 7 and rank 1 has 2 3 4 5: each 18 of the 36 pairs.
+    """
     n, r = dist.get_world_size(group), dist.get_rank(group)
     if x.shape[dim] % (2 * n):
         raise ValueError(f"context parallel over {n}: {x.shape[dim]} tokens are not a multiple of "
@@ -922,10 +871,21 @@ def attention_with_lse(q, k, v, causal):
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     if causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1),
-                                    -math.inf)
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
     lse = scores.logsumexp(-1)
     return ((scores - lse[..., None]).exp().to(v.dtype) @ v).transpose(1, 2), lse
+
+
+def pass_on(tensor, group):
+    """Start sending to the next rank of the ring: (works to finish, the tensor that comes)."""
+    n, rank = dist.get_world_size(group), dist.get_rank(group)
+    if n == 1:
+        return [], tensor
+    came = torch.empty_like(tensor)
+    return dist.batch_isend_irecv([
+        dist.P2POp(dist.isend, tensor.contiguous(), peer((rank + 1) % n, group), group),
+        dist.P2POp(dist.irecv, came, peer((rank - 1) % n, group), group)]), came
 
 
 class RingAttention(torch.autograd.Function):
@@ -940,33 +900,31 @@ class RingAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def part(step, rank, q, k, v):
-        """Queries and keys that meet at this step, and whether the mask is causal."""
-        half = q.shape[1] // 2
+    def part(step, rank, T):
+        """(queries, keys, causal) of a step: which of the T on this rank, which of the T come."""
         if step == 0:
-            return q, k, v, True
-        if step <= rank:  # from an earlier rank
-            return q, k[:, :half], v[:, :half], False
-        return q[:, half:], k, v, False
+            return slice(T), slice(T), True
+        return (slice(T), slice(T // 2), False) if step <= rank else (
+            slice(T // 2, T), slice(T), False)
 
     @staticmethod
     def forward(ctx, q, k, v, group):
         n, rank = dist.get_world_size(group), dist.get_rank(group)
-        ctx.group, travellers = group, torch.stack((k, v))
+        ctx.group, kv = group, torch.stack((k, v))
         out = torch.zeros_like(q)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, device=q.device,
                          dtype=torch.promote_types(q.dtype, torch.float32))  # (B, H, T)
         for step in range(n):
-            coming = pass_on(travellers, group) if step < n - 1 else None
-            q_i, k_i, v_i, causal = RingAttention.part(step, rank, q, *travellers)
-            out_i, lse_i = attention_with_lse(q_i, k_i, v_i, causal)
-            rows = slice(q.shape[1] - q_i.shape[1], None)
+            works, coming = pass_on(kv, group) if step < n - 1 else ([], None)
+            rows, keys, causal = RingAttention.part(step, rank, q.shape[1])
+            out_i, lse_i = attention_with_lse(q[:, rows], *kv[:, :, keys], causal)
             both = torch.logaddexp(lse[..., rows], lse_i)
             old = (lse[..., rows] - both).exp().mT[..., None].to(q.dtype)  # (B, T, H, 1)
             new = (lse_i - both).exp().mT[..., None].to(q.dtype)
             out[:, rows] = out[:, rows] * old + out_i * new
             lse[..., rows] = both
-            travellers = coming() if coming else travellers
+            finish(works)
+            kv = coming
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -974,41 +932,23 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
         group, n, rank = ctx.group, dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
-        dq, travellers = torch.zeros_like(q), torch.stack((k, v, *torch.zeros_like(torch.stack(
-            (k, v)))))  # k, v and their gradients
+        dq, zero = torch.zeros_like(q), torch.zeros_like(k)
+        travellers = torch.stack((k, v, zero, zero))  # keys, values and their gradients
         for step in range(n):
-            parts = RingAttention.part(step, rank, q, *travellers[:2])
-            rows = slice(q.shape[1] - parts[0].shape[1], None)
+            rows, keys, causal = RingAttention.part(step, rank, q.shape[1])
             with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() for t in parts[:3]]
-                out_i, lse_i = attention_with_lse(*leaves, parts[3])
+                leaves = [t.detach().requires_grad_()
+                          for t in (q[:, rows], *travellers[:2, :, keys])]
+                out_i, lse_i = attention_with_lse(*leaves, causal)
             weight = (lse_i - lse[..., rows]).exp().mT[..., None].detach()  # (B, T, H, 1)
             do_i = do[:, rows] * weight.to(do.dtype)
             gap = ((out_i.detach() - out[:, rows]) * do_i).sum(-1).mT.to(lse.dtype)
-            grads = torch.autograd.grad((out_i, lse_i), leaves, (do_i, gap))
-            dq[:, rows] += grads[0]
-            travellers[2][:, :parts[1].shape[1]] += grads[1]
-            travellers[3][:, :parts[1].shape[1]] += grads[2]
-            travellers = pass_on(travellers, group)()  # after N steps they are home
+            dq_i, *dkv = torch.autograd.grad((out_i, lse_i), leaves, (do_i, gap))
+            dq[:, rows] += dq_i
+            travellers[2:, :, keys] += torch.stack(dkv)
+            works, travellers = pass_on(travellers, group)  # after N steps they are home
+            finish(works)
         return dq, travellers[2], travellers[3], None
-
-
-def pass_on(tensor, group):
-    """Start sending to the next rank of the ring; returns a function that waits for what comes."""
-    n, rank = dist.get_world_size(group), dist.get_rank(group)
-    if n == 1:
-        return lambda: tensor
-    to, source = (dist.get_global_rank(group or dist.group.WORLD, (rank + d) % n) for d in (1, -1))
-    came = torch.empty_like(tensor)
-    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor.contiguous(), to, group),
-                                    dist.P2POp(dist.irecv, came, source, group)])
-
-    def wait():
-        for work in works:
-            work.wait()
-        return came
-
-    return wait
 
 
 def ring_attention(q, k, v, group=None):
@@ -1037,26 +977,21 @@ def pipeline_order(rank, p, m, schedule, chunks=1):
 
     gpipe: all forward passes, then all backward. 1f1b: as soon as it can, one of each in turns, so
     rank r keeps p - r micro-batches in memory, not m. interleaved: 1f1b with `chunks` thin stages
-    a rank, round and round the ranks, which divides the bubble by their number.
+    a rank, p micro-batches through one and then the next, which divides the bubble by their number.
+
+    pipeline_order(0, 2, 3, "1f1b") is F0 F1 B0 F2 B1 B2, on rank 1 it is F0 B0 F1 B1 F2 B2.
     """
     n = m * chunks
-    if schedule == "interleaved":
-        first = min(n, (p - rank - 1) * 2 + (chunks - 1) * p)
-    else:
-        first = m if schedule == "gpipe" else min(m, p - rank - 1)
-
-    def forward(k):
-        return "F", k // (p * chunks) * p + k % p, k % (p * chunks) // p
-
-    def backward(k):
-        return "B", k // (p * chunks) * p + k % p, chunks - 1 - k % (p * chunks) // p
-
-    if chunks == 1:
-        forward, backward = (lambda k: ("F", k, 0)), (lambda k: ("B", k, 0))
-    order = [forward(k) for k in range(first)]
-    for k in range(first, n):
-        order += [forward(k), backward(k - first)]
-    return order + [backward(k) for k in range(n - first, n)]
+    early = {"gpipe": n, "1f1b": p - rank - 1,
+             "interleaved": (p - rank - 1) * 2 + (chunks - 1) * p}[schedule]
+    early = min(n, early)  # forward passes before the first backward one
+    turns = [(k // (p * chunks) * p + k % p, k // p % chunks) for k in range(n)]
+    forward = [("F", micro, chunk) for micro, chunk in turns]
+    backward = [("B", micro, chunks - 1 - chunk) for micro, chunk in turns]
+    order = forward[:early]
+    for both in zip(forward[early:], backward):
+        order += both
+    return order + backward[n - early:]
 
 
 def pipeline_table(p, m, schedule="1f1b", chunks=1):
@@ -1069,25 +1004,21 @@ def pipeline_table(p, m, schedule="1f1b", chunks=1):
         raise ValueError(f"schedule {schedule!r} is not one of gpipe, 1f1b, interleaved")
     if schedule == "interleaved" and m % p:
         raise ValueError(f"interleaved: {m} micro-batches are not a multiple of {p} ranks")
-    orders = [pipeline_order(r, p, m, schedule, chunks) for r in range(p)]
-    at, done, table, last = [0] * p, {}, [], p * chunks - 1
-    while any(a < len(o) for a, o in zip(at, orders)):
-        row = [None] * p
-        for r in range(p):
-            if at[r] == len(orders[r]):
-                continue
-            kind, micro, chunk = orders[r][at[r]]
-            stage = chunk * p + r
-            before = [("F", micro, stage - 1)] if kind == "F" else [("F", micro, stage)] + (
-                [("B", micro, stage + 1)] if stage < last else [])
-            if all(b in done or b[2] < 0 for b in before):
-                row[r] = kind, micro, chunk
+    left = [pipeline_order(r, p, m, schedule, chunks)[::-1] for r in range(p)]
+    done, table, last = set(), [], p * chunks - 1
+
+    def ready(rank, kind, micro, chunk):
+        stage = chunk * p + rank
+        if kind == "F":
+            return stage == 0 or ("F", micro, stage - 1) in done
+        return stage == last or ("B", micro, stage + 1) in done
+
+    while any(left):
+        row = [left[r][-1] if left[r] and ready(r, *left[r][-1]) else None for r in range(p)]
         for r, entry in enumerate(row):
             if entry:
-                done[entry[0], entry[1], entry[2] * p + r] = len(table)
-                at[r] += 1
-        if not any(row):
-            raise RuntimeError(f"{schedule} of {p} ranks and {m} micro-batches waits for itself")
+                done.add((entry[0], entry[1], entry[2] * p + r))
+                left[r].pop()
         table.append(row)
     return table
 
@@ -1110,92 +1041,89 @@ class Pipeline:
         self.p, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.table = pipeline_table(self.p, microbatches, schedule, len(self.chunks))
         self.last = self.p * len(self.chunks) - 1
-        self.kind, self.most_kept = None, 0  # (shape, dtype) between stages; peak of micro-batches
-
-    def destination(self, rank, entry):
-        """Who gets what this entry makes, and under which name; None at the ends."""
-        kind, micro, chunk = entry
-        stage = chunk * self.p + rank + (1 if kind == "F" else -1)
-        return (stage % self.p, (kind, micro, stage)) if 0 <= stage <= self.last else None
-
-    def exchange(self, row, made, inbox, device):
-        """Pass on what this tick made: one batch of sends and receives for all neighbours, so the
-        ranks meet in the same order. Nobody waits until it needs what comes."""
-        ops, receiving = [], []
-        for source, entry in enumerate(row):
-            goal = entry and self.destination(source, entry)
-            if not goal or self.rank not in (source, goal[0]):
-                continue
-            if source == goal[0]:
-                inbox[goal[1]] = [], made
-                continue
-            peer = dist.get_global_rank(self.group or dist.group.WORLD,
-                                        goal[0] if self.rank == source else source)
-            if self.rank == source:
-                ops.append(dist.P2POp(dist.isend, made, peer, self.group))
-            else:
-                came = torch.empty(self.kind[0], dtype=self.kind[1], device=device)
-                ops.append(dist.P2POp(dist.irecv, came, peer, self.group))
-                receiving.append((goal[1], came))
-        works = dist.batch_isend_irecv(ops) if ops else []
-        for name, came in receiving:
-            inbox[name] = works, came
-        return works, made
+        self.blanks = {}  # {shape of a micro-batch: a tensor without storage like what is sent}
+        self.most_kept = 0  # micro-batches between their two passes, at the most
 
     def step(self, x, y, backward=True):
         xs, ys = x.chunk(self.m), y.chunk(self.m)
         if len(xs) != self.m:
             raise ValueError(f"a batch of {len(x)} does not make {self.m} micro-batches")
-        self.learn_shape(xs[0])
-        kept, inbox, flying = {}, {}, []
+        if xs[0].shape not in self.blanks:
+            self.blanks[xs[0].shape] = self.blank_message(xs[0])
+        blank, flying = self.blanks[xs[0].shape], []
+        self.inbox, self.kept = {}, {}  # (kind, micro, stage): (works, tensor); (given, output)
         total = torch.zeros((), device=x.device)
-
-        def take(name):
-            works, tensor = inbox.pop(name)
-            while works:  # once each: gloo would wait for another message the second time
-                works.pop().wait()
-            return tensor
-
         for row in self.table:
-            made = None
             row = [e if e and (backward or e[0] == "F") else None for e in row]
+            made = None
             if row[self.rank]:
                 kind, micro, chunk = row[self.rank]
-                stage = chunk * self.p + self.rank
                 if kind == "F":
-                    given = xs[micro] if stage == 0 else take((kind, micro, stage))
-                    given = given if stage == 0 else given.requires_grad_(backward)
-                    targets = (ys[micro],) if stage == self.last else ()
-                    out = self.chunks[chunk](given, *targets)
-                    made = out.detach()
-                    total += made if targets else 0
-                    if backward:
-                        kept[micro, stage] = given, out
-                    self.most_kept = max(self.most_kept, len(kept))
+                    made = self.forward(micro, chunk, xs[micro], ys[micro], backward)
+                    total += made if chunk * self.p + self.rank == self.last else 0
                 else:
-                    given, out = kept.pop((micro, stage))
-                    out.backward(None if stage == self.last else take((kind, micro, stage)))
-                    made = given.grad
-            made = made if made is None else made.contiguous()
-            flying.append(self.exchange(row, made, inbox, x.device))
+                    made = self.backward(micro, chunk)
+            flying.append((self.exchange(row, made, blank, x.device), made))  # made must live on
+            if len(flying) > 2 * self.p:  # but not longer than its micro-batch is here
+                finish(flying.pop(0)[0])
         for works, _ in flying:
-            while works:
-                works.pop().wait()
+            finish(works)
         dist.all_reduce(total, group=self.group)
         return total
 
-    def learn_shape(self, x):
-        """The shape between stages, from the first one's output."""
-        if self.kind and self.kind[0][0] == len(x):
-            return
+    def forward(self, micro, chunk, x, y, backward):
+        stage = chunk * self.p + self.rank
+        given = x if stage == 0 else self.take("F", micro, stage).requires_grad_(backward)
+        out = self.chunks[chunk](given, *((y,) if stage == self.last else ()))
+        if backward:
+            self.kept[micro, stage] = given, out
+        self.most_kept = max(self.most_kept, len(self.kept))
+        return out.detach().contiguous()
+
+    def backward(self, micro, chunk):
+        stage = chunk * self.p + self.rank
+        given, out = self.kept.pop((micro, stage))
+        out.backward(None if stage == self.last else self.take("B", micro, stage))
+        return None if stage == 0 else given.grad.contiguous()
+
+    def take(self, *name):
+        works, tensor = self.inbox.pop(name)
+        finish(works)
+        return tensor
+
+    def exchange(self, row, made, blank, device):
+        """Pass on what this tick made: one batch of sends and receives for all neighbours, so the
+        ranks meet in the same order. Nobody waits until it needs what comes."""
+        ops, came = [], {}
+        for source, entry in enumerate(row):
+            if not entry:
+                continue
+            kind, micro, chunk = entry
+            stage = chunk * self.p + source + (1 if kind == "F" else -1)  # that needs it
+            if not 0 <= stage <= self.last or self.rank not in (source, stage % self.p):
+                continue
+            if source == stage % self.p:
+                self.inbox[kind, micro, stage] = [], made
+            elif source == self.rank:
+                ops.append(dist.P2POp(dist.isend, made, peer(stage % self.p, self.group),
+                                      self.group))
+            else:
+                came[kind, micro, stage] = torch.empty_like(blank, device=device)
+                ops.append(dist.P2POp(dist.irecv, came[kind, micro, stage],
+                                      peer(source, self.group), self.group))
+        works = dist.batch_isend_irecv(ops) if ops else []
+        self.inbox |= {name: (works, tensor) for name, tensor in came.items()}
+        return works
+
+    def blank_message(self, x):
+        """The first stage tells the others what its output looks like."""
         told = [None]
         if self.rank == 0 and self.last:
             with torch.no_grad():
                 out = self.chunks[0](x)
             told = [(tuple(out.shape), out.dtype)]
-        source = dist.get_global_rank(self.group or dist.group.WORLD, 0)
-        dist.broadcast_object_list(told, source, group=self.group)
-        self.kind = told[0]
+        dist.broadcast_object_list(told, peer(0, self.group), group=self.group)
+        return told[0] and torch.empty(told[0][0], dtype=told[0][1], device="meta")
 
 
 class Stage(nn.Module):
@@ -1213,20 +1141,17 @@ class Stage(nn.Module):
         for name, p in model.named_parameters():
             p.full_name = getattr(p, "full_name", name)
             p.parts = getattr(p, "parts", 1) * count
-        self.last = index == count - 1
+        self.model, self.last = model, index == count - 1
         self.tied = c.tie_embeddings and count > 1 and (index == 0 or self.last)
-        a, b = n * index // count, n * (index + 1) // count
-        model.layers = nn.ModuleList(model.layers[a:b])
+        model.layers = model.layers[n * index // count:n * (index + 1) // count]
         if self.tied and self.last:  # it has a copy, that counts for nothing in gradients' norm
             model.lm_head, c.tie_embeddings = model.embed, False
             model.embed.weight.parts = 0
         if index:
-            model.embed = nn.Identity()
+            model.embed, model.pos = nn.Identity(), None
             c.position = "none" if c.position == "learned" else c.position
-            model.pos = None
         if not self.last:
             model.norm, model.lm_head = nn.Identity(), None
-        self.model = model
 
     def forward(self, x, y=None):
         return self.model.loss(x, y, reduction="sum") if self.last else self.model.hidden(x)
@@ -1237,11 +1162,12 @@ def sum_tied(stages, group, ranks=1):
     between add nothing. `ranks` share its rows, if it is sharded."""
     c, device = stages[0].model.config, next(stages[0].parameters()).device
     own = [(s.model.lm_head if s.last else s.model.embed).weight for s in stages if s.tied]
-    grad = sum((p.grad for p in own),
-               torch.zeros(-(-c.vocab_size // ranks), c.d_model, device=device))
-    dist.all_reduce(grad, group=group)
+    total = torch.zeros(-(-c.vocab_size // ranks), c.d_model, device=device)
     for p in own:
-        p.grad.copy_(grad)
+        total += p.grad
+    dist.all_reduce(total, group=group)
+    for p in own:
+        p.grad.copy_(total)
 
 
 # ---- expert parallel ---------------------------------------------------------------------------
@@ -1261,8 +1187,8 @@ def expert_parallel(model, group):
             raise ValueError(f"expert parallel over {n}: {count} experts are not a multiple of it")
         for p_name, p in moe.experts.named_parameters():
             p.full_name, p.parts = f"{name}.experts.{p_name}", getattr(p, "parts", 1) * n
-            p.expert = True
-        moe.experts = nn.ModuleList(moe.experts[rank * count // n:(rank + 1) * count // n])
+            p.kind = "expert"
+        moe.experts = moe.experts[rank * count // n:(rank + 1) * count // n]
         moe.mix = partial(dispatch, moe, group)
 
 
@@ -1276,16 +1202,17 @@ def dispatch(moe, group, flat, chosen, weight):
     expert, order = chosen.flatten().sort(stable=True)
     token = order // k
     counts = torch.bincount(expert, minlength=n * here)
-    coming = torch.empty_like(counts)  # [rank, expert here] of what comes
-    dist.all_to_all_single(coming, counts, group=group)
+    coming = all_to_all(counts, group)  # [rank, expert here] of what comes
     sends, receives = (c.view(n, here).sum(1).tolist() for c in (counts, coming))
-    x = send_to_all(flat[token], sends, receives, group)  # by rank, then by expert
+    there = partial(all_to_all, group=group, sends=sends, receives=receives)
+    back = partial(all_to_all, group=group, sends=receives, receives=sends)
+    x = Exchange.apply(flat[token], there, back)  # by rank, then by expert
     local = torch.arange(here, device=x.device).repeat(n).repeat_interleave(coming)
-    back = local.argsort(stable=True)  # rows by expert
-    rows = x[back].split(torch.bincount(local, minlength=here).tolist())
+    by_expert = local.argsort(stable=True)
+    rows = x[by_expert].split(torch.bincount(local, minlength=here).tolist())
     y = torch.cat([e(r) for e, r in zip(moe.experts, rows)])
-    y = torch.zeros_like(y).index_copy(0, back, y)
-    y = send_to_all(y, receives, sends, group) * weight.flatten()[order, None]
+    y = torch.zeros_like(y).index_copy(0, by_expert, y)
+    y = Exchange.apply(y, back, there) * weight.flatten()[order, None]
     return torch.zeros_like(flat).index_add(0, token, y.to(flat.dtype))
 
 
@@ -1302,24 +1229,17 @@ def checkpointed(functions, x, scheme="block"):
     nested  about log2(n): halves of halves, each function up to log2(n) + 1 times
     """
     n = len(functions)
-    if scheme == "none" or n == 0:
+    sizes = {"none": n, "block": 1, "sqrt": max(1, round(math.sqrt(n))), "nested": -(-n // 2)}
+    if scheme not in sizes:
+        raise ValueError(f"scheme {scheme!r} is not one of {', '.join(sizes)}")
+    if scheme == "none":
         for f in functions:
             x = f(x)
         return x
-    if scheme == "block" or scheme == "nested" and n == 1:
-        for f in functions:
-            x = checkpoint(f, x, use_reentrant=False)
-        return x
-    if scheme == "sqrt":
-        size = max(1, round(math.sqrt(n)))
-        parts = [functions[i:i + size] for i in range(0, n, size)]
-        for part in parts:
-            x = checkpoint(checkpointed, part, x, "none", use_reentrant=False)
-        return x
-    if scheme != "nested":
-        raise ValueError(f"scheme {scheme!r} is not one of none, block, sqrt, nested")
-    for half in (functions[:n // 2], functions[n // 2:]):
-        x = checkpoint(checkpointed, half, x, "nested", use_reentrant=False)
+    size = sizes[scheme]
+    inside = "nested" if scheme == "nested" and size > 1 else "none"
+    for i in range(0, n, size):
+        x = checkpoint(checkpointed, functions[i:i + size], x, inside, use_reentrant=False)
     return x
 
 
@@ -1328,107 +1248,125 @@ def checkpointed(functions, x, scheme="block"):
 
 def orthogonalize_sharded(orthogonalize, stack, p):
     """Orthogonalise matrices that are cut as the parameter p is: stack (n, rows, columns) of
-    this rank's pieces -> the same pieces of the results.
+    this rank's pieces -> the same pieces of the results."""
+    return orthogonalize_pieces(orthogonalize, stack, getattr(p, "splits", []))
 
-    Where the rows are sharded (FSDP), an all-to-all gives each rank whole matrices, ceil(n / N) of
-    them; tensor parallel pieces are gathered; the results go back the same way. The products are
-    shared out instead of repeated N times.
+
+def orthogonalize_pieces(orthogonalize, stack, splits):
+    """The last cut is undone first. Where that is of rows, an all-to-all gives each rank whole
+    matrices, ceil(n / N) of them, and another one brings their rows back: the products are shared
+    out instead of repeated N times. Where it is of columns, every rank gathers all of them.
     """
-    splits = getattr(p, "splits", [])
-    if not splits or splits[-1][0] == 1:
-        return orthogonalize_whole(orthogonalize, stack, splits)
-    (_, group, size), n = splits[-1], len(stack)
+    if not splits or not len(stack):
+        return orthogonalize(stack).to(stack.dtype) if len(stack) else stack
+    *outer, (dim, group, size) = splits
+    if dim == 1:
+        full = all_gather(stack, group, 2).narrow(2, 0, size)
+        return cut(orthogonalize_pieces(orthogonalize, full, outer), 2, group)
+    n, rows, columns = stack.shape
     N, rank = dist.get_world_size(group), dist.get_rank(group)
     each = -(-n // N)
-    padded = torch.cat((stack, stack.new_zeros(each * N - n, *stack.shape[1:])))
-    mine = torch.empty_like(padded)
-    dist.all_to_all_single(mine, padded, group=group)  # my matrices' rows, rank after rank
-    rows, columns = stack.shape[1:]
-    mine = mine.view(N, each, rows, columns).transpose(0, 1).reshape(each, N * rows, columns)
+    padded = torch.cat((stack, stack.new_zeros(each * N - n, rows, columns)))
+    mine = all_to_all(padded, group).view(N, each, rows, columns)  # my matrices' rows, by rank
+    mine = mine.transpose(0, 1).reshape(each, N * rows, columns)
     real = max(0, min(each, n - rank * each))
     done = torch.zeros_like(mine)
-    done[:real, :size] = orthogonalize_whole(orthogonalize, mine[:real, :size], splits[:-1])
-    done = done.view(each, N, rows, columns).transpose(0, 1).contiguous()
-    back = torch.empty_like(padded)
-    dist.all_to_all_single(back, done.flatten(0, 1), group=group)
-    return back[:n]
-
-
-def orthogonalize_whole(orthogonalize, stack, splits):
-    """The same where pieces are gathered, and every rank of the groups does the whole work."""
-    full = stack
-    for dim, group, size in reversed(splits):
-        full = all_gather(full, group, dim + 1).narrow(dim + 1, 0, size)
-    full = orthogonalize(full).to(stack.dtype) if len(full) else full
-    for dim, group, _ in splits:
-        full = cut(full, dim + 1, group)
-    return full
+    done[:real, :size] = orthogonalize_pieces(orthogonalize, mine[:real, :size], outer)
+    done = done.view(each, N, rows, columns).transpose(0, 1).flatten(0, 1)
+    return all_to_all(done, group)[:n]
 
 
 # ---- checkpoints in pieces ---------------------------------------------------------------------
 
 
 def box(p):
-    """Where this rank's piece of p lies in the whole: (shape of the whole, offset, extent)."""
-    shape, offset, extent = list(whole_shape(p)), [0] * p.ndim, list(p.shape)
+    """(first index, one past the last) per dimension of this rank's piece of p in the whole."""
+    low, high = [0] * p.ndim, list(whole_shape(p))
     for dim, group, size in getattr(p, "splits", []):
         rows = -(-size // dist.get_world_size(group))
-        offset[dim] += dist.get_rank(group) * rows
-        extent[dim] = max(0, min(rows, size - dist.get_rank(group) * rows))
-    extent = [max(0, min(e, s - o)) for e, s, o in zip(extent, shape, offset)]
-    return shape, offset, extent
+        low[dim] += dist.get_rank(group) * rows
+        high[dim] = min(high[dim], low[dim] + rows)
+    return low, high
 
 
-def held_tensors(model, optimizers):
-    """{key: (tensor, parameter)} of the weights and of the optimizer state cut like them."""
-    held = {}
-    for name, p in model.named_parameters():
-        name = getattr(p, "full_name", name)
+def pieces_here(model, optimizers):
+    """{key: (shape of the whole, low, high, piece)} on the CPU, of what no rank before this one
+    has. Keys are names of weights, and "name what" for the optimizers' state. All ranks must call.
+    """
+    held = {}  # {key: (tensor, what it is cut like)}
+    for name, p in named(model):
         held[name] = p.detach(), p
         for optimizer in optimizers:
-            state = getattr(optimizer, "local", optimizer).state.get(p, {})
-            held |= {f"{name} {k}": (v, p) for k, v in state.items()
-                     if torch.is_tensor(v) and v.shape == p.shape}
-    return held
+            held |= {f"{name} {k}": (v, p if v.shape == p.shape else v)
+                     for k, v in optimizer.state.get(p, {}).items() if torch.is_tensor(v)}
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {(key, *box(p)[0]) for key, (_, p) in held.items()})
+    before, pieces = set().union(*everyone[:dist.get_rank()]), {}
+    for key, (tensor, p) in held.items():
+        low, high = box(p)
+        if (key, *low) not in before and all(a < b for a, b in zip(low, high)):
+            inside = tuple(slice(b - a) for a, b in zip(low, high))  # without padding
+            pieces[key] = whole_shape(p), low, high, tensor[inside].cpu().clone()
+    return pieces
+
+
+def joined(pieces, p=None):
+    """Put together what p holds of a tensor, or all of it where that is not cut like p."""
+    shape = tuple(pieces[0][0])
+    if p is not None and shape == whole_shape(p):
+        out, (low, high) = torch.zeros_like(p), box(p)
+    else:
+        out, low, high = pieces[0][3].new_zeros(shape), [0] * len(shape), shape
+    for _, a, b, piece in pieces:
+        start, end = np.maximum(low, a).astype(int), np.minimum(high, b).astype(int)
+        if (start < end).all():
+            here = tuple(slice(*ends) for ends in zip(start - low, end - low))
+            there = tuple(slice(*ends) for ends in zip(start - a, end - a))
+            out[here] = piece[there].to(out)
+    return out
+
+
+def by_key(files):
+    """[{key: piece}] -> {key: [pieces]}"""
+    return {key: [f[key] for f in files if key in f] for key in dict.fromkeys(
+        key for f in files for key in f)}
+
+
+def take_pieces(pieces, model, optimizers):
+    """Give the optimizers what this rank keeps of the state in {key: [pieces]}."""
+    for optimizer in optimizers:
+        kept = {p for g in optimizer.param_groups for p in g["params"]}
+        if isinstance(optimizer, ShardedOptimizer):
+            me = dist.get_rank(optimizer.group)
+            kept = {p for p in kept if optimizer.owner[p] == me}
+        for name, p in named(model):
+            if p in kept:
+                optimizer.state[p] = {key[len(name) + 1:]: joined(found, p)
+                                      for key, found in pieces.items()
+                                      if key.startswith(name + " ")}
 
 
 def save_sharded(folder, model, optimizers=(), step=0):
-    """Write folder/step-N: a file a rank, and an index last. Equal pieces are written once.
-
-    The index gives the shape of every whole tensor and where each piece lies in it, so any number
-    of ranks, or one process, can read it. Without its index a checkpoint does not count.
-    """
+    """Write folder/step-N: a file a rank of pieces_here, so any number of ranks, or one process,
+    can read it. The index comes last: without it a checkpoint does not count."""
     place, rank = Path(folder) / f"step-{step:06d}", dist.get_rank()
-    held = held_tensors(model, optimizers)
-    boxes = {key: box(p) for key, (_, p) in held.items()}
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, boxes)
-    index = {}
-    for r, theirs in enumerate(everyone):
-        for key, (shape, offset, extent) in theirs.items():
-            entry = index.setdefault(key, {"shape": shape, "pieces": []})
-            if math.prod(extent) and all(offset != o for _, o, _ in entry["pieces"]):
-                entry["pieces"].append([r, offset, extent])
+    pieces = pieces_here(model, optimizers)
     if rank == 0:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
     dist.barrier()
-    mine = {}
-    for key, (tensor, _) in held.items():
-        if any(r == rank and o == boxes[key][1] for r, o, _ in index[key]["pieces"]):
-            inside = tuple(slice(0, e) for e in boxes[key][2])
-            mine[key] = tensor[inside].cpu().clone()
-    torch.save(mine, place / f"rank-{rank:05d}.pt")
+    torch.save(pieces, place / f"rank-{rank:05d}.pt")
     dist.barrier()
     if rank == 0:
         groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups]
                   for o in optimizers]
-        beside = place / "index.tmp"
-        beside.write_text(json.dumps({"step": step, "groups": groups, "tensors": index}))
-        os.replace(beside, place / "index.json")
+        index = {"step": step, "ranks": dist.get_world_size(), "groups": groups}
+        (place / "index.tmp").write_text(json.dumps(index))
+        os.replace(place / "index.tmp", place / "index.json")
     dist.barrier()
 
 
+@torch.no_grad()
 def load_sharded(folder, model, optimizers=()):
     """Read the newest complete checkpoint of save_sharded in whatever layout the model has now;
     returns its step."""
@@ -1436,39 +1374,14 @@ def load_sharded(folder, model, optimizers=()):
     if not complete:
         raise ValueError(f"{folder}: no complete checkpoint in it")
     index = json.loads((complete[-1] / "index.json").read_text())
-    files = {}
-
-    def read(key, p):
-        """This rank's piece of a tensor, put together from the pieces that overlap it."""
-        entry, (_, offset, extent) = index["tensors"][key], box(p)
-        out = torch.zeros_like(p)
-        for r, o, e in entry["pieces"]:
-            low = [max(a, b) for a, b in zip(offset, o)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offset, extent, o, e)]
-            if all(a < b for a, b in zip(low, high)) or not p.ndim:
-                if r not in files:
-                    files[r] = torch.load(complete[-1] / f"rank-{r:05d}.pt", mmap=True,
-                                          weights_only=True)
-                there = tuple(slice(a - b, c - b) for a, b, c in zip(low, o, high))
-                here = tuple(slice(a - b, c - b) for a, b, c in zip(low, offset, high))
-                out[here] = files[r][key][there].to(out)
-        return out
-
-    owned = [(o, {id(p) for g in o.param_groups for p in g["params"]})
-             for o in (getattr(o, "local", o) for o in optimizers)]
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            name = getattr(p, "full_name", name)
-            if name not in index["tensors"]:
-                raise ValueError(f"{complete[-1]}: has no {name}")
-            if index["tensors"][name]["shape"] != list(whole_shape(p)):
-                raise ValueError(f"{complete[-1]}: {name} is {index['tensors'][name]['shape']}, "
-                                 f"the model's {list(whole_shape(p))}")
-            p.copy_(read(name, p))
-            keys = [k for k in index["tensors"] if k.startswith(name + " ")]
-            for optimizer, theirs in owned:
-                if id(p) in theirs:
-                    optimizer.state[p] = {k[len(name) + 1:]: read(k, p) for k in keys}
+    pieces = by_key([torch.load(complete[-1] / f"rank-{r:05d}.pt", mmap=True, weights_only=True)
+                     for r in range(index["ranks"])])
+    for name, p in named(model):
+        shape = tuple(pieces[name][0][0]) if name in pieces else "missing"
+        if shape != whole_shape(p):
+            raise ValueError(f"{complete[-1]}: {name} is {shape}, the model's {whole_shape(p)}")
+        p.copy_(joined(pieces[name], p))
+    take_pieces(pieces, model, optimizers)
     for optimizer, groups in zip(optimizers, index["groups"]):
         for group, saved in zip(optimizer.param_groups, groups):
             group.update(saved)
@@ -1481,77 +1394,67 @@ def load_sharded(folder, model, optimizers=()):
 class Parallel:
     """Our Transformer on a mesh: what a training loop needs of it, whatever the layout.
 
-    kind: ddp, zero1 (for the loop to wrap its optimizers with) or fsdp, over the data ranks (dp,
-    fsdp, ep). Every rank builds the same whole model and keeps its part. The loop divides the
-    summed loss by the tokens of the whole batch, so gradients are summed and never averaged: no
-    rank needs an equal share. `model` holds this rank's parameters.
+    kind: ddp, zero1 (for the loop to wrap its optimizers with) or fsdp. Every rank builds the same
+    whole model and keeps its part. The loop divides the summed loss by the tokens of the whole
+    batch, so gradients are summed and never averaged: no rank needs an equal share. `model` holds
+    this rank's parameters.
     """
 
     def __init__(self, model, mesh, kind="ddp", compute_dtype=None):
-        self.mesh, self.kind, self.config = mesh, kind, model.config
-        self.partials, self.wrapped, self.pipeline = [], None, None
-        self.autocast, size = nullcontext, mesh.size
+        self.mesh, self.kind, self.config, size = mesh, kind, model.config, mesh.size
+        self.pipelines, self.autocast = {}, nullcontext  # {micro-batches: Pipeline}
+        self.multiple = 1  # of which sequences must be
         self.ties = size("pp") > 1 and self.config.tie_embeddings
-        if self.config.num_experts and max(size("tp"), size("pp")) > 1:
+        if self.config.num_experts and size("tp", "pp") > 1:
             raise ValueError("--tp, --pp: not with experts; split those with --ep")
         if size("ep") > 1 and not self.config.num_experts:
             raise ValueError("--ep: the model has no experts")
-        check_same(model)
-        broadcast_module(model)
+        start_alike(model)
+        self.model = self.runner = model
+        self.train, self.eval = model.train, model.eval
         if size("ep") > 1:
             expert_parallel(model, mesh.group("ep"))
-        if size("tp") > 1:
-            self.partials = tensor_parallel(model, mesh.group("tp"))
         if size("cp") > 1:
             context_parallel(model, mesh.group("cp"))
-        self.model = self.runner = model
+        if size("tp") > 1:
+            sequence = self.config.context_length % size("tp", "cp") == 0
+            self.multiple = size("tp") if sequence else 1
+            tensor_parallel(model, mesh.group("tp"), sequence)
         if size("pp") > 1:
             self.runner = Stage(model, mesh.rank("pp"), size("pp"))
-        others = [a for a in ("dp", "ep", "cp") if size(a) > 1]
-        if kind == "fsdp" and size("fsdp") > 1:
+        later = {"dp", "ep", "cp"}  # to sum over after the backward pass
+        if size("fsdp") > 1:
             self.runner = FSDP(self.runner, compute_dtype, group=mesh.group("fsdp"), average=False)
-        elif size("ep", "pp") == 1:
-            others = []
-            if size("dp", "fsdp", "cp") > 1:
-                self.wrapped = DDP(model, group=mesh.group("dp", "fsdp", "cp"), average=False)
-        else:
-            others.append("fsdp")
-        self.sums = mesh.group(*others) if others else None
-        self.expert_sums = mesh.group(*(a for a in others if a != "ep")) if others else None
+        elif size("ep", "pp") == 1 and size("dp", "cp") > 1:
+            self.runner = DDP(model, group=mesh.group("dp", "cp"), average=False)
+            later = set()
+        self.sums = {"": mesh.group(*later), "expert": mesh.group(*later - {"ep"}),
+                     "partial": mesh.group(*later | {"tp"})}  # .kind of a parameter: the ranks
 
     @property
     def copies_only(self):
         """Whether every rank has the model as one process has it."""
-        others = self.mesh.size("tp", "cp", "pp", "ep")
-        return others == 1 and (self.kind == "ddp" or dist.get_world_size() == 1)
+        return self.mesh.size("tp", "cp", "pp", "ep", "fsdp") == 1 and (
+            self.kind != "zero1" or dist.get_world_size() == 1)
 
     @property
     def data_ranks(self):
         """(which of the ranks that share the data, how many, how many read the same)."""
-        mesh = self.mesh
-        return (mesh.rank("dp", "fsdp", "ep"), mesh.size("dp", "fsdp", "ep"),
-                mesh.size("tp", "cp", "pp"))
-
-    def train(self):
-        self.model.train()
-
-    def eval(self):
-        self.model.eval()
+        axes = "dp", "fsdp", "ep"
+        return self.mesh.rank(*axes), self.mesh.size(*axes), self.mesh.size("tp", "cp", "pp")
 
     def share(self, items):
         """This data rank's part of a list, about equal."""
         r, n, _ = self.data_ranks
         return items[len(items) * r // n:len(items) * (r + 1) // n]
 
-    def split(self, *tensors):
-        if self.mesh.size("cp") == 1:
-            return tensors
-        return [zigzag(t, self.mesh.group("cp")) for t in tensors]
-
     def loss(self, inputs, targets, reduction="sum", backward_scale=None):
         """This rank's share of the summed loss of (B, T) tokens: over all ranks they add up to it.
         With backward_scale, leaves gradients of it times that number."""
-        inputs, targets = self.split(inputs, targets)
+        if self.mesh.size("cp") > 1:
+            inputs, targets = (zigzag(t, self.mesh.group("cp")) for t in (inputs, targets))
+        if extra := -inputs.shape[1] % self.multiple:  # later tokens change no earlier ones
+            inputs, targets = F.pad(inputs, (0, extra)), F.pad(targets, (0, extra), value=-100)
         if self.mesh.size("pp") > 1:
             loss = self.pipeline_loss(inputs, targets, backward_scale)
             return loss / self.mesh.size("tp", "pp")
@@ -1563,79 +1466,50 @@ class Parallel:
         return loss.detach() / self.mesh.size("tp")
 
     def pipeline_loss(self, inputs, targets, scale):
+        self.scale = 1 if scale is None else scale
         m = next(m for m in range(2 * self.mesh.size("pp"), 0, -1) if len(inputs) % m == 0)
+        if m not in self.pipelines:
+            self.pipelines[m] = Pipeline(self.stage, self.mesh.group("pp"), m)
+        total = self.pipelines[m].step(inputs, targets, backward=scale is not None)
+        return total / self.scale
 
-        def stage(x, *y):
-            with self.autocast():
-                out = self.runner(x, *y)
-            return out * scale if y and scale is not None else out
+    def stage(self, x, *y):
+        with self.autocast():
+            out = self.runner(x, *y)
+        return out * self.scale if y else out
 
-        if not self.pipeline or (self.pipeline.m, self.pipeline.rows) != (m, len(inputs)):
-            self.pipeline = Pipeline(stage, self.mesh.group("pp"), m)
-            self.pipeline.rows = len(inputs)
-        self.pipeline.chunks = [stage]  # with today's scale
-        total = self.pipeline.step(inputs, targets, backward=scale is not None)
-        return total if scale is None else total / scale
-
-    @contextmanager
     def no_sync(self):
         """For all micro-batches but the last, where gradients need not travel with each."""
-        if self.wrapped is None:
-            yield
-        else:
-            with self.wrapped.no_sync():
-                yield
+        return self.runner.no_sync() if isinstance(self.runner, DDP) else nullcontext()
 
     def finish(self):
         """Sum every gradient over the ranks that have part of it."""
-        if self.wrapped:
-            self.wrapped.finish_gradient_synchronization()
-        elif isinstance(self.runner, FSDP):
+        if isinstance(self.runner, (DDP, FSDP)):
             self.runner.finish_gradient_synchronization()
-        parameters = list(self.model.parameters())
         if self.ties:
             sum_tied([getattr(self.runner, "module", self.runner)], self.mesh.group("pp"),
-                     self.mesh.size("fsdp"))
-        if self.partials:
-            sum_gradients(self.partials, self.mesh.group("tp"))
-        if self.sums:
-            sum_gradients([p for p in parameters if not hasattr(p, "expert")], self.sums)
-            sum_gradients([p for p in parameters if hasattr(p, "expert")], self.expert_sums)
+                     self.mesh.size("fsdp", "tp"))
+        for kind, group in self.sums.items():
+            sum_gradients([p for p in self.model.parameters() if getattr(p, "kind", "") == kind],
+                          group)
 
     def whole_state(self, optimizers=()):
         """On rank 0 {name: weight}, {name: {key: optimizer state}}, whole and on the CPU, as one
         process would have them; (None, None) elsewhere. All ranks must call."""
-        held = held_tensors(self.model, optimizers)
-        merged = collect({key: whole(t, p).cpu() for key, (t, p) in held.items()})
-        if merged is None:
+        files = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(pieces_here(self.model, optimizers), files)
+        if files is None:
             return None, None
-        weights = {k: v for k, v in merged.items() if " " not in k}
-        states = {k: {} for k in weights}
-        for key, value in merged.items():
-            name, _, what = key.partition(" ")
-            if what:
-                states[name][what] = value
-        return weights, states
+        whole = {key: joined(pieces) for key, pieces in by_key(files).items()}
+        weights = {key: t for key, t in whole.items() if " " not in key}
+        return weights, {name: {key[len(name) + 1:]: t for key, t in whole.items()
+                                if key.startswith(name + " ")} for name in weights}
 
     def take_state(self, states, optimizers):
         """Give the optimizers this rank's pieces of whole states {name: {key: tensor}}."""
-        names = {p: getattr(p, "full_name", name) for name, p in self.model.named_parameters()}
-        for optimizer in optimizers:
-            optimizer = getattr(optimizer, "local", optimizer)
-            for p in (p for g in optimizer.param_groups for p in g["params"]):
-                optimizer.state[p] = {k: piece_of(v, p).to(p) for k, v in
-                                      states.get(names[p], {}).items()}
-
-
-def collect(held):
-    """Rank 0 gets the union of the ranks' dicts, each key from the lowest rank that has it."""
-    keys = [None] * dist.get_world_size()
-    dist.all_gather_object(keys, list(held))
-    before = {k for theirs in keys[:dist.get_rank()] for k in theirs}
-    mine = {k: v for k, v in held.items() if k not in before}
-    everything = [None] * len(keys) if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everything)
-    return {k: v for part in everything for k, v in part.items()} if everything else None
+        take_pieces({f"{name} {key}": [(t.shape, [0] * t.ndim, t.shape, t)]
+                     for name, state in states.items() for key, t in state.items()},
+                    self.model, optimizers)
 
 
 # ---- plan: what a split costs before anybody has run it ----------------------------------------
@@ -1655,12 +1529,11 @@ class Sizes:
     experts: int = 1
     experts_per_token: int = 1
 
-    def layer(self, active=False):
-        """Weights of a layer, all of them or those a token meets."""
+    def layer(self, experts=None):
+        """Weights of a layer with so many experts, by default all of them."""
         attention = self.d_model * self.d_head * 2 * (self.heads + self.kv_heads)
-        count = self.experts_per_token if active else self.experts
         router = self.d_model * self.experts if self.experts > 1 else 0
-        return attention + router + 3 * self.d_model * self.d_ff * count
+        return attention + router + 3 * self.d_model * self.d_ff * (experts or self.experts)
 
     def tables(self):
         return 2 * self.vocab * self.d_model
@@ -1668,10 +1541,13 @@ class Sizes:
     def total(self):
         return self.layers * self.layer() + self.tables()
 
+    def attention_flops(self, T):
+        return 6 * self.layers * T * self.heads * self.d_head
+
     def flops(self, T):
         """Of training, a token: 6 a weight it meets, and causal attention's 6 T H E a layer."""
-        weights = self.layers * self.layer(active=True) + self.tables() / 2
-        return 6 * weights + 6 * self.layers * T * self.heads * self.d_head
+        weights = self.layers * self.layer(self.experts_per_token) + self.tables() / 2
+        return 6 * weights + self.attention_flops(T)
 
 
 MODELS = {  # Llama 3.2 1B, Llama 3.1 (arXiv:2407.21783, table 3), Qwen3-30B-A3B
@@ -1686,16 +1562,19 @@ MODELS = {  # Llama 3.2 1B, Llama 3.1 (arXiv:2407.21783, table 3), Qwen3-30B-A3B
 @dataclass
 class Hardware:
     """A GPU and its node. efficiency is the share of the dense bf16 peak that a step's arithmetic
-    reaches: one figure a GPU, from one published run (RESULTS.md), the only thing fitted."""
+    reaches: one figure a GPU, from one published run (RESULTS.md). It and FP8 are fitted."""
 
     tflops: float
-    memory: float  # GB
-    nvlink: float  # GB/s one way, to the GPUs of the node
-    network: float  # GB/s one way, to other nodes, a GPU
+    memory: float
+    nvlink: float
+    network: float
     efficiency: float
     node: int = 8
 
 
+UNITS = {"tflops": "dense bf16 TFLOP/s", "memory": "GB", "nvlink": "GB/s one way in a node",
+         "network": "GB/s one way between nodes, a GPU", "node": "GPUs a node",
+         "efficiency": "share of the peak that computing reaches"}
 HARDWARE = {
     "a100": Hardware(312, 80, 300, 25, 0.57),
     "h100": Hardware(989, 80, 450, 50, 0.41),
@@ -1703,12 +1582,14 @@ HARDWARE = {
     "b200": Hardware(2250, 180, 900, 50, 0.41),
 }
 RECOMPUTE = {"none": 0.0, "selective": 0.5, "full": 1.0}  # of a forward pass, done again
-FP8 = 1.28  # a step's speed with float8 matmuls, from the same 8B run with and without
+FP8 = 2048  # d_model at which casting to float8 takes as long as the product saves: fitted to the
+# same run with float8, it predicts the larger models' gain
 
 
 @dataclass
 class Layout:
-    """One way to split a run: ranks an axis, sequences a micro-batch, what is recomputed."""
+    """One way to split a run: ranks an axis, sequences a micro-batch, what is recomputed. Tensor
+    parallel ranks split the sequence between the matrices, too."""
 
     dp: int = 1
     fsdp: int = 1
@@ -1720,42 +1601,35 @@ class Layout:
     recompute: str = "none"
     chunks: int = 1  # stages a rank, of interleaved pipelines
 
-    def data(self):
-        return self.dp * self.fsdp * self.ep
-
-
-def ring(size, n, bandwidth):
-    """Seconds of an all-gather or reduce-scatter of `size` bytes among n: size (n-1)/n / W."""
-    return size * (n - 1) / n / (bandwidth * 1e9)
-
 
 def plan_bytes(s, a, T, m):
     """Bytes a GPU sends in a step of m micro-batches, by axis; in a pipeline, one at its ends.
 
     fsdp   a micro-batch: weights twice in bf16 (tables once), gradients once in fp32
     dp     a step: the fp32 gradients, reduced and gathered
-    tp     4 all-reduces a layer, of bf16 activations; 1 more where it is recomputed; 2 beside
+    tp     4 all-gathers and 4 reduce-scatters a layer, of bf16 activations; 3 more where it is
+           recomputed (which ends before the last one); 4 at the embedding and the head
     pp     activations and their gradients over each boundary, bf16
     cp     keys and values: N-1 hops forwards, and N backwards with their gradients
     ep     dispatch and combine, each way and pass: 4 times k rows a token
     """
     tokens = a.micro * T / a.cp  # of a micro-batch on this rank, before tensor parallelism
-    L, layer, tables = s.layers / a.pp, s.layer(), s.tables() / min(a.pp, 2)
-    if a.ep > 1:
-        layer = s.layer() - 3 * s.d_model * s.d_ff * s.experts * (1 - 1 / a.ep)
-    n = a.fsdp
-    weights = L * layer / a.tp
-    again = a.recompute == "full"  # recomputing stops before the last all-reduce of a layer
-    share = (a.tp - 1) / a.tp
+    L, tables = s.layers / a.pp, s.tables() / min(a.pp, 2) / a.tp
+    weights = L * s.layer(s.experts / a.ep) / a.tp
     activations = tokens * s.d_model * 2
     kv = 2 * tokens * s.kv_heads / a.tp * s.d_head * 2
+    again = 3 * (a.recompute == "full")
+
+    def share(n):
+        return (n - 1) / n
+
     return {
-        "fsdp": m * (n - 1) / n * (weights * (2 * 2 + 4) + tables / a.tp * (2 + 4)),
-        "dp": 2 * (a.dp - 1) / a.dp * 4 * (weights + tables / a.tp) / n,
-        "tp": m * 2 * share * activations * ((4 + again) * L + 2 / a.pp),
+        "fsdp": m * share(a.fsdp) * (weights * (2 * 2 + 4) + tables * (2 + 4)),
+        "dp": 2 * share(a.dp) * 4 * (weights + tables) / a.fsdp,
+        "tp": m * share(a.tp) * activations * ((8 + again) * L + 4 / a.pp),
         "pp": m * 2 * activations / a.tp * a.chunks * (a.pp > 1),
         "cp": m * L * kv * ((a.cp - 1) + 2 * a.cp) * (a.cp > 1),
-        "ep": m * L * 4 * s.experts_per_token * activations * (a.ep - 1) / a.ep,
+        "ep": m * L * 4 * s.experts_per_token * activations * share(a.ep),
     }
 
 
@@ -1765,27 +1639,31 @@ def plan_memory(s, a, T, m):
     state        weights, gradients and AdamW's two moments in fp32: 16 a weight
     tables       FSDP's whole embedding and head, bf16
     activations  a token and layer, bf16: 4 D + (2 H + 2 K) E + 3 F, or its input alone where all
-                 is recomputed; a pipeline's first rank keeps min(m, p) micro-batches
+                 is recomputed, 1/tp of it; but tensor parallel ranks keep the 2 D that their
+                 matrices read whole; a pipeline's first rank keeps min(m, p) micro-batches
     layer        at a layer: its inside, if recomputed, FSDP's two layers in bf16, and one's
                  gradient in bf16 and, on its way, in fp32
     head         at the head: logits and their gradient, 12 bytes in all, of 512 tokens at a time
-                 (of all, where they are split by vocabulary), then 10 a weight for its gradient
+                 (of all, with the whole hidden states, where they are split by vocabulary), then 10
+                 a weight for its gradient
     """
-    layer = s.layer() - 3 * s.d_model * s.d_ff * s.experts * (1 - 1 / a.ep)
+    layer, L = s.layer(s.experts / a.ep) / a.tp, s.layers / a.pp
     tables = s.tables() / min(a.pp, 2) / a.tp
-    weights = s.layers / a.pp * layer / a.tp + tables
     tokens, sharded = a.micro * T / a.cp, a.fsdp > 1
-    inside = 2 * tokens * (4 * s.d_model + 2 * (s.heads + s.kv_heads) * s.d_head
-                           + 3 * s.d_ff * s.experts_per_token) / a.tp
-    kept = {"none": inside, "selective": inside / 2, "full": 2 * tokens * s.d_model}
+    whole = 2 * s.d_model * (1 - 1 / a.tp)
+    inside = 2 * tokens * (whole + (4 * s.d_model + 2 * (s.heads + s.kv_heads) * s.d_head
+                                    + 3 * s.d_ff * s.experts_per_token) / a.tp)
+    kept = {"none": inside, "selective": inside / 2, "full": 2 * tokens * s.d_model / a.tp}
     in_flight = min(m, a.pp) * (1 + (a.pp - 1) / (a.pp * a.chunks) if a.chunks > 1 else 1)
-    at_layer = (a.recompute != "none") * inside + sharded * (4 + 6) * layer / a.tp
-    logits = 12 * s.vocab / a.tp * (tokens if a.tp > 1 else min(tokens, 512))
+    at_layer = (a.recompute != "none") * inside + sharded * (4 + 6) * layer
+    logits = 12 * s.vocab * min(tokens, 512)
+    if a.tp > 1:
+        logits = tokens * (12 * s.vocab / a.tp + 2 * s.d_model)
     at_head = max(logits, 10 * s.tables() / 2 / a.tp)
     return {
-        "state": 16 * weights / a.fsdp,
+        "state": 16 * (L * layer + tables) / a.fsdp,
         "tables": sharded * 2 * tables,
-        "activations": kept[a.recompute] * (s.layers / a.pp + 2) * in_flight,
+        "activations": kept[a.recompute] * ((L + 1) * in_flight + 1),
         "layer" if at_layer > at_head else "head": max(at_layer, at_head),
     }
 
@@ -1793,23 +1671,25 @@ def plan_memory(s, a, T, m):
 def plan_layout(s, hw, a, T, tokens_per_step, fp8=False):
     """The cost of one layout: a dict of seconds by cause, memory, tokens/s a GPU, MFU, what binds.
 
-    Compute: FLOPs / (peak x efficiency), again for what is recomputed. FSDP's and DP's messages
-    hide behind it, ring attention's behind attention's share of it; only what is longer counts.
-    Tensor and expert parallel messages are waited for. A pipeline's step is (1 + bubble) as long,
-    bubble (p-1) / (m chunks) (Narayanan et al. 2021).
+    Compute: FLOPs / (peak x efficiency), again for what is recomputed. float8 halves the time of
+    all but attention, but casting, which is 1/D of a product's work, adds to it: 2 / (1 + FP8/D)
+    times as fast. FSDP's and DP's messages hide behind it, ring attention's behind
+    attention; only what is longer counts. Tensor and expert parallel messages are waited for. A
+    pipeline's step is (1 + bubble) as long, bubble (p-1) / (m chunks) (Narayanan et al. 2021).
     """
-    gpus = a.data() * a.tp * a.pp * a.cp
-    m = max(1, round(tokens_per_step / T / a.data() / a.micro))
+    data = a.dp * a.fsdp * a.ep
+    gpus = data * a.tp * a.pp * a.cp
+    m = max(1, round(tokens_per_step / T / data / a.micro))
     flops = s.flops(T) * tokens_per_step / gpus
-    compute = flops * (1 + RECOMPUTE[a.recompute] / 3) / (
-        hw.tflops * 1e12 * hw.efficiency * (FP8 if fp8 else 1))
-    sent = plan_bytes(s, a, T, m)
+    share = s.attention_flops(T) / s.flops(T)
+    bf16 = flops * (1 + RECOMPUTE[a.recompute] / 3) / (hw.tflops * 1e12 * hw.efficiency)
+    attention = bf16 * share
+    compute = attention + bf16 * (1 - share) * ((1 + FP8 / s.d_model) / 2 if fp8 else 1)
+    sent, seconds = plan_bytes(s, a, T, m), {}
     reach = 1  # ranks between neighbours of an axis, the innermost first
-    seconds = {}
     for axis in ("tp", "cp", "ep", "fsdp", "dp", "pp"):
         reach *= getattr(a, axis)
         seconds[axis] = sent[axis] / 1e9 / (hw.nvlink if reach <= hw.node else hw.network)
-    attention = compute * 6 * s.layers * T * s.heads * s.d_head / s.flops(T)
     exposed = {"tensor parallel": seconds["tp"], "expert parallel": seconds["ep"],
                "FSDP": max(0.0, seconds["fsdp"] - 0.9 * compute),
                "DDP": max(0.0, seconds["dp"] - 0.6 * compute / m),
@@ -1825,28 +1705,22 @@ def plan_layout(s, hw, a, T, tokens_per_step, fp8=False):
                 mfu=flops / step / (hw.tflops * 1e12))
 
 
-def divisors(n, most):
-    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
-
-
 def layouts(s, gpus, T, tokens_per_step, node):
     """Every layout of that many GPUs that divides the model, the sequence and the batch."""
-    sequences = tokens_per_step // T
-    for tp, pp, cp in itertools.product(divisors(s.kv_heads, node), divisors(gpus, 32),
-                                        (1, 2, 4, 8, 16)):
-        if gpus % (tp * pp * cp) or pp > s.layers or T // cp < 1024 and cp > 1:
+    counts = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    for tp, pp, cp, ep, dp in itertools.product(
+            [n for n in counts if n <= node and s.kv_heads % n == 0],
+            [n for n in counts if n <= min(s.layers, 32)],
+            [n for n in counts if n == 1 or n <= 16 and T // n >= 1024],
+            [n for n in counts if n <= 64 and s.experts % n == 0], counts):
+        fsdp, no_layout = divmod(gpus, tp * pp * cp * ep * dp)
+        if no_layout or tokens_per_step // T % (dp * fsdp * ep):
             continue
-        data = gpus // (tp * pp * cp)
-        if sequences % data:
-            continue
-        for ep in divisors(math.gcd(data, s.experts), 64) if s.experts > 1 else (1,):
-            for fsdp in divisors(data // ep, gpus):
-                for micro, again in itertools.product((1, 2, 4), RECOMPUTE):
-                    m = sequences // data // micro
-                    if m * micro * data != sequences:
-                        continue
-                    for chunks in (1, 2) if pp > 1 and m % pp == 0 else (1,):
-                        yield Layout(data // ep // fsdp, fsdp, tp, pp, cp, ep, micro, again, chunks)
+        sequences = tokens_per_step // T // (dp * fsdp * ep)
+        for micro, again, chunks in itertools.product((1, 2, 4), RECOMPUTE, (1, 2)):
+            interleaves = pp > 1 and sequences // micro % pp == 0
+            if sequences % micro == 0 and (chunks == 1 or interleaves):
+                yield Layout(dp, fsdp, tp, pp, cp, ep, micro, again, chunks)
 
 
 def model_sizes(name):
@@ -1867,18 +1741,16 @@ def model_sizes(name):
 
 def run_plan(args):
     """Print the best layouts; returns their costs, best first."""
-    hw = HARDWARE[args.gpu]
-    for name in ("tflops", "memory", "nvlink", "network", "efficiency", "node"):
-        if getattr(args, name) is not None:
-            setattr(hw, name, getattr(args, name))
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    hw = replace(HARDWARE[args.gpu],
+                 **{name: given[name] for name in UNITS if name in given})
     s, T = model_sizes(args.model), args.context_length
     if args.tokens_per_step % T:
         raise ValueError(f"--tokens-per-step {args.tokens_per_step}: not a multiple of "
                          f"--context-length {T}")
-    given = {k: v for k in Mesh.AXES if (v := getattr(args, k)) is not None}
     costs = [plan_layout(s, hw, a, T, args.tokens_per_step, args.fp8)
              for a in layouts(s, args.gpus, T, args.tokens_per_step, hw.node)
-             if all(getattr(a, k) == v for k, v in given.items())]
+             if all(getattr(a, k) == given.get(k, getattr(a, k)) for k in Mesh.AXES)]
     if not costs:
         raise ValueError(f"--gpus {args.gpus}: no layout divides {args.tokens_per_step // T} "
                          "sequences a step and the model; try powers of two, or more tokens")
@@ -1889,28 +1761,40 @@ def run_plan(args):
                          f"{least:.0f} GB; take more GPUs, or fewer tokens at a time")
     best = {}  # of each split, the fastest micro-batch and recomputation
     for c in sorted(fitting, key=lambda c: c["step"]):
-        a = c["layout"]
-        best.setdefault((a.dp, a.fsdp, a.tp, a.pp, a.cp, a.ep), c)
+        best.setdefault(tuple(getattr(c["layout"], k) for k in Mesh.AXES), c)
+    best = list(best.values())
     print(f"{args.model}: {s.total() / 1e9:.2f}B parameters, {s.flops(T) / 1e9:.1f} GFLOP a token "
-          f"at T {T}; {args.gpus} x {args.gpu}\n"
-          f"{'dp':>4} {'fsdp':>5} {'tp':>3} {'pp':>3} {'cp':>3} "
-          f"{'ep':>3} {'micro':>9} {'again':<9} {'GB':>5} {'tok/s/GPU':>9} {'MFU':>5} binds")
-    for c in list(best.values())[:args.show]:
+          f"at T {T}; {args.gpus} x {args.gpu}")
+    print_plan(best[:args.show])
+    return best
+
+
+def print_plan(costs):
+    print(f"{'dp':>4} {'fsdp':>5} {'tp':>3} {'pp':>3} {'cp':>3} {'ep':>3} {'micro':>9} "
+          f"{'again':<9} {'GB':>5} {'tok/s/GPU':>9} {'MFU':>5} binds")
+    for c in costs:
         a = c["layout"]
-        pp = f"{a.pp}" + "i" * (a.chunks > 1)
+        pp = f"{a.pp}" + "i" * (a.chunks > 1)  # interleaved
         print(f"{a.dp:>4} {a.fsdp:>5} {a.tp:>3} {pp:>3} {a.cp:>3} {a.ep:>3} "
               f"{c['micro_batches']:>5} x {a.micro} {a.recompute:<9} {c['gigabytes']:>5.1f} "
               f"{c['tokens_per_second']:>9,.0f} {c['mfu']:>5.1%} {c['binds']}")
-    top = next(iter(best.values()))
+    top = costs[0]
+
+    def listed(values, unit):
+        return ", ".join(f"{k} {v:.2f}{unit}" for k, v in values.items() if v > 0.005)
+
     print(f"\nthe first: {top['step']:.2f} s a step, {top['compute']:.2f} of it computing; "
-          + ", ".join(f"{k} {v:.2f}" for k, v in top["exposed"].items() if v > 0.005)
-          + "\nsent by a GPU: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in top["sent"].items()
-                                            if v) + "\nmemory: "
-          + ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in top["memory"].items()))
-    return list(best.values())
+          + listed(top["exposed"], " s"))
+    print("sent by a GPU: " + listed({k: v / 1e9 for k, v in top["sent"].items()}, " GB"))
+    print("memory: " + listed({k: v / 1e9 for k, v in top["memory"].items()}, " GB"))
 
 
 # ---- bench -------------------------------------------------------------------------------------
+
+
+def say(text):
+    if dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def median_seconds(call, repeats=7, warmup=2):
@@ -1925,7 +1809,7 @@ def median_seconds(call, repeats=7, warmup=2):
     return float(np.median(times[warmup:]))
 
 
-def bench_collectives(device, say):
+def bench_collectives(device):
     n = dist.get_world_size()
     say(f"{'collective':<16} {'ranks':>5} {'MiB':>7} {'ms':>8} {'GB/s a rank':>12}")
     for size in (2**10, 2**16, 2**20, 2**24):
@@ -1941,85 +1825,12 @@ def bench_collectives(device, say):
                 f"{sent / seconds / 1e9:>12.2f}")
 
 
-def bench_wrappers(args, device, say):
-    """One training step under each wrapper: seconds, bytes sent, bytes of state on a rank."""
-    import model as model_py
-    config = model_py.ModelConfig(vocab_size=4096, context_length=256, d_model=args.d_model,
-                                  num_layers=args.layers, num_heads=4)
-    ids = torch.randint(0, 4096, (args.batch, 257), device=device)
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-
-    def ddp_torch(m):
-        return nn.parallel.DistributedDataParallel(m)
-
-    def fsdp_torch(m):
-        from torch.distributed.fsdp import fully_shard
-        for layer in m.layers:
-            fully_shard(layer)
-        return fully_shard(m)
-
-    wrappers = {f"ours, {mode}": partial(DDP, mode=mode)
-                for mode in ("naive", "flat", "overlap", "bucket")}
-    wrappers |= {"torch DDP": ddp_torch, "ours, bucket, ZeRO-1": DDP, "ours, FSDP": FSDP,
-                 "torch fully_shard": fsdp_torch}
-    say(f"\n{'one step':<22} {'ms':>8} {'MB sent':>9} {'MB of state':>12} ratio")
-    first = {}
-    for name, wrap in wrappers.items():
-        torch.manual_seed(0)
-        wrapped = wrap(model_py.Transformer(config).to(device))
-        make = partial(ShardedOptimizer, optimizer_cls=torch.optim.AdamW) if "ZeRO" in name else (
-            torch.optim.AdamW)
-        optimizer = make(wrapped.parameters(), lr=1e-3)
-
-        def step(wrapped=wrapped, optimizer=optimizer, state=(state := [])):
-            logits = wrapped(inputs)
-            F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-            if hasattr(wrapped, "finish_gradient_synchronization"):
-                wrapped.finish_gradient_synchronization()
-            optimizer.step()
-            state.append(state_bytes(wrapped, optimizer))
-            optimizer.zero_grad(set_to_none=True)
-
-        seconds = median_seconds(step, args.repeats)
-        with CommCounter() as counter:
-            step()
-        peer = first.setdefault("fully_shard" in name or "FSDP" in name, seconds)
-        sent = f"{counter.total() / 1e6:>9.2f}" if "torch" not in name else f"{'':>9}"
-        say(f"{name:<22} {seconds * 1e3:>8.1f} {sent} {max(state) / 1e6:>12.2f} "
-            f"{seconds / peer:>5.2f}")
-
-
-def state_bytes(module, optimizer):
-    """Bytes of parameters, gradients and optimizer state that this rank keeps between passes."""
-    def size(t):
-        t = t.to_local() if hasattr(t, "to_local") else t
-        return t.numel() * t.element_size()
-
-    state = getattr(optimizer, "local", optimizer).state
-    return sum(size(p) + (size(p.grad) if p.grad is not None else 0) for p in module.parameters()
-               ) + sum(size(v) for s in state.values() for v in s.values() if torch.is_tensor(v))
-
-
-def run_bench(args):
-    device = init_distributed(args.device)
-
-    def say(*words):
-        if dist.get_rank() == 0:
-            print(*words, flush=True)
-
-    say(f"{dist.get_world_size()} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads "
-        f"each, torch {torch.__version__}\n")
-    bench_collectives(device, say)
-    say("\nkept for the backward pass of 16 blocks, d_model 256, 4 x 256 tokens, checkpointed")
-    bench_checkpointing(say)
-    bench_wrappers(args, device, say)
-
-
-def bench_checkpointing(say, n=16, d=256):
+def bench_checkpointing(n=16, d=256):
+    say(f"\nkept for the backward pass of {n} blocks, d_model {d}, 4 x 256 tokens, checkpointed")
     blocks = [nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)) for _ in range(n)]
     x = torch.randn(4, 256, d, requires_grad=True)
     for scheme in ("none", "block", "sqrt", "nested"):
-        kept = kept_bytes(lambda s=scheme: checkpointed(blocks, x, s))
+        kept = kept_bytes(partial(checkpointed, blocks, x, scheme))
         say(f"{scheme:<8} {kept / 2**20:>9.1f} MiB")
 
 
@@ -2034,6 +1845,68 @@ def kept_bytes(call):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         call()
     return sum(kept.values())
+
+
+def torch_fsdp(model):
+    from torch.distributed.fsdp import fully_shard
+    for layer in model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def bench_wrappers(args, device):
+    """One training step under each wrapper: seconds, bytes sent, bytes of state on a rank; the
+    ratio is to the time of the torch wrapper above."""
+    import model as model_py
+    config = model_py.ModelConfig(vocab_size=4096, context_length=256, d_model=args.d_model,
+                                  num_layers=args.layers, num_heads=4)
+    ids = torch.randint(0, 4096, (args.batch, 257), device=device)
+    inputs, targets, first = ids[:, :-1], ids[:, 1:], 0.0
+    adamw = torch.optim.AdamW
+    rows = [("torch DDP", nn.parallel.DistributedDataParallel, adamw),
+            *((f"ours, {mode}", partial(DDP, mode=mode), adamw)
+              for mode in ("naive", "flat", "overlap", "bucket")),
+            ("ours, bucket, ZeRO-1", DDP, partial(ShardedOptimizer, optimizer_cls=adamw)),
+            ("torch fully_shard", torch_fsdp, adamw), ("ours, FSDP", FSDP, adamw)]
+    say(f"\n{'one step':<22} {'ms':>8} {'MB sent':>9} {'MB of state':>12} ratio to torch's")
+    for name, wrap, make in rows:
+        torch.manual_seed(0)
+        wrapped = wrap(model_py.Transformer(config).to(device))
+        optimizer, kept = make(wrapped.parameters(), lr=1e-3), []
+
+        def step(wrapped=wrapped, optimizer=optimizer, kept=kept):
+            logits = wrapped(inputs)
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+            if isinstance(wrapped, (DDP, FSDP)):
+                wrapped.finish_gradient_synchronization()
+            optimizer.step()
+            kept.append(state_bytes(wrapped, optimizer))
+            optimizer.zero_grad(set_to_none=True)
+
+        seconds = median_seconds(step, args.repeats)
+        with CommCounter() as counter:
+            step()
+        first = seconds if "torch" in name else first
+        sent = f"{counter.total() / 1e6:.2f}" if "ours" in name else ""  # torch's go other ways
+        say(f"{name:<22} {seconds * 1e3:>8.1f} {sent:>9} {max(kept) / 1e6:>12.2f} "
+            f"{seconds / first:>5.2f}")
+
+
+def state_bytes(module, optimizer):
+    """Bytes of parameters, gradients and optimizer state that this rank keeps between passes."""
+    tensors = [t for p in module.parameters() for t in (p, p.grad)]
+    tensors += [v for state in optimizer.state.values() for v in state.values()]
+    local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors if torch.is_tensor(t))
+    return sum(t.numel() * t.element_size() for t in local)
+
+
+def run_bench(args):
+    device = init_distributed(args.device)
+    say(f"{dist.get_world_size()} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads "
+        f"each, torch {torch.__version__}\n")
+    bench_collectives(device)
+    bench_checkpointing()
+    bench_wrappers(args, device)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -2062,11 +1935,8 @@ def make_parser():
     for axis in Mesh.AXES:
         add(axis, None, f"only layouts with so many ranks of {axis}", type=int)
     add("show", 10, "layouts to print")
-    for name, unit in (("tflops", "dense bf16 TFLOP/s"), ("memory", "GB"), ("nvlink", "GB/s one "
-                       "way in a node"), ("network", "GB/s one way between nodes, a GPU"),
-                       ("efficiency", "share of the peak computing reaches")):
-        add(name, None, f"{unit}, instead of the table's", type=float)
-    add("node", None, "GPUs a node, instead of the table's", type=int)
+    for name, unit in UNITS.items():
+        add(name, None, f"{unit}, instead of the table's", type=int if name == "node" else float)
     add = command("bench", run_bench, "collectives and wrappers, timed (under torchrun)")
     add("device", "auto", "cpu or cuda")
     add("d_model", 256, "width of the Transformer")

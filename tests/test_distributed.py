@@ -71,6 +71,14 @@ def same(ours, theirs, tolerance=1e-5):
         torch.testing.assert_close(ours[name], value, atol=tolerance, rtol=tolerance, msg=name)
 
 
+def collect(held):
+    """Rank 0 gets the union of the ranks' dicts, each key from the lowest rank that has it."""
+    everything = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, held)
+    if dist.get_rank() == 0:
+        return {k: v for theirs in everything[::-1] for k, v in theirs.items()}
+
+
 def on_mesh(kind="ddp", steps=5, make=adamw, zero1=None, mesh=None, **changes):
     """The same on a Parallel: losses, whole first gradients and whole final weights."""
     mesh = D.Mesh(**mesh)
@@ -82,7 +90,7 @@ def on_mesh(kind="ddp", steps=5, make=adamw, zero1=None, mesh=None, **changes):
         loss = p.loss(x, y, backward_scale=1 / tokens()[1].numel()).clone()
         p.finish()
         dist.all_reduce(loss)
-        grads = D.collect({getattr(q, "full_name", n): D.whole(q.grad, q)
+        grads = collect({getattr(q, "full_name", n): D.whole(q.grad, q)
                            for n, q in p.model.named_parameters()})
         first = first or grads
         optimizer.step()
@@ -253,8 +261,10 @@ def check_zero1(n):
     assert ours["state"].keys() == theirs["state"].keys()
     for i, state in theirs["state"].items():
         assert torch.equal(ours["state"][i]["exp_avg"], state["exp_avg"])
-    fresh = D.ShardedOptimizer(half, torch.optim.AdamW, lr=0.1)
-    fresh.load_state_dict({"state": theirs["state"], "param_groups": ours["param_groups"][:1]})
+    groups = [dict(params=half[:5]), dict(params=half[5:])]
+    fresh = D.ShardedOptimizer(groups, torch.optim.AdamW, lr=0.7)
+    fresh.load_state_dict(theirs)
+    assert [g["lr"] for g in fresh.param_groups] == [0.1 / 3, 0.05]
     held = sum(s["exp_avg"].numel() for s in fresh.local.state.values())
     total = sum(p.numel() for p in half)
     assert max(fresh.held) < 1.2 * total / n and held == fresh.held[dist.get_rank()]
@@ -418,6 +428,11 @@ def check_tensor_parallel(n):
                   for k, p in model.named_parameters()}, want)
             with torch.no_grad():
                 torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+    for length in (16, 13):  # 13 does not divide: padded, which changes nothing before
+        p = D.Parallel(transformer(), D.Mesh(tp=n))
+        total = D.all_reduce(p.loss(x[:, :length], y[:, :length]), group)
+        torch.testing.assert_close(total, transformer().loss(x[:, :length], y[:, :length],
+                                                             reduction="sum").detach())
     for wrong, message in ((dict(num_heads=1, num_kv_heads=1), "num_heads=1"),
                            (dict(qk_norm="full"), "qk_norm"), (MOE, "num_experts=4")):
         with pytest.raises(ValueError, match=message):
@@ -502,7 +517,7 @@ def check_pipeline(n):
                      for k, p in s.named_parameters()}
             losses, first, _ = single(1, tie_embeddings=tied)
             assert total.item() / y.numel() == pytest.approx(losses[0], abs=1e-6)
-            grads = D.collect(grads)
+            grads = collect(grads)
             if grads:
                 same(grads, first)
             sent = [None] * n
@@ -543,6 +558,8 @@ def check_hybrids(n):
     equals_single(mesh=dict(ep=2, dp=2), **MOE)
     equals_single("fsdp", mesh=dict(ep=2, fsdp=2), **MOE)
     equals_single("fsdp", mesh=dict(cp=2, fsdp=2))
+    equals_single(mesh=dict(tp=2, pp=2), tie_embeddings=True)  # stages of split sequences
+    equals_single(mesh=dict(tp=2, dp=2), context_length=17)  # sequences that do not split
 
 
 def check_hybrid_norm(n):
@@ -558,7 +575,7 @@ def check_hybrid_norm(n):
         norm = D.clip_grad_norm(p.model.parameters(), 0.5)
         torch.testing.assert_close(norm, want, msg=f"{mesh}: {norm} {want}")
         p.partials = []
-        grads = D.collect({getattr(q, "full_name", k): D.whole(q.grad, q)
+        grads = collect({getattr(q, "full_name", k): D.whole(q.grad, q)
                            for k, q in p.model.named_parameters()})
         if grads:
             same(grads, {k: q.grad for k, q in model.named_parameters()})
@@ -710,6 +727,7 @@ def test_checkpoint_of_four_ranks_opens_in_one_process(worlds):
         for name, p in model.named_parameters():
             torch.testing.assert_close(optimizer.state[p]["exp_avg"],
                                        want["states"][name]["exp_avg"])
+            assert optimizer.state[p]["step"] == 2  # which is not cut as the weights are
         with pytest.raises(ValueError, match="embed.weight is"):
             D.load_sharded(worlds[1] / SHARDS, transformer(vocab_size=98))
         with pytest.raises(ValueError, match="no complete checkpoint"):
@@ -781,7 +799,9 @@ PUBLISHED = [  # torchtitan's tables of 2024-12 on H100s, T 8192: model, layout,
     ("8b", D.Layout(fsdp=128, micro=2, recompute="selective"), 256, True, 8380),
     ("70b", D.Layout(fsdp=32, tp=8, micro=16, recompute="full"), 512, True, 829),
     ("405b", D.Layout(fsdp=16, tp=8, micro=2, recompute="full"), 32, False, 109),
+    ("405b", D.Layout(fsdp=16, tp=8, micro=2, recompute="full"), 32, True, 177),
     ("405b", D.Layout(fsdp=8, tp=8, pp=8, recompute="full", chunks=2), 256, True, 128),
+    ("405b", D.Layout(fsdp=8, tp=8, pp=8, recompute="full"), 256, True, 100),
 ]
 
 
