@@ -28,7 +28,8 @@ import math
 import os
 import statistics
 import sys
-import time
+import timeit
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -1058,22 +1059,14 @@ def _fused_gradient(OWN, OTHER, TARGET, SCALE, LSE, OUT, N, V, n_own, n_other, z
         tl.debug_barrier()  # the next round reads what this one wrote
 
 
-def _chunk_rows(N, V, x):
-    """Tokens a chunk: logits of at most 1 GiB on a GPU, 64 MiB on a CPU, where caches are small."""
-    if INTERPRETED and N * V < 1 << 20:
-        return 24  # small inputs in tests also take several chunks
-    budget = 1 << (30 if x.device.type == "cuda" else 26)
-    chunks = triton.cdiv(N, max(1, budget // (V * x.element_size())))
-    return triton.cdiv(N, max(chunks, 1))
-
-
 def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
     """(lse, target's logit, sum) (3, N) of the logits and those gradients of sum(scale * loss) that
     are wanted, else None. x (N, D), weight (V, D), t and scale (N,)."""
-    N, V = len(x), len(weight)
-    stats, dx = scale.new_empty(3, N), torch.empty_like(x) if want_x else None
-    dw, rows = torch.zeros_like(weight) if want_w else None, _chunk_rows(N, V, x)
-    buffer = x.new_zeros(rows, triton.cdiv(V, 16) * 16)
+    N, V, stats = len(x), len(weight), scale.new_empty(3, len(x))
+    dx, dw = torch.empty_like(x) if want_x else None, torch.zeros_like(weight) if want_w else None
+    budget = 1 << (30 if x.is_cuda else 26 if N * V > 1 << 20 else 13)  # bytes: tests chunk as well
+    rows = max(1, budget // (V * x.element_size()))
+    buffer = x.new_zeros(min(rows, N), triton.cdiv(V, 16) * 16)
     tiles = dict(BM=2, BN=32) if INTERPRETED else dict(BM=1, BN=4096, num_warps=16)
     for i in range(0, N, rows):
         c = slice(i, min(i + rows, N))
@@ -1183,8 +1176,9 @@ def adamw_reference(w, g, m, v, *, lr, betas, eps, weight_decay, step):
     """One step, in place, for a tensor w of gradient g and moments m and v, all fp32."""
     m.lerp_(g, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    root = (v / (1 - betas[1] ** step)).sqrt_().add_(eps)
-    w.mul_(1 - lr * weight_decay).addcdiv_(m, root, value=-lr / (1 - betas[0] ** step))
+    unbias = math.sqrt(1 - betas[1] ** step)  # sqrt(v / unbias^2) + eps, times unbias
+    root = v.sqrt().add_(eps * unbias)
+    w.mul_(1 - lr * weight_decay).addcdiv_(m, root, value=-lr * unbias / (1 - betas[0] ** step))
 
 
 def _round_randomly(w):
@@ -1199,43 +1193,36 @@ def _address(ROW, i: constexpr, LIKE, ALIGN: constexpr):
 
 
 @triton.jit
-def _adamw_kernel(TABLE, OWNER, P, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, correct2,
-                  seed, MASTER: constexpr, STOCHASTIC: constexpr, ALIGN: constexpr,
-                  BLOCK: constexpr):
-    """A program updates BLOCK numbers of tensor OWNER[program, 0], its OWNER[program, 1]-th block.
-    TABLE (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master, and the length."""
-    owner = OWNER + 2 * tl.program_id(0)
-    row = TABLE + 6 * tl.load(owner)
-    c = tl.load(owner + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = c < tl.multiple_of(tl.load(row + 5), ALIGN)
-    p_at, g_at = _address(row, 0, P, ALIGN) + c, _address(row, 1, P, ALIGN) + c
-    m_at, v_at = _address(row, 2, GRAD_SCALE, ALIGN) + c, _address(row, 3, GRAD_SCALE, ALIGN) + c
+def _adamw_kernel(TABLE, P, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, correct2, seed,
+                  MASTER: constexpr, STOCHASTIC: constexpr, ALIGN: constexpr, BLOCK: constexpr):
+    """Program (i, t) updates every S-th block of tensor t, from the i-th on, of S programs. TABLE
+    (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master, and the length."""
+    row = TABLE + 6 * tl.program_id(1)
+    p_at, g_at = _address(row, 0, P, ALIGN), _address(row, 1, P, ALIGN)
+    m_at, v_at = _address(row, 2, GRAD_SCALE, ALIGN), _address(row, 3, GRAD_SCALE, ALIGN)
     w_at = p_at
     if MASTER:
-        w_at = _address(row, 4, GRAD_SCALE, ALIGN) + c
-    g = tl.load(g_at, mask=keep, other=0.0).to(tl.float32) * tl.load(GRAD_SCALE)
-    m = tl.load(m_at, mask=keep, other=0.0)
-    v = tl.load(v_at, mask=keep, other=0.0)
-    w = tl.load(w_at, mask=keep, other=0.0).to(tl.float32)
-    m += (g - m) * (1.0 - beta1)
-    v += (g * g - v) * (1.0 - beta2)
-    w = w * decay - lr * (m * correct1) / (tl.sqrt(v * correct2) + eps)
-    tl.store(m_at, m, mask=keep)
-    tl.store(v_at, v, mask=keep)
-    if MASTER:
-        tl.store(w_at, w, mask=keep)
-    if STOCHASTIC:  # as _round_randomly
-        noise = tl.randint(seed, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) & 0xFFFF
-        bits = w.to(tl.int32, bitcast=True) + noise.to(tl.int32)
-        w = (bits & -65536).to(tl.float32, bitcast=True)
-    tl.store(p_at, w.to(P.dtype.element_ty), mask=keep)
-
-
-@functools.lru_cache(maxsize=64)
-def _adamw_owners(lengths, block, device):
-    """(programs, 2) int32: which tensor, and which block of it, a program updates."""
-    pairs = [(i, j) for i, n in enumerate(lengths) for j in range(triton.cdiv(n, block))]
-    return torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2).to(device)
+        w_at = _address(row, 4, GRAD_SCALE, ALIGN)
+    n = tl.multiple_of(tl.load(row + 5), ALIGN)
+    for start in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        c = (start * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        keep = c < n
+        g = tl.load(g_at + c, mask=keep, other=0.0).to(tl.float32) * tl.load(GRAD_SCALE)
+        m = tl.load(m_at + c, mask=keep, other=0.0)
+        v = tl.load(v_at + c, mask=keep, other=0.0)
+        w = tl.load(w_at + c, mask=keep, other=0.0).to(tl.float32)
+        m += (g - m) * (1.0 - beta1)
+        v += (g * g - v) * (1.0 - beta2)
+        w = w * decay - lr * (m * correct1) / (tl.sqrt(v * correct2) + eps)
+        tl.store(m_at + c, m, mask=keep)
+        tl.store(v_at + c, v, mask=keep)
+        if MASTER:
+            tl.store(w_at + c, w, mask=keep)
+        if STOCHASTIC:  # as _round_randomly
+            noise = tl.randint(seed + tl.program_id(1), c.to(tl.int32)) & 0xFFFF
+            bits = w.to(tl.int32, bitcast=True) + noise.to(tl.int32)
+            w = (bits & -65536).to(tl.float32, bitcast=True)
+        tl.store(p_at + c, w.to(P.dtype.element_ty), mask=keep)
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -1297,15 +1284,15 @@ class FusedAdamW(torch.optim.Optimizer):
                 p.copy_(_round_randomly(w) if rounded else w)
 
     def _launch(self, rows, group, grad_scale):
-        p, device, block = rows[0][0], rows[0][0].device, 64 if INTERPRETED else 2048
+        p, block = rows[0][0], 64 if INTERPRETED else 2048
         table = [[x.data_ptr() for x in row] + [row[0].numel()] for row in rows]
-        owners = _adamw_owners(tuple(row[0].numel() for row in rows), block, device)
-        grad_scale = torch.ones((), device=device) if grad_scale is None else grad_scale.float()
+        grad_scale = torch.ones((), device=p.device) if grad_scale is None else grad_scale.float()
         lr, (beta1, beta2), step = group["lr"], group["betas"], group["step"]
-        _adamw_kernel[(len(owners),)](
-            torch.tensor(table).to(device, non_blocking=True), owners, p, grad_scale,
+        programs = min(triton.cdiv(max(row[-1] for row in table), block), _programs(p, 8))
+        _adamw_kernel[programs, len(rows)](
+            torch.tensor(table).to(p.device, non_blocking=True), p, grad_scale,
             1 - lr * group["weight_decay"], lr, beta1, beta2, group["eps"], 1 / (1 - beta1**step),
-            1 / (1 - beta2**step), step, MASTER=rows[0][4] is not p, BLOCK=block,
+            1 / (1 - beta2**step), step * len(rows), MASTER=rows[0][4] is not p, BLOCK=block,
             STOCHASTIC=group["stochastic"] and p.dtype == torch.bfloat16,
             ALIGN=16 if all(n % 16 == 0 for row in table for n in row) else 1)
 
@@ -1467,155 +1454,136 @@ def symmetric_mm(x, *, impl=None):
 
 
 class _Case(NamedTuple):
-    """A row of the table for each pass that has work."""
+    """A kernel at one size, and what it is compared with."""
 
     name: str
-    small: tuple  # the size that is first compared with the fp64 twin, and
-    size: tuple  # the size that is timed, of which
-    shapes: object  # makes the inputs' shapes
-    ours: object  # takes the inputs and impl=
-    twin: object
+    shapes: list  # of the inputs
+    ours: Callable  # takes the inputs and impl=
+    twin: Callable
     peers: dict
-    unit: str  # what work counts: "FLOP" or "B"
-    work: tuple  # of (forward, backward, both); 0: not timed
-    spread: float = 1.0  # standard deviation of the inputs
+    unit: str  # what work counts, "FLOP" or "B", in the
+    work: tuple  # (forward, backward); 0: not timed by itself
+
+
+def _heads_first(function, *inputs, **options):
+    """(B, T, H, E) in and out of a function of (B, H, T, E)."""
+    heads_first = (x.transpose(1, 2) for x in inputs)
+    return function(*heads_first, enable_gqa=True, **options).transpose(1, 2)
+
+
+def _sdpa(backend, *inputs):
+    with sdpa_kernel(backend):
+        return _heads_first(F.scaled_dot_product_attention, *inputs, is_causal=True)
 
 
 @functools.lru_cache
-def _compiled(function):
-    return torch.compile(function)
+def _flex(T):
+    """Torch's compiled flex_attention with a causal mask over T positions."""
+    mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
+    return functools.partial(_heads_first, torch.compile(flex.flex_attention), block_mask=mask)
 
 
-@functools.lru_cache
-def _causal_mask(T):
-    return flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
-
-
-def _attention_case(B, T, H, K, E, cuda):
-    """Causal attention against each of torch's."""
-    def heads_first(call, q, k, v, backend=None, **options):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, E) -> (B, H, T, E)
-        with sdpa_kernel(backend or list(SDPBackend.__members__.values())[1:]):
-            return call(q, k, v, enable_gqa=H != K, **options).transpose(1, 2)
-
-    sdpa = functools.partial(heads_first, F.scaled_dot_product_attention, is_causal=True)
-    peers = {"sdpa": sdpa} if not cuda else {
-        f"sdpa {name}": functools.partial(sdpa, backend=SDPBackend[f"{name}_ATTENTION"])
-        for name in ("FLASH", "CUDNN", "EFFICIENT")}
-    if cuda:
-        peers["flex"] = lambda *x: heads_first(_compiled(flex.flex_attention), *x,
-                                               block_mask=_causal_mask(T))
-    half = 2 * B * H * T * T * E  # 4 B H T^2 E, of which causal needs half
-    return _Case("flash_attention", (1, 96, 2 * H // K, 2, E), (B, T, H, K, E),
-                 lambda B, T, H, K, E: [(B, T, H, E), (B, T, K, E), (B, T, K, E)], flash_attention,
-                 flash_attention_reference, peers, "FLOP", (half, half * 5 // 2, half * 7 // 2))
-
-
-def _cases(cuda, device, itemsize):
-    """What bench times and compile compiles; sizes for a GPU, or small ones for a CPU."""
-    def streaming(name, shapes, ours, twin, peer, forward, backward):
-        peers = {"torch": peer, **({"compile": _compiled(lambda *x: twin(*x))} if cuda else {})}
-        work = [n * N * D * itemsize for n in (forward, backward, forward + backward)]
-        return _Case(name, (64, 512), (N, D), shapes, ours, twin, peers, "B", tuple(work))
-
-    N, D, M, G = (16384, 4096, 2048, 64) if cuda else (2048, 512, 256, 8)
-    for size in ([(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
-                  (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else [(1, 1024, 8, 2, 64)]):
-        yield _attention_case(*size, cuda)
-    B, S, H, K, E = (16, 16384, 32, 8, 128) if cuda else (4, 4096, 8, 2, 64)
-    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
-    yield _Case("flash_decode", (1, 200, 4, 2, E), (B, S, H, K, E),
-                lambda B, S, H, K, E: [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
+def _cases(cuda, small):
+    """What bench times, at a GPU's or a CPU's sizes; small: what it checks and compile compiles."""
+    attention = [(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
+                 (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else [(1, 1024, 8, 2, 64)]
+    B, S, N, D, M, G, V = (16, 16384, 16384, 4096, 2048, 64, 131072) if cuda else (
+        4, 4096, 4096, 512, 256, 8, 50257)
+    if small:
+        attention = [(1, 96, 2 * H // K, 2, E) for _, _, H, K, E in attention]
+        B, S, N, D, M, G, V = 1, 200, 130, 512, 128, 8, 1000
+    device, size = ("cuda", 2) if cuda else ("cpu", 4)
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION] if cuda else [SDPBackend.FLASH_ATTENTION]
+    for b, T, H, K, E in attention:
+        peers = {f"sdpa {x.name}": functools.partial(_sdpa, x) for x in backends}
+        if cuda:
+            peers["flex"] = _flex(T)
+        half = 2 * b * H * T * T * E  # 4 B H T^2 E, of which causal needs half
+        yield _Case("flash_attention", [(b, T, H, E), (b, T, K, E), (b, T, K, E)], flash_attention,
+                    flash_attention_reference, peers, "FLOP", (half, half * 5 // 2))
+    H, K, E = attention[-1][2:]
+    yield _Case("flash_decode", [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
                 flash_decode_reference,
-                {"sdpa": lambda *x: sdpa(*(y.transpose(1, 2) for y in x)).transpose(1, 2)}, "B",
-                (2 * B * S * K * E * itemsize, 0, 0))
-    yield streaming("rms_norm", lambda N, D: [(N, D), (D,)], rms_norm, rms_norm_reference,
-                    lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2, 3)
-    yield streaming("swiglu", lambda N, D: [(N, D)] * 2, swiglu, swiglu_reference,
-                    lambda gate, up: F.silu(gate) * up, 3, 5)
+                {"sdpa": functools.partial(_heads_first, F.scaled_dot_product_attention)}, "B",
+                (2 * B * S * K * E * size, 0))
+
     angle = dict(zip(("cos", "sin"), torch.randn(2, N, 64, device=device)))
-    twin = functools.partial(apply_rope_reference, **angle)
-    yield streaming("apply_rope", lambda N, D: [(1, N, D // 128, 128), (1, N, D // 512, 128)],
-                    functools.partial(apply_rope, **angle), twin, twin, 2.5, 2.5)  # k is D / 4
-    N, D, V = (N, D, 131072) if cuda else (4096, 512, 50257)
-    targets = torch.randint(V, (N,), device=device)
+    rope = functools.partial(apply_rope_reference, **angle)
+    for name, shapes, ours, twin, peer, *moved in (  # moved: times N D numbers, forward, backward
+            ("rms_norm", [(N, D), (D,)], rms_norm, rms_norm_reference,
+             lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2, 3),
+            ("swiglu", [(N, D)] * 2, swiglu, swiglu_reference, lambda g, u: F.silu(g) * u, 3, 5),
+            ("apply_rope", [(1, N, D // 128, 128), (1, N, D // 512, 128)],  # k is D / 4
+             functools.partial(apply_rope, **angle), rope, rope, 2.5, 2.5)):
+        peers = {"torch": peer, **({"compile": torch.compile(twin)} if cuda else {})}
+        yield _Case(name, shapes, ours, twin, peers, "B", tuple(n * N * D * size for n in moved))
 
-    def loss(x, w, function=linear_cross_entropy, **options):
-        return function(x, w, targets[: len(x)] % len(w), **options)
-
-    yield _Case("linear_cross_entropy", (200, 128, 1000), (N, D, V),
-                lambda N, D, V: [(N, D), (V, D)], loss,
-                functools.partial(loss, function=linear_cross_entropy_reference),
-                {"F.cross_entropy": lambda x, w: F.cross_entropy((x @ w.t()).float(), targets)},
-                "FLOP", (0, 0, 6 * N * D * V), 0.2)
-
-    def experts(x, w, function=grouped_mm, **options):  # uneven: the last get most
-        ends = torch.linspace(0, 1, G + 1, device=device)[1:] ** 2 * len(x)
-        return function(x, w, ends.to(torch.int32), **options)
-
-    loop = functools.partial(experts, function=grouped_mm_reference)
-    yield _Case("grouped_mm", (200, 128), (N, M), lambda N, M: [(N, M), (G, M, M)], experts, loop,
-                {"loop": loop}, "FLOP", (2 * N * M * M, 4 * N * M * M, 6 * N * M * M))
-    yield _Case("symmetric_mm", (130, 64), (2 * M, 2 * M), lambda M, K: [(M, K)], symmetric_mm,
-                symmetric_mm_reference, {"x @ x.mT": symmetric_mm_reference}, "FLOP",
-                (8 * M**3, 0, 0))
+    last = dict(targets=torch.randint(V, (N,), device=device))
+    naive = functools.partial(lambda x, w, targets: F.cross_entropy((x @ w.t()).float(), targets))
+    yield _Case("linear_cross_entropy", [(N, D), (V, D)],
+                functools.partial(linear_cross_entropy, **last),
+                functools.partial(linear_cross_entropy_reference, **last),
+                {"F.cross_entropy": functools.partial(naive, **last)}, "FLOP", (0, 6 * N * D * V))
+    ends = (torch.linspace(0, 1, G + 1, device=device)[1:] ** 2 * N).int()  # the last get most
+    loop = functools.partial(grouped_mm_reference, offsets=ends)
+    yield _Case("grouped_mm", [(N, M), (G, M, M)], functools.partial(grouped_mm, offsets=ends),
+                loop, {"loop": loop}, "FLOP", (2 * N * M * M, 4 * N * M * M))
+    yield _Case("symmetric_mm", [(2 * M, 2 * M)], symmetric_mm, symmetric_mm_reference,
+                {"x @ x.mT": symmetric_mm_reference}, "FLOP", (8 * M**3, 0))
 
 
-def _inputs(case, size, device, dtype, seed):
-    """Random tensors of the case's shapes: never zeros, which a GPU multiplies faster."""
+def _inputs(shapes, device, dtype, seed=0):
+    """Random tensors: never zeros, which a GPU multiplies faster."""
     torch.manual_seed(seed)
-    inputs = [torch.randn(s, device=device) * case.spread for s in case.shapes(*size)]
-    return [x.to(dtype).requires_grad_() for x in inputs]
+    return [(torch.randn(s, device=device) / 2).to(dtype).requires_grad_() for s in shapes]
 
 
-def _outputs(function, *inputs, **options):
+def _run(function, *inputs, backward=True, **options):
+    """The outputs and, if backward, the inputs' gradients; an output is its own: it is not 0."""
     outs = function(*inputs, **options)
-    return outs if isinstance(outs, tuple) else (outs,)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return (*outs, *torch.autograd.grad(outs, inputs, outs)) if backward else outs
 
 
-def _both(function, *inputs):
-    """Forward and backward; the output is its own gradient, as it is not 0."""
-    outs = _outputs(function, *inputs)
-    return outs + torch.autograd.grad(outs, inputs, [o.detach() for o in outs])
-
-
-def _check(case, device, dtype):
-    """The largest relative error of the small size, forward and backward, against fp64."""
-    low = _inputs(case, case.small, device, dtype, 0)
+def _error(case, device, dtype):
+    """The largest relative error of a case, forward and backward, against fp64."""
+    low = _inputs(case.shapes, device, dtype)
     high = [x.detach().double().requires_grad_() for x in low]
-    run = _both if case.work[2] else _outputs
-    pairs = zip(run(case.ours, *low), run(case.twin, *high))
+    pairs = zip(*(_run(f, *x, backward=case.work[1] > 0)
+                  for f, x in ((case.ours, low), (case.twin, high))))
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def _seconds(call, sets, cuda):
+def _seconds(call, sets):
     """Median seconds of call(*inputs), over the input sets in turn."""
-    for inputs in sets[:3]:
-        call(*inputs)
-    times, marks = [], [torch.cuda.Event(enable_timing=True) for _ in range(21 * cuda)]
-    if cuda:
-        torch.cuda._sleep(40_000_000)  # 20 ms in which all launches queue up: no gaps between them
-        for i, mark in enumerate(marks):
-            mark.record()
-            call(*sets[i % len(sets)])
-        torch.cuda.synchronize()
-        times = [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:])]
-    for i in range(0 if cuda else 3):
-        start = time.perf_counter()
-        call(*sets[i % len(sets)])
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    turn = itertools.cycle(sets)
+    for _ in range(3):
+        call(*next(turn))
+    if not sets[0][0].is_cuda:
+        times = timeit.repeat(lambda: call(*next(turn)), number=1, repeat=3)
+        return statistics.median(times)
+    torch.cuda._sleep(40_000_000)  # 20 ms in which all launches queue up: no gaps between them
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    for mark in marks:
+        mark.record()
+        call(*next(turn))
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:]))
 
 
-def _time(function, mode, sets, cuda):
-    """Seconds of one pass of function."""
-    if mode == "forward":
-        return _seconds(function, [[x.detach() for x in inputs] for inputs in sets], cuda)
-    if mode == "both":
-        return _seconds(functools.partial(_both, function), sets, cuda)
-    made = [(_outputs(function, *inputs), inputs) for inputs in sets]
-    made = [(outs, inputs, [o.detach() for o in outs]) for outs, inputs in made]
-    return _seconds(functools.partial(torch.autograd.grad, retain_graph=True), made, cuda)
+def _passes(case, call, sets):
+    """{pass: seconds} of those that case has work for."""
+    forward, backward = case.work
+    seconds = {}
+    if forward:
+        seconds["forward"] = _seconds(call, [[x.detach() for x in inputs] for inputs in sets])
+    if backward:
+        both = _seconds(functools.partial(_run, call), sets)
+        if forward:
+            seconds["backward"] = both - seconds["forward"]
+        seconds["both"] = both
+    return seconds
 
 
 def _peak_bytes(call, cuda):
@@ -1633,48 +1601,50 @@ def _peak_bytes(call, cuda):
     return (high - now) * 1024
 
 
-def _bench_case(case, device, dtype, limits):
-    """Check a case, then print a row for each pass and peer."""
-    cuda, error = device == "cuda", _check(case, device, dtype)
+def _print_row(name, shape, ours, peer, theirs, work, unit, limits, error=""):
+    print(f"| {name} | {shape} | {ours * 1e3:.3g} | {peer} | {theirs * 1e3:.3g} "
+          f"| {ours / theirs:.2f} | {work / ours / 1e12:.3g} T{unit}/s "
+          f"| {work / ours / limits[unit]:.0%} | {error} |", flush=True)
+
+
+def _bench_case(case, small, device, dtype, limits):
+    """Check a case at its small size, then print a row for each pass and peer."""
+    cuda, error = device == "cuda", _error(small, device, dtype)
     if not error < (0.03 if cuda else 1e-5):
         raise ValueError(f"{case.name}: error {error:.1e} against the fp64 twin, not timed")
-    size = sum(math.prod(s) for s in case.shapes(*case.size)) * dtype.itemsize
-    sets = [_inputs(case, case.size, device, dtype, i)  # together larger than a 50 MB L2
+    size = sum(math.prod(s) for s in case.shapes) * dtype.itemsize
+    sets = [_inputs(case.shapes, device, dtype, i)  # together larger than a 50 MB L2
             for i in range(max(2, min(8, 200_000_000 // size)))]
-    shape = "x".join(map(str, case.size))
-    for mode, work in zip(("forward", "backward", "both"), case.work):
-        ours = _time(case.ours, mode, sets, cuda) if work else math.nan
-        for name, peer in case.peers.items() if work else ():
-            try:
-                theirs = _time(peer, mode, sets, cuda)
-            except RuntimeError as problem:  # a backend refuses the shape, or memory runs out
-                print(f"{case.name}: no {name}: {str(problem).splitlines()[0]}", file=sys.stderr)
-                continue
-            rate, share = work / ours / 1e12, work / ours / limits[case.unit]
-            print(f"| {case.name} {mode} | {shape} | {ours * 1e3:.3g} | {name} "
-                  f"| {theirs * 1e3:.3g} | {ours / theirs:.2f} | {rate:.3g} T{case.unit}/s "
-                  f"| {share:.0%} | {error:.0e} |", flush=True)
+    shape = " ".join("x".join(map(str, s)) for s in case.shapes)
+    work = {"forward": case.work[0], "backward": case.work[1], "both": sum(case.work)}
+    ours = _passes(case, case.ours, sets)
+    for name, peer in case.peers.items():
+        try:
+            theirs = _passes(case, peer, sets)
+        except RuntimeError as problem:  # a backend refuses the shape, or memory runs out
+            print(f"{case.name}: no {name}: {str(problem).splitlines()[0]}", file=sys.stderr)
+            continue
+        for mode in theirs:
+            _print_row(f"{case.name} {mode}", shape, ours[mode], name, theirs[mode], work[mode],
+                       case.unit, limits, f"{error:.0e}")
     if not case.work[0]:  # the loss is about memory
-        ours, theirs = (_peak_bytes(lambda f=f: _both(f, *sets[0]), cuda) / 2**20
-                        for f in (case.ours, *case.peers.values()))
+        ours, theirs = (_peak_bytes(lambda f=f: _run(f, *sets[0]), cuda) / 2**20
+                        for f in (case.ours, peer))
         print(f"| {case.name} peak MiB | {shape} | {ours:.0f} | {name} | {theirs:.0f} "
               f"| {ours / theirs:.2f} | | | |", flush=True)
 
 
 def _bench_adamw(device, limits):
     """A step over 64 tensors, ours and torch's fused."""
-    cuda, seconds = device == "cuda", []
-    shape = (4096, 4096) if cuda else (256, 256)
+    side, seconds = 4096 if device == "cuda" else 256, []
     for make in (FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)):
-        params = [torch.nn.Parameter(torch.randn(shape, device=device)) for _ in range(64)]
+        params = _inputs([(side, side)] * 64, device, torch.float32)
         for p in params:
             p.grad = torch.randn_like(p)
-        seconds.append(_seconds(make(params, lr=1e-4).step, [()], cuda))
-    ours, theirs = seconds
-    rate = 28 * 64 * math.prod(shape) / ours
-    print(f"| adamw fp32 step | 64x{shape[0]}x{shape[1]} | {ours * 1e3:.3g} | torch fused "
-          f"| {theirs * 1e3:.3g} | {ours / theirs:.2f} | {rate / 1e12:.3g} TB/s "
-          f"| {rate / limits['B']:.0%} | |")
+        step = make(params, lr=1e-4).step
+        seconds.append(_seconds(lambda *_, step=step: step(), [params]))
+    _print_row("adamw fp32 step", f"64x{side}x{side}", seconds[0], "torch fused", seconds[1],
+               28 * 64 * side**2, "B", limits)
 
 
 def bench(only="", device=None):
@@ -1683,69 +1653,63 @@ def bench(only="", device=None):
     cuda, dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
     n, numbers = (8192, 1 << 29) if cuda else (2048, 1 << 25)
     a, x = (torch.randn(s, device=device, dtype=dtype) for s in ((n, n), (numbers,)))
-    y = torch.empty_like(x)
-    limits = {"FLOP": 2 * n**3 / _seconds(torch.mm, [(a, a)], cuda),
-              "B": 2 * x.nbytes / _seconds(y.copy_, [(x,)], cuda)}
-    del a, x, y
+    limits = {"FLOP": 2 * n**3 / _seconds(torch.mm, [(a, a)]),
+              "B": 2 * x.nbytes / _seconds(torch.empty_like(x).copy_, [(x,)])}
+    del a, x
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, {dtype}, torch {torch.__version__}, triton {triton.__version__}; measured: "
           f"{limits['FLOP'] / 1e12:.3g} TFLOP/s, copy {limits['B'] / 1e12:.3g} TB/s\n\n"
           "| kernel | shape | ours ms | peer | ms | ratio | rate | of limit | error |\n"
           + "|---" * 9 + "|")
-    for case in _cases(cuda, device, dtype.itemsize):
+    for case, small in zip(_cases(cuda, False), _cases(cuda, True)):
         if only in case.name:
-            _bench_case(case, device, dtype, limits)
+            _bench_case(case, small, device, dtype, limits)
     if only in "adamw":
         _bench_adamw(device, limits)
 
 
 def tune():
     """Time candidate attention tiles on this GPU; print the fastest entries for TILES."""
-    for E, (kernel, tiles) in itertools.product((64, 128, 256), TILES.items()):
-        shape = 3, 4, 4096, 16, E
-        sets = [[x.requires_grad_() for x in torch.randn(shape, device="cuda").bfloat16().unbind()]]
-        before, timed, stages = tiles[E], {}, (1, 2) if E == 256 else (2, 3)
-        for tiles[E] in (before, *itertools.product((64, 128), (32, 64, 128), (4, 8), stages)):
-            mode = "forward" if kernel == "forward" else "backward"
+    for E, kernel in itertools.product((64, 128, 256), ("forward", "backward_q", "backward_kv")):
+        tiles, timed = TILES[kernel], {}
+        before, sets = tiles[E], [_inputs([(4, 4096, 16, E)] * 3, "cuda", torch.bfloat16)]
+        call = functools.partial(_run, flash_attention, backward=kernel != "forward")
+        for tiles[E] in (before, *itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))):
             try:
-                timed[tiles[E]] = _time(flash_attention, mode, sets, True)
+                timed[tiles[E]] = _seconds(call, sets)
             except (triton.runtime.errors.OutOfResources, RuntimeError):
                 continue  # too much shared memory or too many registers
         tiles[E] = min(timed, key=timed.get)
-        print(f'"{kernel}" {E}: {tiles[E]}  # {mode} {timed[tiles[E]] * 1e3:.3g} ms, with {before} '
+        print(f'"{kernel}" {E}: {tiles[E]}  # {timed[tiles[E]] * 1e3:.3g} ms, with {before} '
               f"{timed[before] * 1e3:.3g} ms", flush=True)
 
 
-def compile_all(capability=90):
-    """Compile what bench runs, forward and backward, for an NVIDIA compute capability (90: H100 and
-    H200) on a machine that has none. The interpreter accepts programs that the compiler refuses."""
+def compile_all():
+    """Compile what bench runs for compute capability 9.0 (H100, H200) on a machine without a GPU:
+    the interpreter accepts programs that the compiler refuses."""
     from triton.backends.compiler import GPUTarget
 
     class Elsewhere:  # what Triton asks of a driver until it launches
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
         get_current_device = get_current_stream = staticmethod(lambda *_: 0)
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if kernel.metadata.shared > 227 * 1024:
-            raise ValueError(f"{self.fn.__name__}: {kernel.metadata.shared} bytes of shared memory")
-        if kernel.hash not in seen:
-            print(f"{self.fn.__name__}: {kernel.metadata.shared / 1024:.0f} KiB shared", flush=True)
-        seen.add(kernel.hash)
+        shared[kernel.hash] = kernel.metadata.shared / 1024
+        print(f"{self.fn.__name__}: {shared[kernel.hash]:.0f} KiB of shared memory", flush=True)
 
     triton.runtime.driver.set_active(Elsewhere())
-    run, seen, triton.JITFunction.run = triton.JITFunction.run, set(), compile_only
-    for dtype in (torch.bfloat16, torch.float32):
-        for case in _cases(False, "cpu", dtype.itemsize):
-            for impl in ("triton", "chunked")[: 1 + (not case.work[0])]:
-                inputs = _inputs(case, case.small, "cpu", dtype, 0)
-                outs = _outputs(case.ours, *inputs, impl=impl)
-                if case.work[2]:
-                    torch.autograd.backward(outs, outs)
+    run, shared, triton.JITFunction.run = triton.JITFunction.run, {}, compile_only
+    for dtype, case in itertools.product((torch.bfloat16, torch.float32), _cases(False, True)):
+        for impl in ("triton", "chunked")[: 1 + (case.name == "linear_cross_entropy")]:
+            _run(case.ours, *_inputs(case.shapes, "cpu", dtype), backward=case.work[1] > 0,
+                 impl=impl)
         p = torch.nn.Parameter(torch.zeros(4096, dtype=dtype))
         p.grad = torch.zeros_like(p)
         FusedAdamW([p], impl="triton").step()
-    print(f"{len(seen)} kernels compiled for sm_{capability}")
+    print(f"{len(shared)} kernels compiled for sm_90")
+    if max(shared.values()) > 227:
+        raise ValueError("a kernel wants more than the 227 KiB of shared memory there are")
 
 
 def main(argv=None):
@@ -1755,15 +1719,14 @@ def main(argv=None):
     sub.add_argument("--only", default="", help="kernels whose name contains this (default: all)")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU, if any)")
     sub.add_argument("--tune", action="store_true", help="time other attention tiles instead")
-    sub = commands.add_parser("compile", help="compile every kernel for a GPU that is not here")
-    sub.add_argument("--capability", type=int, default=90, help="compute capability (default: 90)")
+    commands.add_parser("compile", help="compile every kernel for an H100 that is not here")
     args = parser.parse_args(argv)
     try:
         if args.command == "compile" and INTERPRETED:  # settled when Triton was imported: restart
             os.environ["TRITON_INTERPRET"] = "0"
-            os.execv(sys.executable, [sys.executable, __file__, *(argv or sys.argv[1:])])
+            os.execv(sys.executable, [sys.executable, __file__, "compile"])
         if args.command == "compile":
-            compile_all(args.capability)
+            compile_all()
         elif (args.tune or args.device == "cuda") and not torch.cuda.is_available():
             raise ValueError("--tune and --device cuda need a GPU, and torch sees none")
         else:
