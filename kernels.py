@@ -1519,12 +1519,15 @@ def _cases(cuda, small):
         peers = {"torch": peer, **({"compile": torch.compile(twin)} if cuda else {})}
         yield _Case(name, shapes, ours, twin, peers, "B", tuple(n * N * D * size for n in moved))
 
-    last = dict(targets=torch.randint(V, (N,), device=device))
-    naive = functools.partial(lambda x, w, targets: F.cross_entropy((x @ w.t()).float(), targets))
-    yield _Case("linear_cross_entropy", [(N, D), (V, D)],
-                functools.partial(linear_cross_entropy, **last),
-                functools.partial(linear_cross_entropy_reference, **last),
-                {"F.cross_entropy": functools.partial(naive, **last)}, "FLOP", (0, 6 * N * D * V))
+    targets = torch.randint(V, (N,), device=device)
+
+    def loss(function):  # divided, so that logits are of a model's size
+        return lambda x, w, **options: function(x / 16, w, targets, **options)
+
+    yield _Case("linear_cross_entropy", [(N, D), (V, D)], loss(linear_cross_entropy),
+                loss(linear_cross_entropy_reference),
+                {"F.cross_entropy": loss(lambda x, w, t: F.cross_entropy((x @ w.t()).float(), t))},
+                "FLOP", (0, 6 * N * D * V))
     ends = (torch.linspace(0, 1, G + 1, device=device)[1:] ** 2 * N).int()  # the last get most
     loop = functools.partial(grouped_mm_reference, offsets=ends)
     yield _Case("grouped_mm", [(N, M), (G, M, M)], functools.partial(grouped_mm, offsets=ends),
@@ -1536,7 +1539,7 @@ def _cases(cuda, small):
 def _inputs(shapes, device, dtype, seed=0):
     """Random tensors: never zeros, which a GPU multiplies faster."""
     torch.manual_seed(seed)
-    return [(torch.randn(s, device=device) / 2).to(dtype).requires_grad_() for s in shapes]
+    return [torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes]
 
 
 def _run(function, *inputs, backward=True, **options):
