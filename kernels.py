@@ -11,7 +11,7 @@ is paid for in bytes, and most of what a Transformer does outside its matmuls do
 kernel here is one idea: read once, keep what lies between on the chip, write once. Attention is
 the deep case (a T x T matrix lies between, and a softmax stands in the way), so it comes first:
 softmax in one pass, attention in tiles, the kernel forward, the kernel backward. Then the fusions:
-decoding, norm, SwiGLU, RoPE, the loss, AdamW, experts, Muon.
+norm, SwiGLU, RoPE, the loss, AdamW, experts, Muon.
 
 Where there is no GPU the kernels run in Triton's interpreter, the very code that a GPU runs, if
 slowly: `impl="triton"` asks for them, and the tests do. Otherwise CPU tensors take the twins
@@ -28,8 +28,8 @@ import math
 import os
 import statistics
 import sys
-import time
-from collections import namedtuple
+import timeit
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ import triton.language as tl  # noqa: E402
 from triton.language import constexpr  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+UPCAST = constexpr(INTERPRETED)  # the interpreter multiplies bf16 wrongly: it gets fp32
 LOG2E, LN2 = constexpr(1 / math.log(2)), constexpr(math.log(2))  # exp(x) = exp2(x LOG2E): GPUs
 PRECISION = constexpr("tf32x3")  # have exp2. fp32 products: 3 tensor-core ones, good to 2^-22
 
@@ -53,12 +54,12 @@ PRECISION = constexpr("tf32x3")  # have exp2. fp32 products: 3 tensor-core ones,
 TILES = {
     "forward": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 128, 8, 3),
                 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "backward_kv": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (64, 128, 8, 2),
-                    128: (64, 128, 8, 2), 256: (64, 32, 8, 1)},
+    "decode": dict.fromkeys((16, 32, 64, 128, 256), (16, 64, 4, 3)),
     "backward_q": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 8, 2),
                    128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
+    "backward_kv": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (64, 128, 8, 2),
+                    128: (64, 128, 8, 2), 256: (64, 32, 8, 1)},
 }
-SMALL_TILES = {"forward": (32, 16), "backward_kv": (16, 32), "backward_q": (32, 16)}  # in a test
 
 
 def _use_triton(x, impl):
@@ -68,37 +69,26 @@ def _use_triton(x, impl):
         raise ValueError(f"impl={impl!r}: choose None, 'torch' or 'triton'")
     if impl == "triton" and not fits:
         raise ValueError(f"impl='triton' takes float32, bfloat16 or float16, not {x.dtype}")
-    return x.device.type == "cuda" and fits if impl is None else impl == "triton"
+    wanted = x.device.type == "cuda" if impl is None else impl == "triton"
+    return wanted and fits and x.numel() > 0  # a launch of no programs is an error
 
 
-def _tiles(kernel, q):
+def _attention_tiles(kernel, q):
     """The options BE, BM, BN, num_warps, num_stages for q's head dimension; tiny in a test."""
     BE = max(16, triton.next_power_of_2(q.shape[-1]))
-    if INTERPRETED:  # 33 positions are already several tiles and a ragged last one
-        BM, BN = SMALL_TILES[kernel]
-        return dict(BE=BE, BM=BM, BN=BN)
     BM, BN, warps, stages = TILES[kernel][BE]
+    if INTERPRETED:  # 33 positions are already several tiles and a ragged last one
+        return dict(BE=BE, BM=16 if BM < BN else 32, BN=32 if BM < BN else 16)
     if q.dtype == torch.float32:  # twice the shared memory a number
-        BM, BN, stages = max(BM // 2, 32), max(BN // 2, 32), 1
+        BM, BN, stages = max(BM // 2, 16), max(BN // 2, 32), 1
     return dict(BE=BE, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 
-def _launch(wide, small, x=None, **options):
-    """Block sizes and launch options: small blocks and no options in the interpreter."""
-    if x is not None and x.dtype == torch.float32:
-        options["num_stages"] = 2  # shared memory holds half as many numbers
-    return small if INTERPRETED else {**wide, **options}
-
-
-def _tl_dtype(x):
-    """The dtype of x in Triton."""
-    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return names[x.dtype]
-
-
-def _dot_dtype(x):
-    """What tl.dot multiplies: x's own dtype; fp32 in the interpreter, whose bf16 is wrong."""
-    return tl.float32 if INTERPRETED else _tl_dtype(x)
+def _matmul_tiles(x):
+    """Blocks of a tiled matmul: BM x BN of the result, BK deep; tiny in a test."""
+    if INTERPRETED:
+        return dict(BM=16, BN=16, BK=16)
+    return dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=2 if x.dtype == torch.float32 else 3)
 
 
 def _programs(x, per_sm):
@@ -106,6 +96,16 @@ def _programs(x, per_sm):
     if x.device.type != "cuda":
         return 3
     return per_sm * torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def _like(x):
+    """Room for a contiguous result like x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows_whole(x):
+    """x, copied only if the numbers of a row do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ---- softmax in one pass, then attention in tiles ------------------------------------------------
@@ -128,22 +128,22 @@ def online_softmax(x):
     return torch.exp(x - m) / l
 
 
-def _visible(Tq, Tk, left, right, device):
-    """(Tq, Tk) bool: key j is seen by query i if i' - left <= j <= i' + right, i' = i + Tk - Tq."""
-    ahead = torch.arange(Tk, device=device) - torch.arange(Tq, device=device)[:, None] - (Tk - Tq)
-    keep = ahead <= (Tk + Tq if right is None else right)
-    return keep & (ahead >= -(Tk + Tq if left is None else left))
+FAR = 1 << 29  # more keys than any sequence has
 
 
 def _bounds(causal, window):
-    """How many keys to the (left, right) of its own position a query sees; None means all."""
-    left, right = window if isinstance(window, (tuple, list)) else (window, window)
-    if window is not None and not isinstance(window, (tuple, list)):
-        left = right = window - 1
-    left, right = (None if n is None or n == -1 else n for n in (left, right))
-    if window == 0 or any(n is not None and n < 0 for n in (left, right)):
+    """How many keys to the (left, right) of its own position a query sees; None and -1 mean all."""
+    pair = window if isinstance(window, (tuple, list)) else (window and window - 1,) * 2
+    left, right = (FAR if n is None or n == -1 else n for n in pair)
+    if window == 0 or left < 0 or right < 0:
         raise ValueError(f"window={window!r}: give a number of keys >= 1, or (left, right) >= 0")
-    return left, (0 if right is None else min(right, 0)) if causal else right
+    return left, 0 if causal else right
+
+
+def _visible(Tq, Tk, left, right, device):
+    """(Tq, Tk) bool: key j is seen by query i if i' - left <= j <= i' + right, i' = i + Tk - Tq."""
+    ahead = torch.arange(Tk, device=device) - torch.arange(Tq, device=device)[:, None] - (Tk - Tq)
+    return (ahead <= right) & (ahead >= -left)
 
 
 def flash_attention_reference(q, k, v, *, causal=True, window=None, softcap=0.0, scale=None,
@@ -175,7 +175,7 @@ class FlashAttentionTorch(torch.autograd.Function):
     @staticmethod
     def scores(q, k, i, is_causal, tile=32):
         """Yield ((B, M, N) scaled scores, slice of keys) for queries i .. i + tile."""
-        keep = _visible(q.shape[1], k.shape[1], None, 0 if is_causal else None, q.device)
+        keep = _visible(q.shape[1], k.shape[1], FAR, 0 if is_causal else FAR, q.device)
         for j in range(0, k.shape[1], tile):
             s = q[:, i : i + tile] @ k[:, j : j + tile].mT * q.shape[-1] ** -0.5
             yield s.masked_fill(~keep[i : i + tile, j : j + tile], -math.inf), slice(j, j + tile)
@@ -218,38 +218,41 @@ class FlashAttentionTorch(torch.autograd.Function):
 
 
 # ---- FlashAttention, forward ---------------------------------------------------------------------
-# One program owns BM queries of one head and walks the keys: 4 BM BN E operations on the 4 BN E
+# One program owns BM queries of one kv head and walks the keys: 4 BM BN E operations on the 4 BN E
 # bytes of a tile of K and V, so BM = 128 queries give 128 a byte. That is L2's traffic; DRAM sees K
 # and V about once, because the programs of one head run side by side.
 #
-# Sequences lie one after another, (rows, heads, E): sequence b starts at row b * T, or at CU[b].
+# The G = H / K query heads of a kv head read the same keys, so they are rows of one tile: row r is
+# query r // G of head r % G. Sequences lie one after another in (rows, heads, E) tensors, and a
+# table says where each begins. That covers batches, packed documents and a decoder's cache alike.
 
 
 @triton.jit
-def _sequence(CU, b, T, VARLEN: constexpr):
-    """(first row, length) of sequence b."""
-    start = b.to(tl.int64) * T
-    if VARLEN:
-        start = tl.load(CU + b).to(tl.int64)
-        T = (tl.load(CU + b + 1) - start).to(tl.int32)
-    return start, T
+def _load(X, at, keep):
+    x = tl.load(X + at, mask=keep, other=0.0)
+    return x.to(tl.float32) if UPCAST else x
 
 
 @triton.jit
-def _load_rows(X, t, T, stride, E, BE: constexpr, DTYPE: constexpr):
-    """Rows t (BT,) of a (T, E) matrix as (BT, BE); rows past T and columns past E read as 0."""
+def _load_rows(X, at, keep, E, BE: constexpr):
+    """(BT, BE): the E numbers from each of the offsets at (BT,) that keep (BT,) wants; else 0."""
     e = tl.arange(0, BE)
-    keep = (t < T)[:, None] & (e < E)[None, :]
-    at = t.to(tl.int64)[:, None] * stride + e[None, :]
-    return tl.load(X + at, mask=keep, other=0.0).to(DTYPE)
+    return _load(X, at[:, None] + e[None, :], keep[:, None] & (e < E)[None, :])
 
 
 @triton.jit
-def _store_rows(X, x, t, T, stride, E, BE: constexpr):
+def _store_rows(X, x, at, keep, E, BE: constexpr):
     """The reverse of _load_rows."""
-    e = tl.arange(0, BE)
-    keep = (t < T)[:, None] & (e < E)[None, :]
-    tl.store(X + t.to(tl.int64)[:, None] * stride + e[None, :], x.to(X.dtype.element_ty), mask=keep)
+    e, keep = tl.arange(0, BE), keep[:, None]
+    tl.store(X + at[:, None] + e[None, :], x.to(X.dtype.element_ty), mask=keep & (e < E)[None, :])
+
+
+@triton.jit
+def _sequence(TABLE, b):
+    """(first row of q, queries, first row of k and v, keys) of sequence b."""
+    TABLE += 4 * b
+    q0, k0 = tl.load(TABLE).to(tl.int64), tl.load(TABLE + 2).to(tl.int64)
+    return q0, tl.load(TABLE + 1), k0, tl.load(TABLE + 3)
 
 
 @triton.jit
@@ -258,84 +261,78 @@ def _tanh(x):
 
 
 @triton.jit
-def _keep(i, j, Tq, Tk, left, right, LEFT: constexpr, RIGHT: constexpr):
+def _keep(i, j, Tq, Tk, left, right):
     """The mask of _visible for a tile; i and j broadcast against each other."""
     own = i + (Tk - Tq)
-    keep = (i < Tq) & (j < Tk)
-    if LEFT:
-        keep = keep & (j >= own - left)
-    if RIGHT:
-        keep = keep & (j <= own + right)
-    return keep
+    return (i < Tq) & (j < Tk) & (j >= own - left) & (j <= own + right)
 
 
 @triton.jit
-def _key_ranges(m0, Tq, Tk, left, right, LEFT: constexpr, RIGHT: constexpr, BM: constexpr,
-                BN: constexpr):
-    """The keys that queries m0 .. m0+BM see: some in [lo, a), all in [a, b), some in [b, hi). Tiles
-    in the middle need no comparisons: 31 of a causal row's 32 at T = 4096, BM = BN = 128."""
-    first = m0 + Tk - Tq  # the first and last queries' own positions among the keys
-    last = tl.minimum(m0 + BM, Tq) - 1 + Tk - Tq
-    lo, hi, a, b = 0, Tk, 0, Tk // BN * BN
-    if LEFT:
-        lo = tl.maximum(first - left, 0) // BN * BN
-        a = (tl.maximum(last - left, 0) + BN - 1) // BN * BN
-    if RIGHT:
-        hi = tl.minimum(Tk, tl.maximum(last + right + 1, 0))
-        b = tl.minimum(b, tl.maximum(first + right + 1, 0) // BN * BN)
-    a = tl.minimum(a, hi)
+def _edges(first, last, T, left, right, G: constexpr, TILE: constexpr):
+    """What positions first .. last see of T others, in rows (G a position): some in [lo, a), all in
+    [a, b), some in [b, hi). The middle needs no mask: 31 of a causal row's 32 tiles at T = 4096."""
+    lo = tl.maximum(first - left, 0) * G // TILE * TILE
+    hi = tl.maximum(tl.minimum(last + right + 1, T), 0) * G
+    a = tl.minimum(tl.cdiv(tl.maximum(last - left, 0) * G, TILE) * TILE, hi)
+    b = tl.maximum(tl.minimum(first + right + 1, T), 0) * G // TILE * TILE
     return lo, a, tl.maximum(a, b), hi
 
 
 @triton.jit
-def _online_step(acc, m, l, s, v, scale2, DOT: constexpr):
-    """online_softmax's step for a tile of raw scores s (BM, BN), masked ones -inf, in base 2."""
+def _online_step(m, l, s, scale2):
+    """online_softmax's step for a tile of scores s (BM, BN), masked ones -inf, in powers of two.
+    Returns the new (m, l), the tile's p, and what the old maximum was too small by."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale2)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: exp2(-inf - 0) = 0
     p = tl.exp2(s * scale2 - base[:, None])  # a fused multiply-add and an exp2
-    alpha = tl.exp2(m - base)  # what the old maximum was too small by
-    acc = tl.dot(p.to(DOT), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, m_new, l * alpha + tl.sum(p, 1)
+    alpha = tl.exp2(m - base)
+    return m_new, l * alpha + tl.sum(p, 1), p, alpha
 
 
 @triton.jit
-def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_in, scale2, left,
-                   right, GROUP: constexpr, LEFT: constexpr, RIGHT: constexpr, CAP: constexpr,
-                   VARLEN: constexpr, DOT: constexpr, E: constexpr, BE: constexpr, BM: constexpr,
-                   BN: constexpr):
-    h, b = tl.program_id(1), tl.program_id(2)
-    q0, Tq = _sequence(CU_Q, b, Tq, VARLEN)
-    k0, Tk = _sequence(CU_K, b, Tk, VARLEN)
+def _flash_forward(Q, K, V, O, LSE, TABLE, sq, hq, sk, hk, sv, hv, rows, splits, left, right, scale,
+                   scale_in, scale2, G: constexpr, CAP: constexpr, E: constexpr, BE: constexpr,
+                   BM: constexpr, BN: constexpr):
+    """o, lse for BM rows of a kv head, from one of `splits` shares of the keys that they see."""
+    head, H = tl.program_id(1).to(tl.int64), tl.num_programs(1) * G
+    split = tl.program_id(2) % splits
+    q0, Tq, k0, Tk = _sequence(TABLE, tl.program_id(2) // splits)
     # Causal rows grow longer downwards: the longest first, so that the short ones fill the tail.
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    if m0 >= Tq:
+    if m0 >= Tq * G:
         return
-    so = tl.num_programs(1) * E
-    i = m0 + tl.arange(0, BM)
-    q = _load_rows(Q + q0 * sq + h * E, i, Tq, sq, E, BE, DOT)  # (BM, BE)
-    K += k0 * sk + (h // GROUP) * E
-    V += k0 * sv + (h // GROUP) * E
+    Q += q0 * sq + head * G * hq
+    r = m0 + tl.arange(0, BM)
+    i, g = r // G, r % G
+    q = _load_rows(Q, i.to(tl.int64) * sq + g * hq, i < Tq, E, BE)  # (BM, BE)
+    K += k0 * sk + head * hk
+    V += k0 * sv + head * hv
     acc = tl.zeros([BM, BE], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
-    lo, a, c, hi = _key_ranges(m0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
-    for phase in tl.static_range(0 if LEFT else 1, 3):  # unrolled: masked, free, masked
-        start = lo if phase == 0 else (a if phase == 1 else c)
-        stop = a if phase == 0 else (c if phase == 1 else hi)
-        for j0 in range(start, stop, BN):
+    last = (tl.minimum(m0 + BM, Tq * G) - 1) // G + Tk - Tq
+    edges = _edges(m0 // G + Tk - Tq, last, Tk, left, right, 1, BN)
+    share = tl.cdiv(tl.cdiv(edges[3] - edges[0], splits), BN) * BN
+    begin = edges[0] + split * share
+    for phase in tl.static_range(3):  # unrolled: masked, free, masked
+        start = tl.maximum(edges[phase], begin)
+        for j0 in range(start, tl.minimum(edges[phase + 1], begin + share), BN):
             j = j0 + tl.arange(0, BN)
-            k = _load_rows(K, j, Tk, sk, E, BE, DOT)  # (BN, BE)
+            k = _load_rows(K, j.to(tl.int64) * sk, j < Tk, E, BE)  # (BN, BE)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
             if CAP:
                 s = _tanh(s * scale_in)
             if phase != 1:
-                keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right, LEFT, RIGHT)
+                keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right)
                 s = tl.where(keep, s, float("-inf"))
-            v = _load_rows(V, j, Tk, sv, E, BE, DOT)  # (BN, BE)
-            acc, m, l = _online_step(acc, m, l, s, v, scale2, DOT)
+            v = _load_rows(V, j.to(tl.int64) * sv, j < Tk, E, BE)  # (BN, BE)
+            m, l, p, alpha = _online_step(m, l, s, scale2)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     l = tl.where(l == 0.0, 1.0, l)  # saw nothing: output 0 and an LSE of m = -inf
-    _store_rows(O + q0 * so + h * E, acc / l[:, None], i, Tq, so, E, BE)
-    tl.store(LSE + h.to(tl.int64) * rows + q0 + i, (m + tl.log2(l)) * LN2, mask=i < Tq)
+    O += ((split.to(tl.int64) * rows + q0) * H + head * G) * E
+    LSE += (split.to(tl.int64) * H + head * G) * rows + q0
+    _store_rows(O, acc / l[:, None], (i.to(tl.int64) * H + g) * E, i < Tq, E, BE)
+    tl.store(LSE + g.to(tl.int64) * rows + i, (m + tl.log2(l)) * LN2, mask=i < Tq)
 
 
 # ---- FlashAttention, backward --------------------------------------------------------------------
@@ -347,173 +344,158 @@ def _flash_forward(Q, K, V, O, LSE, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_
 
 
 @triton.jit
-def _flash_delta(O, DO, LSE, DLSE, DELTA, rows, H, E: constexpr, BE: constexpr, BM: constexpr):
-    """delta = rowsum(do * o) - dlse; o, do (rows, H, E), the others (H, rows). 4 E bytes a row."""
-    r, h = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64)
-    o = _load_rows(O + h * E, r, rows, H * E, E, BE, tl.float32)  # (BM, BE)
-    do = _load_rows(DO + h * E, r, rows, H * E, E, BE, tl.float32)
-    at = h * rows + r
-    saw_nothing = tl.load(LSE + at, mask=r < rows, other=0.0) == float("-inf")
-    delta = tl.sum(o * do, 1) - tl.load(DLSE + at, mask=r < rows, other=0.0)
-    tl.store(DELTA + at, tl.where(saw_nothing, 0.0, delta), mask=r < rows)
-
-
-@triton.jit
-def _load_lse(LSE, i, Tq):
-    """LSE in powers of two; +inf, that is p = 0, past the end and for a row that saw nothing."""
-    lse = tl.load(LSE + i, mask=i < Tq, other=float("inf")) * LOG2E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
-
-
-@triton.jit
 def _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP: constexpr, MASK: constexpr):
     """(p, ds) of a tile of raw scores s, either way round; ds still lacks the scale."""
     slope = 1.0
     if CAP:
         s = _tanh(s * scale_in)
         slope = 1.0 - s * s
-    p = tl.exp2(s * scale2 - lse)
+    p = tl.exp2(s * scale2 - lse * LOG2E)
     if MASK:
-        p = tl.where(keep, p, 0.0)
+        p = tl.where(keep, p, 0.0)  # also where lse = -inf, and p = inf: such a row sees nothing
     return p, p * (dp - delta) * slope
 
 
 @triton.jit
-def _flash_backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk,
-                       scale_in, scale2, left, right, scale, GROUP: constexpr, LEFT: constexpr,
-                       RIGHT: constexpr, CAP: constexpr, VARLEN: constexpr, DOT: constexpr,
-                       E: constexpr, BE: constexpr, BM: constexpr, BN: constexpr):
-    """One program owns BN keys of a kv head and walks the queries of its group of heads, transposed
-    (keys x queries), so that p' and ds' go from registers straight into the second matmuls."""
-    hk, b = tl.program_id(1), tl.program_id(2)
-    q0, Tq = _sequence(CU_Q, b, Tq, VARLEN)
-    k0, Tk = _sequence(CU_K, b, Tk, VARLEN)
-    n0 = tl.program_id(0) * BN  # causal: the first keys have the most queries, and go first
-    if n0 >= Tk:
+def _flash_backward_q(Q, K, V, O, LSE, DO, DLSE, DELTA, DQ, TABLE, sq, hq, sk, hk, sv, hv, rows,
+                      splits, left, right, scale, scale_in, scale2, G: constexpr, CAP: constexpr,
+                      E: constexpr, BE: constexpr, BM: constexpr, BN: constexpr):
+    """dq and delta for BM rows of a kv head, walking the keys as the forward does."""
+    head, H = tl.program_id(1).to(tl.int64), tl.num_programs(1) * G
+    q0, Tq, k0, Tk = _sequence(TABLE, tl.program_id(2))
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    if m0 >= Tq * G:
         return
-    sd = tl.num_programs(1) * E
-    so = sd * GROUP
-    j = n0 + tl.arange(0, BN)
-    k = _load_rows(K + k0 * sk + hk * E, j, Tk, sk, E, BE, DOT)  # (BN, BE)
-    v = _load_rows(V + k0 * sv + hk * E, j, Tk, sv, E, BE, DOT)
-    dk = tl.zeros([BN, BE], tl.float32)
-    dv = tl.zeros([BN, BE], tl.float32)
-    # "j <= i + shift + right and j >= i + shift - left" read from the keys' side is the same range
-    # with left and right exchanged, and queries past Tq have p = 0 by themselves.
-    lo, a, c, hi = _key_ranges(n0, Tk, Tq, right, left, RIGHT, LEFT, BN, BM)
-    if not LEFT:
-        c = tl.maximum(a, hi)
-    for g in range(GROUP):
-        h = (hk * GROUP + g).to(tl.int64)
-        for phase in tl.static_range(0 if RIGHT else 1, 3 if LEFT else 2):
-            start = lo if phase == 0 else (a if phase == 1 else c)
-            stop = a if phase == 0 else (c if phase == 1 else hi)
-            for i0 in range(start, stop, BM):
-                i = i0 + tl.arange(0, BM)
-                q = _load_rows(Q + q0 * sq + h * E, i, Tq, sq, E, BE, DOT)  # (BM, BE)
-                do = _load_rows(DO + q0 * so + h * E, i, Tq, so, E, BE, DOT)
-                lse = _load_lse(LSE + h * rows + q0, i, Tq)[None, :]
-                delta = tl.load(DELTA + h * rows + q0 + i, mask=i < Tq, other=0.0)[None, :]
-                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BN, BM)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                keep = _keep(i[None, :], j[:, None], Tq, Tk, left, right, LEFT, RIGHT)
-                p, ds = _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP, phase != 1)
-                dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
-                dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
-    _store_rows(DK + k0 * sd + hk * E, dk * scale, j, Tk, sd, E, BE)
-    _store_rows(DV + k0 * sd + hk * E, dv, j, Tk, sd, E, BE)
+    r = m0 + tl.arange(0, BM)
+    i, g = r // G, r % G
+    at = (head * G + g) * rows + q0 + i
+    at_o = ((q0 + i) * H + head * G + g) * E
+    q = _load_rows(Q, (q0 + i) * sq + (head * G + g) * hq, i < Tq, E, BE)  # (BM, BE)
+    do = _load_rows(DO, at_o, i < Tq, E, BE)
+    o = _load_rows(O, at_o, i < Tq, E, BE)
+    lse = tl.load(LSE + at, mask=i < Tq, other=0.0)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    delta -= tl.load(DLSE + at, mask=i < Tq, other=0.0)
+    delta = tl.where(lse == float("-inf"), 0.0, delta)  # merging by an LSE of -inf sends back NaN
+    tl.store(DELTA + at, delta, mask=i < Tq)
+    K += k0 * sk + head * hk
+    V += k0 * sv + head * hv
+    dq = tl.zeros([BM, BE], tl.float32)
+    last = (tl.minimum(m0 + BM, Tq * G) - 1) // G + Tk - Tq
+    edges = _edges(m0 // G + Tk - Tq, last, Tk, left, right, 1, BN)
+    for phase in tl.static_range(3):
+        for j0 in range(edges[phase], edges[phase + 1], BN):
+            j = j0 + tl.arange(0, BN)
+            k = _load_rows(K, j.to(tl.int64) * sk, j < Tk, E, BE)  # (BN, BE)
+            v = _load_rows(V, j.to(tl.int64) * sv, j < Tk, E, BE)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right)
+            _, ds = _score_gradient(s, dp, lse[:, None], delta[:, None], keep, scale_in, scale2,
+                                    CAP, phase != 1)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    _store_rows(DQ, dq * scale, at_o, i < Tq, E, BE)
 
 
 @triton.jit
-def _flash_backward_q(Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, sq, sk, sv, rows, Tq, Tk, scale_in,
-                      scale2, left, right, scale, GROUP: constexpr, LEFT: constexpr,
-                      RIGHT: constexpr, CAP: constexpr, VARLEN: constexpr, DOT: constexpr,
-                      E: constexpr, BE: constexpr, BM: constexpr, BN: constexpr):
-    """One program owns BM queries of one head and walks their keys, as in the forward."""
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    q0, Tq = _sequence(CU_Q, b, Tq, VARLEN)
-    k0, Tk = _sequence(CU_K, b, Tk, VARLEN)
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    if m0 >= Tq:
+def _flash_backward_kv(Q, K, V, LSE, DO, DELTA, DK, DV, TABLE, sq, hq, sk, hk, sv, hv, rows, splits,
+                       left, right, scale, scale_in, scale2, G: constexpr, CAP: constexpr,
+                       E: constexpr, BE: constexpr, BM: constexpr, BN: constexpr):
+    """dk and dv for BN keys of a kv head, walking its query rows, transposed (keys x queries), so
+    that p' and ds' go from registers straight into the second matmuls."""
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    q0, Tq, k0, Tk = _sequence(TABLE, tl.program_id(2))
+    n0 = tl.program_id(0) * BN  # causal: the first keys have the most queries, and go first
+    if n0 >= Tk:
         return
-    so = tl.num_programs(1) * E
-    i = m0 + tl.arange(0, BM)
-    q = _load_rows(Q + q0 * sq + h * E, i, Tq, sq, E, BE, DOT)  # (BM, BE)
-    do = _load_rows(DO + q0 * so + h * E, i, Tq, so, E, BE, DOT)
-    lse = _load_lse(LSE + h * rows + q0, i, Tq)[:, None]
-    delta = tl.load(DELTA + h * rows + q0 + i, mask=i < Tq, other=0.0)[:, None]
-    K += k0 * sk + (h // GROUP) * E
-    V += k0 * sv + (h // GROUP) * E
-    dq = tl.zeros([BM, BE], tl.float32)
-    lo, a, c, hi = _key_ranges(m0, Tq, Tk, left, right, LEFT, RIGHT, BM, BN)
-    for phase in tl.static_range(0 if LEFT else 1, 3):
-        start = lo if phase == 0 else (a if phase == 1 else c)
-        stop = a if phase == 0 else (c if phase == 1 else hi)
-        for j0 in range(start, stop, BN):
-            j = j0 + tl.arange(0, BN)
-            k = _load_rows(K, j, Tk, sk, E, BE, DOT)  # (BN, BE)
-            v = _load_rows(V, j, Tk, sv, E, BE, DOT)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            keep = _keep(i[:, None], j[None, :], Tq, Tk, left, right, LEFT, RIGHT)
-            _, ds = _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP, phase != 1)
-            dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
-    _store_rows(DQ + q0 * so + h * E, dq * scale, i, Tq, so, E, BE)
+    j = n0 + tl.arange(0, BN)
+    k = _load_rows(K, (k0 + j) * sk + head * hk, j < Tk, E, BE)  # (BN, BE)
+    v = _load_rows(V, (k0 + j) * sv + head * hv, j < Tk, E, BE)
+    dk = tl.zeros([BN, BE], tl.float32)
+    dv = tl.zeros([BN, BE], tl.float32)
+    # What a key is seen by lies as far to its right as the query sees to the left.
+    Q += q0 * sq + head * G * hq
+    DO += (q0 * heads + head) * G * E
+    LSE += head * G * rows + q0
+    DELTA += head * G * rows + q0
+    own = n0 - (Tk - Tq)
+    edges = _edges(own, tl.minimum(own + BN, Tq) - 1, Tq, right, left, G, BM)
+    for phase in tl.static_range(3):
+        for r0 in range(edges[phase], edges[phase + 1], BM):
+            r = r0 + tl.arange(0, BM)
+            i, g = r // G, (r % G).to(tl.int64)
+            at = g * rows + i
+            q = _load_rows(Q, i.to(tl.int64) * sq + g * hq, i < Tq, E, BE)  # (BM, BE)
+            do = _load_rows(DO, (i.to(tl.int64) * heads * G + g) * E, i < Tq, E, BE)
+            lse = tl.load(LSE + at, mask=i < Tq, other=0.0)[None, :]
+            delta = tl.load(DELTA + at, mask=i < Tq, other=0.0)[None, :]
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BN, BM)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            keep = _keep(i[None, :], j[:, None], Tq, Tk, left, right)
+            p, ds = _score_gradient(s, dp, lse, delta, keep, scale_in, scale2, CAP, phase != 1)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    at = ((k0 + j) * heads + head) * E
+    _store_rows(DK, dk * scale, at, j < Tk, E, BE)
+    _store_rows(DV, dv, at, j < Tk, E, BE)
 
 
 # ---- FlashAttention, the functions people call ---------------------------------------------------
 
-# B sequences of Tq queries and Tk keys or, packed, of at most that and with first rows cu_q, cu_k
-_Problem = namedtuple("_Problem", "B Tq Tk left right softcap scale cu_q cu_k", defaults=[None] * 2)
+
+class _Problem(NamedTuple):
+    """What the kernels must know besides q (rows, H, E) and k, v (rows, K, E)."""
+
+    table: torch.Tensor  # (sequences, 4) int32: first row of q, queries, first row of k and v, keys
+    Tq: int  # the most queries and
+    Tk: int  # the most keys of a sequence
+    left: int
+    right: int
+    scale: float
+    softcap: float
 
 
-def _scales(scale, softcap):
-    """What to multiply a raw score by (before tanh, after it), so that exp2 is its exponential."""
-    return (scale / softcap, softcap / math.log(2)) if softcap else (0.0, scale / math.log(2))
+@functools.lru_cache(maxsize=64)
+def _batch_table(B, Tq, Tk, device):
+    """The table of B sequences of equal lengths."""
+    b = torch.arange(B, device=device, dtype=torch.int32)
+    return torch.stack([b * Tq, torch.full_like(b, Tq), b * Tk, torch.full_like(b, Tk)], 1)
 
 
-def _launch_attention(kernel, name, q, k, v, tensors, p, *more):
-    """Launch one of the three kernels: a program for each tile of queries (or keys) and head."""
-    tiles, by_keys = _tiles(name, q), name == "backward_kv"
-    blocks = triton.cdiv(p.Tk, tiles["BN"]) if by_keys else triton.cdiv(p.Tq, tiles["BM"])
-    cu = (q, q) if p.cu_q is None else (p.cu_q, p.cu_k)  # read only if packed
-    kernel[blocks, k.shape[1] if by_keys else q.shape[1], p.B](
-        q, k, v, *tensors, *cu, q.stride(0), k.stride(0), v.stride(0), len(q), p.Tq, p.Tk,
-        *_scales(p.scale, p.softcap), p.left or 0, p.right or 0, *more,
-        GROUP=q.shape[1] // k.shape[1], LEFT=p.left is not None, RIGHT=p.right is not None,
-        CAP=bool(p.softcap), VARLEN=p.cu_q is not None, DOT=_dot_dtype(q), E=q.shape[2], **tiles)
+def _launch_attention(kernel, name, q, k, v, tensors, p, splits=1):
+    """Launch a kernel: a program for each tile of rows (or keys), kv head and sequence."""
+    tiles, (K, G) = _attention_tiles(name, q), (k.shape[1], q.shape[1] // k.shape[1])
+    by_keys = name == "backward_kv"
+    tall, tile = (p.Tk, tiles["BN"]) if by_keys else (p.Tq * G, tiles["BM"])
+    grid = triton.cdiv(tall, tile), K, len(p.table) * splits
+    before, after = (p.scale / p.softcap, p.softcap) if p.softcap else (0.0, p.scale)  # of tanh
+    if math.prod(grid):
+        kernel[grid](q, k, v, *tensors, p.table, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+                     len(q), splits, p.left, p.right, p.scale, before, after / math.log(2), G=G,
+                     CAP=bool(p.softcap), E=q.shape[2], **tiles)
 
 
-def _attention_forward(q, k, v, problem):
-    """q, k, v (rows, heads, E) -> o like q, lse (H, rows) fp32."""
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    if q.numel():
-        _launch_attention(_flash_forward, "forward", q, k, v, (o, lse), problem)
+def _attention_forward(q, k, v, p):
+    """q (rows, H, E), k and v (rows, K, E) -> o like q, lse (H, rows) fp32."""
+    o, lse = _like(q), torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
+    _launch_attention(_flash_forward, "forward", q, k, v, (o, lse), p)
     return o, lse
 
 
-def _attention_backward(q, k, v, o, lse, do, dlse, problem):
+def _attention_backward(q, k, v, o, lse, do, dlse, p):
     """(dq, dk, dv), contiguous."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if not q.numel() or not k.numel():
-        return dq.zero_(), dk.zero_(), dv.zero_()
+    dq, dk, dv, delta = _like(q), _like(k), _like(v), torch.empty_like(lse)
     do = torch.zeros_like(o) if do is None else do.contiguous()
     dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
-    (rows, H, E), delta = q.shape, torch.empty_like(lse)
-    _flash_delta[triton.cdiv(rows, 32), H](o, do, lse, dlse, delta, rows, H, E=E, BM=32,
-                                           BE=max(16, triton.next_power_of_2(E)))
-    _launch_attention(_flash_backward_kv, "backward_kv", q, k, v, (do, lse, delta, dk, dv), problem,
-                      problem.scale)
-    _launch_attention(_flash_backward_q, "backward_q", q, k, v, (do, lse, delta, dq), problem,
-                      problem.scale)
+    _launch_attention(_flash_backward_q, "backward_q", q, k, v, (o, lse, do, dlse, delta, dq), p)
+    _launch_attention(_flash_backward_kv, "backward_kv", q, k, v, (lse, do, delta, dk, dv), p)
     return dq, dk, dv
 
 
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, problem):
-        q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
+        q, k, v = (_rows_whole(x) for x in (q, k, v))
         o, lse = _attention_forward(q, k, v, problem)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.problem = problem
@@ -530,8 +512,9 @@ class FlashAttentionTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False):
-        (B, Tq, E), right = q.shape, 0 if is_causal else None
-        ctx.problem = _Problem(B, Tq, k.shape[1], None, right, 0.0, E**-0.5)
+        (B, Tq, E), Tk = q.shape, k.shape[1]
+        ctx.problem = _Problem(_batch_table(B, Tq, Tk, q.device), Tq, Tk, FAR,
+                               0 if is_causal else FAR, E**-0.5, 0.0)
         rows = [x.reshape(-1, 1, E).contiguous() for x in (q, k, v)]  # (B, T, E) -> (B T, 1, E)
         o, lse = _attention_forward(*rows, ctx.problem)
         ctx.save_for_backward(q, k, v, o.view(q.shape), lse.view(B, Tq))
@@ -575,20 +558,19 @@ def flash_attention(q, k, v, *, causal=True, window=None, softcap=0.0, scale=Non
     """
     _check_attention(q, k, v, 4, scale)
     bounds = _bounds(causal, window)
-    plain = not (window or softcap or return_lse) and (q.shape[1] == k.shape[1] or not causal)
-    if impl is None and plain and not _use_triton(q, impl):  # what torch's own kernel can do
+    (B, Tq, H, E), Tk = q.shape, k.shape[1]
+    if _use_triton(q, impl):
+        problem = _Problem(_batch_table(B, Tq, Tk, q.device), Tq, Tk, *bounds, scale or E**-0.5,
+                           softcap)
+        o, lse = _Flash.apply(*(x.flatten(0, 1) for x in (q, k, v)), problem)  # (B T, heads, E)
+        o, lse = o.view(q.shape), lse.view(H, B, Tq).transpose(0, 1)  # (H, B Tq) -> (B, H, Tq)
+        return (o, lse) if return_lse else o
+    if impl is None and not (window or softcap or return_lse or causal and Tq != Tk):
         heads_first = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, E) -> (B, H, T, E)
-        o = F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=scale,
-                                           enable_gqa=True)
-        return o.transpose(1, 2)
-    if not _use_triton(q, impl):
-        return flash_attention_reference(q, k, v, causal=causal, window=window, softcap=softcap,
-                                         scale=scale, return_lse=return_lse)
-    B, Tq, H, E = q.shape
-    problem = _Problem(B, Tq, k.shape[1], *bounds, softcap, scale or E**-0.5)
-    o, lse = _Flash.apply(*(x.flatten(0, 1) for x in (q, k, v)), problem)  # (B T, heads, E)
-    o, lse = o.view(q.shape), lse.view(H, B, Tq).transpose(0, 1)  # (H, B Tq) -> (B, H, Tq)
-    return (o, lse) if return_lse else o
+        return F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=scale,
+                                              enable_gqa=True).transpose(1, 2)  # torch's own kernel
+    return flash_attention_reference(q, k, v, causal=causal, window=window, softcap=softcap,
+                                     scale=scale, return_lse=return_lse)
 
 
 def flash_attention_varlen_reference(q, k, v, cu_seqlens, cu_seqlens_k=None, **options):
@@ -612,22 +594,23 @@ def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, *, cu_seqlens_k=None
     Returns (total, H, E), and with return_lse also (H, total). The rest as flash_attention.
     """
     _check_attention(q, k, v, 3, scale)
-    bounds = _bounds(causal, window)
-    cu_k, Tk = (cu_seqlens, max_seqlen) if cu_seqlens_k is None else (cu_seqlens_k, max_seqlen_k)
+    cu_q, cu_k, Tk = cu_seqlens, cu_seqlens_k, max_seqlen_k
+    if cu_k is None:
+        cu_k, Tk = cu_q, max_seqlen
     if _use_triton(q, impl):
-        cu_q, cu_k = (cu.to(torch.int32).contiguous() for cu in (cu_seqlens, cu_k))
-        o, lse = _Flash.apply(q, k, v, _Problem(len(cu_q) - 1, max_seqlen, Tk, *bounds, softcap,
-                                                scale or q.shape[-1] ** -0.5, cu_q, cu_k))
+        table = torch.stack([cu_q[:-1], cu_q.diff(), cu_k[:-1], cu_k.diff()], 1).to(torch.int32)
+        o, lse = _Flash.apply(q, k, v, _Problem(table, max_seqlen, Tk, *_bounds(causal, window),
+                                                scale or q.shape[-1] ** -0.5, softcap))
     else:
-        o, lse = flash_attention_varlen_reference(q, k, v, cu_seqlens, cu_k, causal=causal,
-                                                  window=window, softcap=softcap, scale=scale)
+        o, lse = flash_attention_varlen_reference(q, k, v, cu_q, cu_k, causal=causal, window=window,
+                                                  softcap=softcap, scale=scale)
     return (o, lse) if return_lse else o
 
 
 # ---- decoding: a few queries against a long cache ------------------------------------------------
 # 4 E operations a cached number of 4 E bytes: the cache must be read once, at full bandwidth. One
-# query row fills no GPU, so the keys are split among programs, each of which returns a partial
-# output and its LSE; a group's heads share a kv head, so their rows are one tile.
+# query row fills no GPU, so the forward's keys are split among programs, each of which returns a
+# partial output and its LSE. Merged, they are the whole: ring attention within one GPU.
 
 
 def flash_decode_reference(q, k_cache, v_cache, cache_seqlens=None, **options):
@@ -639,59 +622,17 @@ def flash_decode_reference(q, k_cache, v_cache, cache_seqlens=None, **options):
 
 
 @triton.jit
-def _decode_split(Q, KC, VC, LENGTHS, PART, LSE, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, Tq, scale_in,
-                  scale2, left, GROUP: constexpr, LEFT: constexpr, CAP: constexpr, DOT: constexpr,
-                  E: constexpr, BE: constexpr, BM: constexpr, BN: constexpr):
-    s, hk, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n, H = tl.load(LENGTHS + b), tl.num_programs(1) * GROUP
-    lo = 0
-    if LEFT:
-        lo = tl.maximum(n - Tq - left, 0)
-    share = tl.cdiv(tl.cdiv(n - lo, tl.num_programs(0)), BN) * BN
-    lo += s * share
-    hi = tl.minimum(lo + share, n)
-    r = tl.arange(0, BM)  # rows (query t, head g of the group)
-    own = n - Tq + r // GROUP
-    row = (b * Tq + r // GROUP) * H + hk * GROUP + r % GROUP  # of the (B, Tq, H, E) queries
-    row = tl.where(r < Tq * GROUP, row, -1)
-    e = tl.arange(0, BE)
-    keep = (row >= 0)[:, None] & (e < E)[None, :]
-    q = tl.load(Q + row[:, None] * E + e[None, :], mask=keep, other=0.0).to(DOT)  # (BM, BE)
-    KC += b * sk_b + hk * sk_h
-    VC += b * sv_b + hk * sv_h
-    acc = tl.zeros([BM, BE], tl.float32)
-    m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    for j0 in range(lo, hi, BN):
-        j = j0 + tl.arange(0, BN)
-        k = _load_rows(KC, j, hi, sk_t, E, BE, DOT)  # (BN, BE)
-        v = _load_rows(VC, j, hi, sv_t, E, BE, DOT)
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
-        if CAP:
-            x = _tanh(x * scale_in)
-        seen = (j < hi)[None, :] & (j[None, :] <= own[:, None])
-        if LEFT:
-            seen = seen & (j[None, :] >= own[:, None] - left)
-        acc, m, l = _online_step(acc, m, l, tl.where(seen, x, float("-inf")), v, scale2, DOT)
-    l = tl.where(l == 0.0, 1.0, l)
-    rows = tl.num_programs(2) * Tq * H
-    at = s.to(tl.int64) * rows + row
-    tl.store(PART + at[:, None] * E + e[None, :], acc / l[:, None], mask=keep)
-    tl.store(LSE + at, m + tl.log2(l), mask=row >= 0)
-
-
-@triton.jit
-def _decode_merge(PART, LSE, O, rows, splits, E: constexpr, BE: constexpr, BS: constexpr):
-    """o = sum_s 2^(lse_s - lse) part_s for one row (b, t, h)."""
-    r, s = tl.program_id(0).to(tl.int64), tl.arange(0, BS)
-    lse = tl.load(LSE + s * rows + r, mask=s < splits, other=float("-inf"))
+def _decode_merge(PART, LSE, O, splits, E: constexpr, BE: constexpr, BS: constexpr):
+    """o = sum_s exp(lse_s - lse) part_s for one head of one row."""
+    row, h, s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BS)
+    rows, H = tl.num_programs(0), tl.num_programs(1)
+    lse = tl.load(LSE + (s * H + h) * rows + row, mask=s < splits, other=float("-inf"))
     m = tl.max(lse, 0)
-    w = tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m))  # (BS,)
-    part = _load_rows(PART + r * E, s, splits, rows * E, E, BE, tl.float32)  # (BS, BE)
-    total = tl.sum(w, 0)
+    w = tl.exp2((lse - tl.where(m == float("-inf"), 0.0, m)) * LOG2E)  # (BS,)
+    part = _load_rows(PART, ((s * rows + row) * H + h) * E, s < splits, E, BE)  # (BS, BE)
+    total, e = tl.sum(w, 0), tl.arange(0, BE)
     o = tl.sum(part * w[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    e = tl.arange(0, BE)
-    tl.store(O + r * E + e, o.to(O.dtype.element_ty), mask=e < E)
+    tl.store(O + (row * H + h) * E + e, o.to(O.dtype.element_ty), mask=e < E)
 
 
 def flash_decode(q, k_cache, v_cache, cache_seqlens=None, *, window=None, softcap=0.0, scale=None,
@@ -699,36 +640,33 @@ def flash_decode(q, k_cache, v_cache, cache_seqlens=None, *, window=None, softca
     """Causal attention of the last few queries against a cache of keys; no backward.
 
     q (B, Tq, H, E): the last Tq tokens, whose keys are already in the cache. k_cache, v_cache
-    (B, S, K, E), any strides but the last; sequence b has cache_seqlens[b] keys ((B,) int32; None:
-    all S). num_splits: parts to cut the keys into (default: enough to fill the device). The rest as
-    flash_attention. Returns (B, Tq, H, E). Flash-Decoding (Dao et al., 2023).
+    (B, S, K, E), of the same strides or else copied; sequence b has cache_seqlens[b] keys ((B,)
+    integers; None: all S). num_splits: parts to cut the keys into (default: enough to fill the
+    device). The rest as flash_attention. Returns (B, Tq, H, E). Flash-Decoding (Dao et al., 2023).
     """
     _check_attention(q, k_cache, v_cache, 4, scale)
-    left, _ = _bounds(True, window)
     if not _use_triton(q, impl):
         return flash_decode_reference(q, k_cache, v_cache, cache_seqlens, window=window,
                                       softcap=softcap, scale=scale)
     (B, Tq, H, E), (S, K) = q.shape, k_cache.shape[1:3]
-    if cache_seqlens is None:
-        cache_seqlens = torch.full((B,), S, dtype=torch.int32, device=q.device)
-    if Tq * H // K > 128:
-        raise ValueError(f"{Tq} queries of {H // K} heads are over 128 rows: use flash_attention")
-    k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_cache, v_cache))
-    BE, BN = max(16, triton.next_power_of_2(E)), 16 if INTERPRETED else 64
-    wanted = triton.cdiv(_programs(q, 2), max(1, B * K)) if num_splits is None else num_splits
-    splits = max(1, min(wanted, triton.cdiv(S, BN), 128))
-    part = torch.empty(splits, B, Tq, H, E, dtype=torch.float32, device=q.device)
-    lse = part.new_empty(splits, B, Tq, H)
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if q.numel():
-        _decode_split[splits, K, B](
-            q.contiguous(), k_cache, v_cache, cache_seqlens.to(torch.int32), part, lse,
-            *k_cache.stride()[:3], *v_cache.stride()[:3], Tq,
-            *_scales(E**-0.5 if scale is None else scale, softcap), left or 0,
-            GROUP=H // K, LEFT=left is not None, CAP=bool(softcap), DOT=_dot_dtype(q), E=E, BE=BE,
-            BM=max(16, triton.next_power_of_2(Tq * H // K)), BN=BN)
-        _decode_merge[(B * Tq * H,)](part, lse, o, B * Tq * H, splits, E=E, BE=BE,
-                                     BS=triton.next_power_of_2(splits))
+    sb, st, _, se = k_cache.stride()
+    if k_cache.stride() != v_cache.stride() or se != 1 or st == 0 or sb % st:
+        k_cache, v_cache, (sb, st) = k_cache.contiguous(), v_cache.contiguous(), (S, 1)
+    b = torch.arange(B, device=q.device)
+    lengths = torch.full_like(b, S) if cache_seqlens is None else cache_seqlens
+    table = torch.stack([b * Tq, torch.full_like(b, Tq), b * (sb // st), lengths], 1).int()
+    problem = _Problem(table, Tq, S, *_bounds(True, window), scale or E**-0.5, softcap)
+    tiles = _attention_tiles("decode", q)
+    wanted = triton.cdiv(_programs(q, 2), B * K) if num_splits is None else num_splits
+    splits = max(1, min(wanted, triton.cdiv(S, tiles["BN"]), 128))
+    o, rows = _like(q), q.flatten(0, 1).contiguous()  # (B Tq, H, E)
+    part = o if splits == 1 else torch.empty(splits, *q.shape, device=q.device)
+    lse = torch.empty(splits, H, B * Tq, device=q.device)
+    _launch_attention(_flash_forward, "decode", rows, k_cache[0], v_cache[0], (part, lse), problem,
+                      splits)
+    if splits > 1:
+        _decode_merge[B * Tq, H](part, lse, o, splits, E=E, BE=tiles["BE"],
+                                 BS=triton.next_power_of_2(splits))
     return o
 
 
@@ -748,86 +686,68 @@ def rms_norm_reference(x, weight, eps=1e-5, residual=None):
 
 @triton.jit
 def _rms_forward(X, RES, W, Y, SUM, RSTD, N, eps, D: constexpr, BD: constexpr, BR: constexpr,
-                 HAS_RES: constexpr, HAS_W: constexpr):
-    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    x = _load_rows(X, r, N, D, D, BD, tl.float32)  # (BR, BD)
+                 HAS_RES: constexpr):
+    r, c = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BD)
+    x = _load_rows(X, r * D, r < N, D, BD).to(tl.float32)  # (BR, BD)
     if HAS_RES:
-        x += _load_rows(RES, r, N, D, D, BD, tl.float32)
-        _store_rows(SUM, x, r, N, D, D, BD)
+        x += _load_rows(RES, r * D, r < N, D, BD).to(tl.float32)
+        _store_rows(SUM, x, r * D, r < N, D, BD)
         x = x.to(SUM.dtype.element_ty).to(tl.float32)  # the norm of what the next layer will read
     rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
-    y = x * rstd[:, None]
-    if HAS_W:
-        c = tl.arange(0, BD)
-        y *= tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
-    _store_rows(Y, y, r, N, D, D, BD)
+    w = tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)
+    _store_rows(Y, x * rstd[:, None] * w[None, :], r * D, r < N, D, BD)
     tl.store(RSTD + r, rstd, mask=r < N)
 
 
 @triton.jit
 def _rms_backward(X, W, DY, DSUM, RSTD, DX, DW, N, D: constexpr, BD: constexpr, BR: constexpr,
-                  HAS_RES: constexpr, HAS_W: constexpr):
+                  HAS_RES: constexpr):
     """A persistent grid: a program walks many rows and keeps its share of dw in registers, so the
     weight's gradient costs one row a program, and no atomics."""
     c = tl.arange(0, BD)
     dw = tl.zeros([BD], tl.float32)
-    if HAS_W:
-        w = tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)
+    w = tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, BR), tl.num_programs(0)):
-        r = tile * BR + tl.arange(0, BR)
-        x = _load_rows(X, r, N, D, D, BD, tl.float32)  # (BR, BD)
-        dy = _load_rows(DY, r, N, D, D, BD, tl.float32)
+        r = (tile * BR + tl.arange(0, BR)).to(tl.int64)
         rstd = tl.load(RSTD + r, mask=r < N, other=0.0)[:, None]
-        x *= rstd
-        if HAS_W:
-            dw += tl.sum(dy * x, 0)
-            dy *= w[None, :]
+        x = _load_rows(X, r * D, r < N, D, BD).to(tl.float32) * rstd  # (BR, BD)
+        dy = _load_rows(DY, r * D, r < N, D, BD).to(tl.float32)
+        dw += tl.sum(dy * x, 0)
+        dy *= w[None, :]
         dx = (dy - x * (tl.sum(dy * x, 1) / D)[:, None]) * rstd
         if HAS_RES:
-            dx += _load_rows(DSUM, r, N, D, D, BD, tl.float32)
-        _store_rows(DX, dx, r, N, D, D, BD)
-    if HAS_W:
-        tl.store(DW + tl.program_id(0) * D + c, dw, mask=c < D)
-
-
-def _row_tiles(D):
-    """Options for tiles of whole rows: about 4096 numbers, 16 to 64 a thread."""
-    BD = triton.next_power_of_2(D)
-    BR = max(1, 4096 // BD)
-    return dict(BD=BD, **_launch(dict(BR=BR), dict(BR=2), num_warps=min(BD * BR // 512, 32)))
+            dx += _load_rows(DSUM, r * D, r < N, D, BD).to(tl.float32)
+        _store_rows(DX, dx, r * D, r < N, D, BD)
+    tl.store(DW + tl.program_id(0) * D + c, dw, mask=c < D)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
-        x, D = x.contiguous(), x.shape[-1]
-        y, rstd = torch.empty_like(x), x.new_empty(x.numel() // D, dtype=torch.float32)
-        total = x if residual is None else torch.empty_like(x)
-        ctx.options = dict(D=D, HAS_RES=residual is not None, HAS_W=weight is not None,
-                           **_row_tiles(D))
-        if x.numel():
-            _rms_forward[(triton.cdiv(len(rstd), ctx.options["BR"]),)](
-                x, x if residual is None else residual.contiguous(),
-                x if weight is None else weight, y, total, rstd, len(rstd), eps, **ctx.options)
-        ctx.save_for_backward(total, weight, rstd)
+        x, D, total = x.contiguous(), x.shape[-1], x
+        if residual is not None:
+            residual, total = residual.contiguous(), _like(x)
+        y, rstd = _like(x), torch.empty(x.numel() // D, dtype=torch.float32, device=x.device)
+        BD = triton.next_power_of_2(D)
+        BR = max(1, (64 if INTERPRETED else 4096) // BD)  # 16 to 64 numbers a thread
+        ctx.options = dict(D=D, BD=BD, BR=BR, HAS_RES=residual is not None,
+                           num_warps=max(1, min(BD * BR // 512, 32)))
+        _rms_forward[(triton.cdiv(len(rstd), BR),)](
+            x, x if residual is None else residual, weight, y, total, rstd, len(rstd), eps,
+            **ctx.options)
+        ctx.save_for_backward(x if residual is None else total, weight, rstd)
         ctx.set_materialize_grads(False)
         return y, None if residual is None else total
 
     @staticmethod
     def backward(ctx, dy, dsum):
         x, weight, rstd = ctx.saved_tensors
-        rows, D, res = len(rstd), x.shape[-1], ctx.options["HAS_RES"]
-        if not res:
-            dsum = x  # any pointer: it is not read
+        rows, D, has_res = len(rstd), x.shape[-1], ctx.options["HAS_RES"]
         dy, dsum = (torch.zeros_like(x) if g is None else g.contiguous() for g in (dy, dsum))
-        dx = torch.empty_like(x)
-        grid = max(1, min(_programs(x, 4), triton.cdiv(rows, ctx.options["BR"])))
-        dw = x.new_zeros(grid, D, dtype=torch.float32)  # a row a program
-        if rows:
-            _rms_backward[(grid,)](x, x if weight is None else weight, dy, dsum, rstd, dx, dw, rows,
-                                   **ctx.options)
-        dw = None if weight is None else dw.sum(0).to(weight.dtype)
-        return dx, dw, None, dx if res else None
+        grid = min(_programs(x, 4), triton.cdiv(rows, ctx.options["BR"]))
+        dx, dw = _like(x), torch.empty(grid, D, dtype=torch.float32, device=x.device)
+        _rms_backward[(grid,)](x, weight, dy, dsum, rstd, dx, dw, rows, **ctx.options)
+        return dx, dw.sum(0).to(weight.dtype), None, dx if has_res else None
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None, *, impl=None):
@@ -842,6 +762,7 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, impl=None):
         raise ValueError(f"residual must be {tuple(x.shape)} {x.dtype} like x")
     if not _use_triton(x, impl) or x.shape[-1] > 32768:
         return rms_norm_reference(x, weight, eps, residual)
+    weight = x.new_ones(x.shape[-1]) if weight is None else weight
     y, total = _RMSNorm.apply(x, weight, eps, residual)
     return y if residual is None else (y, total)
 
@@ -856,43 +777,40 @@ def swiglu_reference(gate, up):
 
 
 @triton.jit
-def _swiglu_kernel(GATE, UP, Y, DY, DGATE, DUP, s_gate, s_up, D, BD: constexpr,
-                   BACKWARD: constexpr):
+def _swiglu_kernel(GATE, UP, DY, OUT, DUP, s_gate, s_up, D, BD: constexpr, BACKWARD: constexpr):
+    """OUT is y or, BACKWARD, the gradient of the gate."""
     r, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     keep = c < D
     gate = tl.load(GATE + r * s_gate + c, mask=keep, other=0.0).to(tl.float32)
     up = tl.load(UP + r * s_up + c, mask=keep, other=0.0).to(tl.float32)
     sig = 1.0 / (1.0 + tl.exp2(-gate * LOG2E))
+    out = gate * sig * up
     if BACKWARD:
         dy = tl.load(DY + r * D + c, mask=keep, other=0.0).to(tl.float32)
-        dgate = dy * up * sig * (1.0 + gate * (1.0 - sig))
-        tl.store(DGATE + r * D + c, dgate.to(DGATE.dtype.element_ty), mask=keep)
+        out = dy * up * sig * (1.0 + gate * (1.0 - sig))
         tl.store(DUP + r * D + c, (dy * gate * sig).to(DUP.dtype.element_ty), mask=keep)
-    else:
-        tl.store(Y + r * D + c, (gate * sig * up).to(Y.dtype.element_ty), mask=keep)
+    tl.store(OUT + r * D + c, out.to(OUT.dtype.element_ty), mask=keep)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
+    def launch(gate, up, dy=None):
+        """gate, up (N, F) with any row stride -> y or, given dy, (dgate, dup); contiguous."""
+        out, BD = _like(gate), 32 if INTERPRETED else 2048
+        dup = out if dy is None else _like(up)
+        _swiglu_kernel[len(gate), triton.cdiv(gate.shape[1], BD)](
+            gate, up, out if dy is None else dy, out, dup, gate.stride(0), up.stride(0),
+            gate.shape[1], BD=BD, BACKWARD=dy is not None)
+        return out if dy is None else (out, dup)
+
+    @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return _SwiGLU.launch(gate, up)[0]
+        return _SwiGLU.launch(gate, up)
 
     @staticmethod
     def backward(ctx, dy):
-        return tuple(_SwiGLU.launch(*ctx.saved_tensors, dy.contiguous()))
-
-    @staticmethod
-    def launch(gate, up, dy=None):
-        """gate, up (N, F) with any row stride -> [y], or [dgate, dup] given dy; contiguous."""
-        out = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-               for _ in range(1 if dy is None else 2)]
-        blocks = _launch(dict(BD=2048), dict(BD=32), num_warps=4)
-        if gate.numel():
-            _swiglu_kernel[len(gate), triton.cdiv(gate.shape[1], blocks["BD"])](
-                gate, up, out[0], gate if dy is None else dy, out[0], out[-1], gate.stride(0),
-                up.stride(0), gate.shape[1], BACKWARD=dy is not None, **blocks)
-        return out
+        return _SwiGLU.launch(*ctx.saved_tensors, dy.contiguous())
 
 
 def swiglu(gate, up, *, impl=None):
@@ -902,8 +820,7 @@ def swiglu(gate, up, *, impl=None):
                          f"{up.dtype} must have the same shape and dtype")
     if not _use_triton(gate, impl):
         return swiglu_reference(gate, up)
-    rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]  # (..., F) -> (N, F), a view if it can
-    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in rows]
+    rows = (_rows_whole(x.reshape(-1, x.shape[-1])) for x in (gate, up))  # (..., F) -> (N, F)
     return _SwiGLU.apply(*rows).view(gate.shape)
 
 
@@ -942,28 +859,37 @@ def _rotate(X, Y, s_h, cos, sin, H: constexpr, BH: constexpr, HALF: constexpr, B
         keep = (h < H) & (e < HALF)
         a = tl.load(X + h * s_h + e, mask=keep, other=0.0).to(tl.float32)
         b = tl.load(X + h * s_h + e + HALF, mask=keep, other=0.0).to(tl.float32)
-        y = Y + h * (2 * HALF) + e
-        tl.store(y, (a * cos - b * sin).to(Y.dtype.element_ty), mask=keep)
-        tl.store(y + HALF, (b * cos + a * sin).to(Y.dtype.element_ty), mask=keep)
+        Y += h * (2 * HALF) + e
+        tl.store(Y, (a * cos - b * sin).to(Y.dtype.element_ty), mask=keep)
+        tl.store(Y + HALF, (b * cos + a * sin).to(Y.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def _rope_kernel(Q, K, YQ, YK, COS, SIN, POS, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, pos_b, sign,
-                 HAS_POS: constexpr, INTERLEAVED: constexpr, H: constexpr, KV: constexpr,
-                 BH: constexpr, BKV: constexpr, HALF: constexpr, BHALF: constexpr):
+                 INTERLEAVED: constexpr, H: constexpr, KV: constexpr, BH: constexpr, BKV: constexpr,
+                 HALF: constexpr, BHALF: constexpr):
     """One program a token (t, b), all heads of q and k."""
-    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row, e = t, tl.arange(0, BHALF)
-    if HAS_POS:
-        row = tl.load(POS + b * pos_b + t).to(tl.int64)
-    cos = tl.load(COS + row * HALF + e, mask=e < HALF, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(SIN + row * HALF + e, mask=e < HALF, other=0.0).to(tl.float32)[None, :] * sign
+    t, b, e = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, BHALF)
+    at = tl.load(POS + b * pos_b + t).to(tl.int64) * HALF + e
+    cos = tl.load(COS + at, mask=e < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(SIN + at, mask=e < HALF, other=0.0).to(tl.float32)[None, :] * sign
     Q, K, token = Q + b * sq_b + t * sq_t, K + b * sk_b + t * sk_t, b * tl.num_programs(0) + t
     _rotate(Q, YQ + token * (H * 2 * HALF), sq_h, cos, sin, H, BH, HALF, BHALF, INTERLEAVED)
     _rotate(K, YK + token * (KV * 2 * HALF), sk_h, cos, sin, KV, BKV, HALF, BHALF, INTERLEAVED)
 
 
 class _Rope(torch.autograd.Function):
+    @staticmethod
+    def launch(q, k, cos, sin, positions, interleaved, sign):
+        """(q, k) rotated by the angles; sign = -1: back."""
+        q, k = _rows_whole(q), _rows_whole(k)
+        (B, T, H, E), K, power = q.shape, k.shape[2], triton.next_power_of_2
+        outs = _like(q), _like(k)
+        _rope_kernel[T, B](q, k, *outs, cos, sin, positions, *q.stride()[:3], *k.stride()[:3],
+                           0 if len(positions) == 1 else T, sign, INTERLEAVED=interleaved, H=H,
+                           KV=K, BH=power(H), BKV=power(K), HALF=E // 2, BHALF=power(E // 2))
+        return outs
+
     @staticmethod
     def forward(ctx, q, k, cos, sin, positions, interleaved):
         ctx.save_for_backward(cos, sin, positions)
@@ -973,20 +899,6 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk):  # a rotation's transpose is the rotation back
         return *_Rope.launch(dq, dk, *ctx.saved_tensors, ctx.interleaved, -1.0), *[None] * 4
-
-    @staticmethod
-    def launch(q, k, cos, sin, positions, interleaved, sign):
-        """(q, k) rotated by the angles, sign = -1: back."""
-        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-        (B, T, H, E), K, power = q.shape, k.shape[2], triton.next_power_of_2
-        outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-        if q.numel():
-            _rope_kernel[T, B](
-                q, k, *outs, cos, sin, q if positions is None else positions, *q.stride()[:3],
-                *k.stride()[:3], 0 if positions is None or len(positions) == 1 else T, sign,
-                HAS_POS=positions is not None, INTERLEAVED=interleaved, H=H, KV=K, BH=power(H),
-                BKV=power(K), HALF=E // 2, BHALF=power(E // 2))
-        return outs
 
 
 def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
@@ -1004,7 +916,9 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
                          f"more, {E // 2}), and positions ({T},) or ({B}, {T}): got {got}")
     if not _use_triton(q, impl):
         return apply_rope_reference(q, k, cos, sin, positions, interleaved)
-    positions = None if positions is None else positions.reshape(-1, T).contiguous()
+    if positions is None:
+        positions = torch.arange(T, device=q.device)
+    positions = positions.reshape(-1, T).contiguous()
     return _Rope.apply(q, k, cos.contiguous(), sin.contiguous(), positions, interleaved)
 
 
@@ -1012,257 +926,208 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
 # Three matmuls, 6 N D V operations. The naive path also keeps N V logits (8 GB at 16k tokens and
 # V = 131,072) twice. Instead a chunk of tokens at a time: its logits, then one pass that turns them
 # into their own gradient where they lie, then the two matmuls of the backward, already in forward:
-# the loss is a sum, so its gradient is known up to the scalar that arrives later.
+# the loss is a sum, so its gradient is known up to the scalar that arrives later. A token's loss
+# needs three numbers of its logits: their log-sum-exp, the target's, and (to smooth) their sum.
+
+
+def _losses(lse, logit, total, t, V, opts):
+    """(loss, log-probability) of each token, from those three numbers and its target t."""
+    ignore_index, z_loss, _, smoothing = opts
+    logit = logit.masked_fill((t < 0) | (t >= V), math.nan)  # shows a target that is not a word
+    loss = (1 - smoothing) * (lse - logit) + smoothing * (lse - total / V) + z_loss * lse.square()
+    return (torch.where(t != ignore_index, x, 0.0) for x in (loss, logit - lse))
 
 
 def linear_cross_entropy_reference(x, weight, targets, *, ignore_index=-100, z_loss=0.0,
                                    softcap=0.0, label_smoothing=0.0, reduction="mean",
                                    return_logprobs=False):
     """What linear_cross_entropy computes, all logits in memory; same arguments."""
-    logits = (x @ weight.t()).flatten(0, -2)  # (..., D) -> (N, V)
+    logits, t, V = (x @ weight.t()).flatten(0, -2), targets.flatten(), len(weight)  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    t = targets.flatten()
-    valid = t != ignore_index
-    lse = torch.logsumexp(logits, -1)
-    logprob = logits.gather(1, t.clamp_min(0)[:, None])[:, 0] - lse
-    loss = -(1 - label_smoothing) * logprob + label_smoothing * (lse - logits.mean(-1))
-    loss = torch.where(valid, loss + z_loss * lse.square(), 0.0)
-    if reduction != "none":
-        loss = loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else 1)
-    else:
+    logit = logits.gather(1, t.clamp(0, V - 1)[:, None])[:, 0]
+    loss, logprob = _losses(logits.logsumexp(-1), logit, logits.sum(-1), t, V,
+                            (ignore_index, z_loss, softcap, label_smoothing))
+    if reduction == "none":
         loss = loss.view(targets.shape)
-    logprob = torch.where(valid, logprob, 0.0).view(targets.shape).detach()
-    return (loss, logprob) if return_logprobs else loss
+    else:
+        loss = loss.sum() / ((t != ignore_index).sum().clamp_min(1) if reduction == "mean" else 1)
+    return (loss, logprob.view(targets.shape).detach()) if return_logprobs else loss
 
 
 def _loss_rows_reference(logits, t, scale, opts, grad):
-    """_loss_rows in torch: (loss, log-probability) of each row, logits overwritten if grad."""
-    ignore_index, z_loss, softcap, smoothing = opts
-    valid = t != ignore_index
-    at = t.clamp(0, logits.shape[1] - 1)[:, None]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32: itself
-    if softcap:
-        wide = wide.div_(softcap).tanh_().mul_(softcap)
-    lse = torch.logsumexp(wide, -1)
-    logprob = wide.gather(1, at)[:, 0] - lse
-    loss = z_loss * lse.square() - (1 - smoothing) * logprob
-    if smoothing:
-        loss += smoothing * (lse - wide.mean(-1))
+    """_loss_rows in torch: (3, N), and logits (N, V) overwritten by scale (N,) dloss, if grad."""
+    _, z_loss, cap, smoothing = opts
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32: itself
+    if cap:
+        z = z.div_(cap).tanh_().mul_(cap)
+    at = t.clamp(0, z.shape[1] - 1)[:, None]
+    stats = torch.stack([z.logsumexp(-1), z.gather(1, at)[:, 0], z.sum(-1)])
     if grad:
-        slope = 1 - (wide / softcap).square() if softcap else None
-        p_scale = torch.where(valid, scale * (1 + 2 * z_loss * lse), 0.0)
-        g = wide.sub_(lse[:, None]).exp_().mul_(p_scale[:, None])
-        scale = torch.where(valid, scale, 0.0)
+        slope = 1 - (z / cap).square() if cap else None
+        lse, scale = stats[0, :, None], scale[:, None]
+        g = z.sub_(lse).exp_().mul_(scale * (1 + 2 * z_loss * lse))
         if smoothing:
-            g -= (scale * (smoothing / g.shape[1]))[:, None]
-        g.scatter_add_(1, at, (scale * (smoothing - 1))[:, None])
-        logits.copy_(g.mul_(slope) if softcap else g)
-    return torch.where(valid, loss, 0.0), torch.where(valid, logprob, 0.0)
+            g.sub_(scale * smoothing / z.shape[1])
+        g.scatter_add_(1, at, scale * (smoothing - 1))
+        logits.copy_(g.mul_(slope) if cap else g)
+    return stats
 
 
 @triton.jit
-def _loss_rows(LOGITS, TARGET, SCALE, LOSS, LOGPROB, stride, V, ignore_index, z_loss, cap,
-               smoothing, CAP: constexpr, SMOOTH: constexpr, GRAD: constexpr, BV: constexpr):
-    """One program a row of logits: read it once for the loss, once more (from L2) to replace it by
-    scale dloss/dlogits. Rows are `stride` long, V rounded up, so that loads stay 16 bytes wide."""
-    r = tl.program_id(0).to(tl.int64)
-    LOGITS += r * stride
-    t = tl.load(TARGET + r)
-    valid = t != ignore_index
-    inside = (t >= 0) & (t < V)
-    z_t = tl.load(LOGITS + t, mask=inside, other=float("nan")).to(tl.float32)  # a bad target: NaN
-    if CAP:
-        z_t = cap * _tanh(z_t / cap)
-    m, l, total = -float("inf"), 0.0, 0.0
-    for v0 in range(0, V, BV):
-        v = v0 + tl.arange(0, BV)
-        z = tl.load(LOGITS + v, mask=v < stride, other=0.0).to(tl.float32)
-        if CAP:
-            z = cap * _tanh(z / cap)
-        z = tl.where(v < V, z, float("-inf"))
-        m_new = tl.maximum(m, tl.max(z, 0))
-        l = l * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((z - m_new) * LOG2E), 0)
-        if SMOOTH:
-            total += tl.sum(tl.where(v < V, z, 0.0), 0)
-        m = m_new
-    lse = m + tl.log2(l) * LN2
-    loss = lse - (1.0 - smoothing) * z_t - smoothing * total / V + z_loss * lse * lse
-    tl.store(LOSS + r, tl.where(valid, loss, 0.0))
-    tl.store(LOGPROB + r, tl.where(valid, z_t - lse, 0.0))
-    if GRAD:
-        scale = tl.where(valid, tl.load(SCALE + r), 0.0)
-        tl.debug_barrier()  # the target's logit has been read before it is overwritten
-        for v0 in range(0, V, BV):
-            v = v0 + tl.arange(0, BV)
-            z = tl.load(LOGITS + v, mask=v < stride, other=0.0).to(tl.float32)
-            g = _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP) * scale
-            tl.store(LOGITS + v, g.to(LOGITS.dtype.element_ty), mask=v < stride)
+def _logit_tile(X, W, n, v, N, V, stride, cap, D: constexpr, FUSED: constexpr, CAP: constexpr,
+                BK: constexpr):
+    """(BM, BN) logits of tokens n and words v: x w' or, unless FUSED, the (N, V) of X. There rows
+    are `stride` long, V rounded up, so that loads stay 16 bytes wide."""
+    if FUSED:
+        z = tl.zeros([n.shape[0], v.shape[0]], tl.float32)
+        for d0 in range(0, D, BK):
+            x = _load_rows(X + d0, n.to(tl.int64) * D, n < N, D - d0, BK)  # (BM, BK)
+            w = _load_rows(W + d0, v.to(tl.int64) * D, v < V, D - d0, BK)  # (BN, BK)
+            z = tl.dot(x, tl.trans(w), z, input_precision=PRECISION)
+    else:
+        at = n.to(tl.int64)[:, None] * stride + v[None, :]
+        z = tl.load(X + at, mask=(n < N)[:, None] & (v < stride)[None, :], other=0.0).to(tl.float32)
+    return cap * _tanh(z / cap) if CAP else z
 
 
 @triton.jit
-def _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP: constexpr):
-    """d loss / d z of raw logits: (p (1 + 2 z_loss lse) - smoothed one-hot) * the cap's slope."""
-    slope = 1.0
-    if CAP:
-        y = _tanh(z / cap)
-        slope = 1.0 - y * y
-        z = cap * y
+def _logit_gradient(z, v, t, lse, scale, V, z_loss, cap, smoothing, CAP: constexpr):
+    """scale dloss / dlogits: (p (1 + 2 z_loss lse) - smoothed one-hot) * the cap's slope."""
     p = tl.exp2((z - lse) * LOG2E)
     hot = smoothing / V + tl.where(v == t, 1.0 - smoothing, 0.0)
-    return (p * (1.0 + 2.0 * z_loss * lse) - hot) * slope
-
-
-def _chunk_rows(N, V, x):
-    """Tokens a chunk: logits of at most 1 GiB on a GPU, 64 MiB on a CPU, where caches are small."""
-    if INTERPRETED and x.device.type != "cuda" and N * V < 1 << 20:
-        return 24  # small inputs in tests also take several chunks
-    budget = 1 << (30 if x.device.type == "cuda" else 26)
-    chunks = triton.cdiv(N, max(1, budget // (V * x.element_size())))
-    return max(1, triton.cdiv(N, max(chunks, 1)))
-
-
-def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
-    """(loss, logprob) (N,) and the gradients of sum(scale * loss) that are wanted, or None."""
-    N, V = x.shape[0], weight.shape[0]
-    loss, logprob = torch.empty_like(scale), torch.empty_like(scale)
-    dx = torch.empty_like(x) if want_x else None
-    dw = torch.zeros_like(weight) if want_w else None
-    rows = _chunk_rows(N, V, x)
-    buffer = x.new_empty(min(rows, N), triton.cdiv(V, 16) * 16)
-    for i in range(0, N, rows):
-        c = slice(i, min(i + rows, N))
-        logits = buffer[: c.stop - i, :V]
-        torch.mm(x[c], weight.t(), out=logits)  # (n, D) (D, V) -> (n, V)
-        if kernel:
-            _loss_rows[(c.stop - i,)](
-                logits, t[c], scale[c], loss[c], logprob[c], buffer.shape[1], V, *opts,
-                CAP=opts[2] > 0, SMOOTH=opts[3] > 0, GRAD=want_x or want_w,
-                **_launch(dict(BV=4096), dict(BV=32), num_warps=16))
-        else:
-            rows_of = logits, t[c], scale[c], opts, want_x or want_w
-            loss[c], logprob[c] = _loss_rows_reference(*rows_of)
-        if want_x:
-            torch.mm(logits, weight, out=dx[c])  # (n, V) (V, D) -> (n, D)
-        if want_w:
-            dw.addmm_(logits.t(), x[c])  # (V, n) (n, D) -> (V, D)
-    return loss, logprob, dx, dw
+    g = (p * (1.0 + 2.0 * z_loss * lse) - hot) * scale
+    return g * (1.0 - (z / cap) * (z / cap)) if CAP else g
 
 
 @triton.jit
-def _logit_tile(X, W, n, v, N, V, D: constexpr, BD: constexpr, DOT: constexpr):
-    """Logits (BN, BV) of tokens n and words v, in registers."""
-    z = tl.zeros([n.shape[0], v.shape[0]], tl.float32)
-    for d0 in range(0, D, BD):
-        x = _load_rows(X + d0, n, N, D, D - d0, BD, DOT)  # (BN, BD)
-        w = _load_rows(W + d0, v, V, D, D - d0, BD, DOT)  # (BV, BD)
-        z = tl.dot(x, tl.trans(w), z, input_precision=PRECISION)
-    return z
-
-
-@triton.jit
-def _fused_loss(X, W, TARGET, LSE, Z_T, TOTAL, N, V, cap, D: constexpr, CAP: constexpr,
-                DOT: constexpr, BN: constexpr, BV: constexpr, BD: constexpr):
-    """Program (i, s) of (token tiles, S): over every S-th tile of words, each token's LSE, sum of
-    logits and target logit (0 if it lies elsewhere), merged by the caller."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    t = tl.load(TARGET + n, mask=n < N, other=-1)
-    m = tl.full([BN], float("-inf"), tl.float32)
-    l = tl.zeros([BN], tl.float32)
-    total, z_t = l, l
-    for v0 in range(tl.program_id(1) * BV, V, tl.num_programs(1) * BV):
-        v = v0 + tl.arange(0, BV)
-        z = _logit_tile(X, W, n, v, N, V, D, BD, DOT)
-        if CAP:
-            z = cap * _tanh(z / cap)
-        inside = (v < V)[None, :]
-        total += tl.sum(tl.where(inside, z, 0.0), 1)
-        z_t += tl.sum(tl.where(v[None, :] == t[:, None], z, 0.0), 1)
-        z = tl.where(inside, z, float("-inf"))
-        m_new = tl.maximum(m, tl.max(z, 1))
-        l = l * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((z - m_new[:, None]) * LOG2E), 1)
-        m = m_new
-    at = tl.program_id(1) * N + n
-    tl.store(LSE + at, m + tl.log2(l) * LN2, mask=n < N)
+def _loss_rows(X, W, TARGET, SCALE, LSE, LOGIT, TOTAL, N, V, stride, z_loss, cap, smoothing,
+               D: constexpr, FUSED: constexpr, CAP: constexpr, GRAD: constexpr, BM: constexpr,
+               BN: constexpr, BK: constexpr):
+    """Program (i, s) of (token tiles, S): the three numbers of BM tokens over every S-th tile of
+    words. GRAD: X are logits, and are read once more (from L2) and overwritten."""
+    n = tl.program_id(0) * BM + tl.arange(0, BM)
+    t = tl.load(TARGET + n, mask=n < N, other=-1)[:, None]
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    total, logit = l, l
+    for v0 in range(tl.program_id(1) * BN, V, tl.num_programs(1) * BN):
+        v = v0 + tl.arange(0, BN)
+        z = _logit_tile(X, W, n, v, N, V, stride, cap, D, FUSED, CAP, BK)
+        v = v[None, :]
+        total += tl.sum(tl.where(v < V, z, 0.0), 1)
+        logit += tl.sum(tl.where((v < V) & (v == t), z, 0.0), 1)
+        m, l, _, _ = _online_step(m, l, tl.where(v < V, z, float("-inf")), LOG2E)
+    lse, at = (m + tl.log2(l)) * LN2, tl.program_id(1) * N + n
+    tl.store(LSE + at, lse, mask=n < N)
+    tl.store(LOGIT + at, logit, mask=n < N)
     tl.store(TOTAL + at, total, mask=n < N)
-    tl.store(Z_T + at, z_t, mask=n < N)
+    if GRAD:
+        scale = tl.load(SCALE + n, mask=n < N, other=0.0)[:, None]
+        for v0 in range(0, V, BN):
+            v = v0 + tl.arange(0, BN)
+            z = _logit_tile(X, W, n, v, N, V, stride, cap, D, FUSED, CAP, BK)
+            g = _logit_gradient(z, v[None, :], t, lse[:, None], scale, V, z_loss, cap, smoothing,
+                                CAP)
+            _store_rows(X + v0, g, n.to(tl.int64) * stride, n < N, stride - v0, BN)
 
 
 @triton.jit
 def _fused_gradient(OWN, OTHER, TARGET, SCALE, LSE, OUT, N, V, n_own, n_other, z_loss, cap,
-                    smoothing, FOR_W: constexpr, D: constexpr, CAP: constexpr, DOT: constexpr,
-                    BN: constexpr, BV: constexpr, BD: constexpr):
-    """One program owns BN rows of OUT, fp32: dx (OWN is x, OTHER w) or, FOR_W, dw (the reverse).
+                    smoothing, FOR_W: constexpr, D: constexpr, CAP: constexpr, BM: constexpr,
+                    BN: constexpr, BK: constexpr):
+    """One program owns BM rows of OUT, fp32: dx (OWN is x, OTHER w) or, FOR_W, dw (the reverse).
     It adds every tile of the others to them. D is too wide for registers, so the sum lives in L2;
     it has one writer, hence no atomics."""
-    own = tl.program_id(0) * BN + tl.arange(0, BN)
-    for other0 in range(0, n_other, BV):
-        other = other0 + tl.arange(0, BV)
+    own = tl.program_id(0) * BM + tl.arange(0, BM)
+    for other0 in range(0, n_other, BN):
+        other = other0 + tl.arange(0, BN)
         n = other[None, :] if FOR_W else own[:, None]
         v = own[:, None] if FOR_W else other[None, :]
         t = tl.load(TARGET + n, mask=n < N, other=-1)
-        lse = tl.load(LSE + n, mask=n < N, other=float("inf"))
+        lse = tl.load(LSE + n, mask=n < N, other=0.0)
         scale = tl.load(SCALE + n, mask=n < N, other=0.0)
-        z = _logit_tile(OWN, OTHER, own, other, n_own, n_other, D, BD, DOT)  # (BN, BV), either way
-        g = _logit_gradient(z, v, t, lse, V, z_loss, cap, smoothing, CAP)
-        g = tl.where((scale != 0.0) & (v < V), g * scale, 0.0).to(DOT)
-        for d0 in range(0, D, BD):
-            x = _load_rows(OTHER + d0, other, n_other, D, D - d0, BD, DOT)  # (BV, BD)
-            out = _load_rows(OUT + d0, own, n_own, D, D - d0, BD, tl.float32)
-            out = tl.dot(g, x, out, input_precision=PRECISION)
-            _store_rows(OUT + d0, out, own, n_own, D, D - d0, BD)
+        z = _logit_tile(OWN, OTHER, own, other, n_own, n_other, 0, cap, D, True, CAP, BK)
+        g = _logit_gradient(z, v, t, lse, scale, V, z_loss, cap, smoothing, CAP)  # (BM, BN)
+        for d0 in range(0, D, BK):
+            x = _load_rows(OTHER + d0, other.to(tl.int64) * D, other < n_other, D - d0, BK)
+            at = own.to(tl.int64) * D
+            out = _load_rows(OUT + d0, at, own < n_own, D - d0, BK)
+            out = tl.dot(g.to(x.dtype), x, out, input_precision=PRECISION)  # (BM, BK)
+            _store_rows(OUT + d0, out, at, own < n_own, D - d0, BK)
         tl.debug_barrier()  # the next round reads what this one wrote
+
+
+def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
+    """(lse, target's logit, sum) (3, N) of the logits and those gradients of sum(scale * loss) that
+    are wanted, else None. x (N, D), weight (V, D), t and scale (N,)."""
+    N, V, stats = len(x), len(weight), scale.new_empty(3, len(x))
+    dx, dw = torch.empty_like(x) if want_x else None, torch.zeros_like(weight) if want_w else None
+    budget = 1 << (30 if x.is_cuda else 26 if N * V > 1 << 20 else 13)  # bytes: tests chunk as well
+    rows = max(1, budget // (V * x.element_size()))
+    buffer = x.new_zeros(min(rows, N), triton.cdiv(V, 16) * 16)
+    tiles = dict(BM=2, BN=32) if INTERPRETED else dict(BM=1, BN=4096, num_warps=16)
+    for i in range(0, N, rows):
+        c = slice(i, min(i + rows, N))
+        logits, n = buffer[: c.stop - i, :V], c.stop - i
+        torch.mm(x[c], weight.t(), out=logits)  # (n, D) (D, V) -> (n, V)
+        if kernel:
+            _loss_rows[triton.cdiv(n, tiles["BM"]), 1](
+                logits, logits, t[c], scale[c], *stats[:, c], n, V, buffer.shape[1], *opts[1:],
+                D=0, FUSED=False, CAP=opts[2] > 0, GRAD=want_x or want_w, BK=0, **tiles)
+        else:
+            stats[:, c] = _loss_rows_reference(logits, t[c], scale[c], opts, want_x or want_w)
+        if want_x:
+            torch.mm(logits, weight, out=dx[c])  # (n, V) (V, D) -> (n, D)
+        if want_w:
+            dw.addmm_(logits.t(), x[c])  # (V, n) (n, D) -> (V, D)
+    return stats, dx, dw
 
 
 def _fused_core(x, weight, t, scale, opts, want_x, want_w):
     """_chunked_core without logits in memory: what is kept is a few numbers a token."""
-    (N, D), V = x.shape, weight.shape[0]
-    _, z_loss, cap, smoothing = opts
-    tiles = _launch(dict(BN=128, BV=128, BD=64), dict(BN=16, BV=32, BD=16), x, num_warps=8,
-                    num_stages=3)
-    tokens, words = triton.cdiv(N, tiles["BN"]), triton.cdiv(V, tiles["BV"])
-    tiles.update(D=D, CAP=cap > 0, DOT=_dot_dtype(x))
-    splits = max(1, min(words, triton.cdiv(_programs(x, 2), max(tokens, 1))))
-    lse, z_t, total = torch.zeros(3, splits, N, dtype=torch.float32, device=x.device)
-    if N:
-        _fused_loss[tokens, splits](x, weight, t, lse, z_t, total, N, V, cap, **tiles)
-    lse, z_t, total = lse.logsumexp(0), z_t.sum(0), total.sum(0)
-    valid = t != opts[0]
-    z_t = z_t.masked_fill((t < 0) | (t >= V), math.nan)  # a bad target
-    loss = lse - (1 - smoothing) * z_t - smoothing * total / V + z_loss * lse.square()
-    loss, logprob = torch.where(valid, loss, 0.0), torch.where(valid, z_t - lse, 0.0)
-    scale, grads = torch.where(valid, scale, 0.0), []
+    (N, D), V, tiles, grads = x.shape, len(weight), _matmul_tiles(x), []
+    tokens, words = triton.cdiv(N, tiles["BM"]), triton.cdiv(V, tiles["BN"])
+    splits = min(words, triton.cdiv(_programs(x, 2), tokens))
+    stats = torch.empty(3, splits, N, dtype=torch.float32, device=x.device)
+    tiles.update(D=D, CAP=opts[2] > 0)
+    _loss_rows[tokens, splits](x, weight, t, scale, *stats, N, V, 0, *opts[1:], FUSED=True,
+                               GRAD=False, **tiles)
+    stats = torch.stack([stats[0].logsumexp(0), stats[1].sum(0), stats[2].sum(0)])
     for want, own, other in ((want_x, x, weight), (want_w, weight, x)):
         out = torch.zeros(own.shape, dtype=torch.float32, device=x.device) if want else None
-        if want and N:
-            _fused_gradient[(triton.cdiv(len(own), tiles["BN"]),)](
-                own, other, t, scale, lse, out, N, V, len(own), len(other), z_loss, cap, smoothing,
+        if want:
+            _fused_gradient[(triton.cdiv(len(own), tiles["BM"]),)](
+                own, other, t, scale, stats[0], out, N, V, len(own), len(other), *opts[1:],
                 FOR_W=own is weight, **tiles)
         grads.append(out.to(own.dtype) if want else None)
-    return loss, logprob, *grads
+    return stats, *grads
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, t, opts, reduction, core, training):
         scale = (t != opts[0]).to(torch.promote_types(x.dtype, torch.float32))
-        scale = scale / scale.sum().clamp_min(1) if reduction == "mean" else scale
-        now = reduction != "none"  # each loss' factor is known: take the gradients at once
-        want = [now and training and need for need in ctx.needs_input_grad[:2]]
-        loss, logprob, dx, dw = core(x, weight, t, scale, opts, *want)
-        ctx.now, ctx.opts, ctx.core = now, opts, core
-        ctx.save_for_backward(*((dx, dw) if now else (x, weight, t)))
+        ctx.now = reduction != "none"  # each loss' factor is known: take the gradients at once
+        if reduction == "mean":
+            scale = scale / scale.sum().clamp_min(1)
+        want = [ctx.now and training and need for need in ctx.needs_input_grad[:2]]
+        stats, dx, dw = core(x, weight, t, scale, opts, *want)
+        loss, logprob = _losses(*stats, t, len(weight), opts)
+        ctx.opts, ctx.core = opts, core
+        ctx.save_for_backward(*((dx, dw) if ctx.now else (x, weight, t)))
         ctx.mark_non_differentiable(logprob)
-        return (torch.dot(loss, scale) if now else loss), logprob
+        return (torch.dot(loss, scale) if ctx.now else loss), logprob
 
     @staticmethod
     def backward(ctx, dloss, _):
         if ctx.now:
             grads = [g if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors]
         else:
-            grads = ctx.core(*ctx.saved_tensors, dloss.contiguous(), ctx.opts,
-                             *ctx.needs_input_grad[:2])[2:]
+            x, weight, t = ctx.saved_tensors
+            scale = dloss.masked_fill(t == ctx.opts[0], 0.0).contiguous()
+            grads = ctx.core(x, weight, t, scale, ctx.opts, *ctx.needs_input_grad[:2])[1:]
         return *grads, *[None] * 5
 
 
@@ -1288,11 +1153,11 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, s
                          f"{tuple(targets.shape)}: need (..., D), (V, D), (...)")
     if torch.is_autocast_enabled(x.device.type):
         x, weight = (a.to(torch.get_autocast_dtype(x.device.type)) for a in (x, weight))
-    V, t = weight.shape[0], targets.flatten()
+    V, t = len(weight), targets.flatten()
     if t.device.type == "cpu" and bool(((t != ignore_index) & ((t < 0) | (t >= V))).any()):
         raise ValueError(f"targets must be in 0 .. {V - 1} or ignore_index={ignore_index}")
     kernel = _use_triton(x, "triton" if impl == "chunked" else impl)
-    core = _fused_core if impl == "triton" else functools.partial(_chunked_core, kernel)
+    core = _fused_core if kernel and impl == "triton" else functools.partial(_chunked_core, kernel)
     opts = (ignore_index, float(z_loss), float(softcap), float(label_smoothing))
     with torch.autocast(x.device.type, enabled=False):
         loss, logprob = _LinearCrossEntropy.apply(
@@ -1308,57 +1173,56 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, s
 
 
 def adamw_reference(w, g, m, v, *, lr, betas, eps, weight_decay, step):
-    """One step for a tensor w of gradient g, all fp32; changes m and v, returns the new w."""
+    """One step, in place, for a tensor w of gradient g and moments m and v, all fp32."""
     m.lerp_(g, 1 - betas[0])
-    v.lerp_(g.square(), 1 - betas[1])
-    m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
-    return w * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps)
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    unbias = math.sqrt(1 - betas[1] ** step)  # sqrt(v / unbias^2) + eps, times unbias
+    root = v.sqrt().add_(eps * unbias)
+    w.mul_(1 - lr * weight_decay).addcdiv_(m, root, value=-lr * unbias / (1 - betas[0] ** step))
+
+
+def _round_randomly(w):
+    """fp32 to bf16, up or down with the odds of its nearness: add 16 random bits below, and cut."""
+    noise = torch.randint_like(w, 1 << 16, dtype=torch.int32)
+    return (w.view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
 
 
 @triton.jit
-def _address(ROW, i: constexpr, DTYPE: constexpr, ALIGN: constexpr):
-    return tl.multiple_of(tl.load(ROW + i).to(tl.pointer_type(DTYPE)), ALIGN)
+def _address(ROW, i: constexpr, LIKE, ALIGN: constexpr):
+    return tl.multiple_of(tl.load(ROW + i).to(LIKE.dtype), ALIGN)
 
 
 @triton.jit
-def _adamw_kernel(TABLE, OWNER, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, correct2, seed,
-                  P_TYPE: constexpr, MASTER: constexpr, STOCHASTIC: constexpr, ALIGN: constexpr,
-                  BLOCK: constexpr):
-    """A program updates BLOCK numbers of tensor OWNER[program, 0], its OWNER[program, 1]-th block.
-    TABLE (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master, and the length."""
-    owner = OWNER + 2 * tl.program_id(0)
-    row = TABLE + 6 * tl.load(owner)
-    c = tl.load(owner + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = c < tl.multiple_of(tl.load(row + 5), ALIGN)
-    p_at = _address(row, 0, P_TYPE, ALIGN) + c
-    m_at, v_at = _address(row, 2, tl.float32, ALIGN) + c, _address(row, 3, tl.float32, ALIGN) + c
+def _adamw_kernel(TABLE, P, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, correct2, seed,
+                  MASTER: constexpr, STOCHASTIC: constexpr, ALIGN: constexpr, BLOCK: constexpr):
+    """Program (i, t) updates every S-th block of tensor t, from the i-th on, of S programs. TABLE
+    (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master, and the length."""
+    row = TABLE + 6 * tl.program_id(1)
+    p_at, g_at = _address(row, 0, P, ALIGN), _address(row, 1, P, ALIGN)
+    m_at, v_at = _address(row, 2, GRAD_SCALE, ALIGN), _address(row, 3, GRAD_SCALE, ALIGN)
     w_at = p_at
     if MASTER:
-        w_at = _address(row, 4, tl.float32, ALIGN) + c
-    g = tl.load(_address(row, 1, P_TYPE, ALIGN) + c, mask=keep, other=0.0).to(tl.float32)
-    g *= tl.load(GRAD_SCALE)
-    m = tl.load(m_at, mask=keep, other=0.0)
-    v = tl.load(v_at, mask=keep, other=0.0)
-    w = tl.load(w_at, mask=keep, other=0.0).to(tl.float32)
-    m += (g - m) * (1.0 - beta1)
-    v += (g * g - v) * (1.0 - beta2)
-    w = w * decay - lr * (m * correct1) / (tl.sqrt(v * correct2) + eps)
-    tl.store(m_at, m, mask=keep)
-    tl.store(v_at, v, mask=keep)
-    if MASTER:
-        tl.store(w_at, w, mask=keep)
-    if STOCHASTIC:  # add 16 random bits below bf16's last and cut: right on average
-        noise = tl.randint(seed, tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) & 0xFFFF
-        bits = w.to(tl.int32, bitcast=True) + noise.to(tl.int32)
-        w = (bits & -65536).to(tl.float32, bitcast=True)
-    tl.store(p_at, w.to(P_TYPE), mask=keep)
-
-
-@functools.lru_cache(maxsize=64)
-def _adamw_owners(lengths, block, device):
-    """(programs, 2) int32: which tensor, and which block of it, a program updates."""
-    pairs = [(i, j) for i, n in enumerate(lengths) for j in range(triton.cdiv(n, block))]
-    return torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2).to(device)
+        w_at = _address(row, 4, GRAD_SCALE, ALIGN)
+    n = tl.multiple_of(tl.load(row + 5), ALIGN)
+    for start in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        c = (start * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        keep = c < n
+        g = tl.load(g_at + c, mask=keep, other=0.0).to(tl.float32) * tl.load(GRAD_SCALE)
+        m = tl.load(m_at + c, mask=keep, other=0.0)
+        v = tl.load(v_at + c, mask=keep, other=0.0)
+        w = tl.load(w_at + c, mask=keep, other=0.0).to(tl.float32)
+        m += (g - m) * (1.0 - beta1)
+        v += (g * g - v) * (1.0 - beta2)
+        w = w * decay - lr * (m * correct1) / (tl.sqrt(v * correct2) + eps)
+        tl.store(m_at + c, m, mask=keep)
+        tl.store(v_at + c, v, mask=keep)
+        if MASTER:
+            tl.store(w_at + c, w, mask=keep)
+        if STOCHASTIC:  # as _round_randomly
+            noise = tl.randint(seed + tl.program_id(1), c.to(tl.int32)) & 0xFFFF
+            bits = w.to(tl.int32, bitcast=True) + noise.to(tl.int32)
+            w = (bits & -65536).to(tl.float32, bitcast=True)
+        tl.store(p_at + c, w.to(P.dtype.element_ty), mask=keep)
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -1411,25 +1275,25 @@ class FusedAdamW(torch.optim.Optimizer):
         return p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", p)
 
     def _plain(self, rows, group, grad_scale):
-        if group["stochastic"]:
-            raise ValueError("stochastic=True: needs impl='triton' or a GPU")
         hyper = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "step")}
         for p, g, m, v, master in rows:
-            g = g.float() if grad_scale is None else g.float() * grad_scale
-            master.copy_(adamw_reference(master, g, m, v, **hyper))
-            p.copy_(master)
+            w, g = master.float(), g.float() if grad_scale is None else g.float() * grad_scale
+            adamw_reference(w, g, m, v, **hyper)
+            if w is not p:
+                rounded = group["stochastic"] and p.dtype == torch.bfloat16
+                p.copy_(_round_randomly(w) if rounded else w)
 
     def _launch(self, rows, group, grad_scale):
-        p, device, block = rows[0][0], rows[0][0].device, 64 if INTERPRETED else 2048
+        p, block = rows[0][0], 64 if INTERPRETED else 2048
         table = [[x.data_ptr() for x in row] + [row[0].numel()] for row in rows]
-        owners = _adamw_owners(tuple(row[0].numel() for row in rows), block, device)
-        grad_scale = torch.ones((), device=device) if grad_scale is None else grad_scale.float()
+        grad_scale = torch.ones((), device=p.device) if grad_scale is None else grad_scale.float()
         lr, (beta1, beta2), step = group["lr"], group["betas"], group["step"]
-        _adamw_kernel[(len(owners),)](
-            torch.tensor(table).to(device, non_blocking=True), owners, grad_scale,
+        programs = min(triton.cdiv(max(row[-1] for row in table), block), _programs(p, 8))
+        _adamw_kernel[programs, len(rows)](
+            torch.tensor(table).to(p.device, non_blocking=True), p, grad_scale,
             1 - lr * group["weight_decay"], lr, beta1, beta2, group["eps"], 1 / (1 - beta1**step),
-            1 / (1 - beta2**step), step, P_TYPE=_tl_dtype(p), MASTER=rows[0][4] is not p,
-            STOCHASTIC=group["stochastic"] and p.dtype == torch.bfloat16, BLOCK=block,
+            1 / (1 - beta2**step), step * len(rows), MASTER=rows[0][4] is not p, BLOCK=block,
+            STOCHASTIC=group["stochastic"] and p.dtype == torch.bfloat16,
             ALIGN=16 if all(n % 16 == 0 for row in table for n in row) else 1)
 
 
@@ -1446,63 +1310,57 @@ def grouped_mm_reference(x, w, offsets):
 
 
 @triton.jit
-def _grouped_kernel(X, W, Y, ENDS, G, sw_g, sw_d, sw_f, D, FF, DOT: constexpr, BG: constexpr,
-                    BM: constexpr, BF: constexpr, BD: constexpr):
+def _grouped_kernel(X, W, Y, ENDS, G, sw_g, sw_d, sw_f, D, FF, BG: constexpr, BM: constexpr,
+                    BN: constexpr, BK: constexpr):
     """y (N, F) = x (N, D) w[group] (D, F): program (i, f) takes the i-th tile of rows of all."""
-    gs = tl.arange(0, BG)
+    pid, gs = tl.program_id(0), tl.arange(0, BG)
     ends = tl.load(ENDS + gs, mask=gs < G, other=0)
     starts = tl.load(ENDS + gs - 1, mask=(gs > 0) & (gs < G), other=0)
-    tiles = tl.where(gs < G, (ends - starts + BM - 1) // BM, 0)
+    tiles = tl.where(gs < G, tl.cdiv(ends - starts, BM), 0)
     upto = tl.cumsum(tiles, 0)
-    pid = tl.program_id(0)
     g = tl.sum((upto <= pid).to(tl.int32), 0)  # how many groups end before this tile
     if g >= G:
         return
     first = tl.sum(tl.where(gs == g, starts, 0), 0)
     end = tl.sum(tl.where(gs == g, ends, 0), 0)
     tile = pid - tl.sum(tl.where(gs == g, upto - tiles, 0), 0)
-    n = first + tile * BM + tl.arange(0, BM)
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
-    acc = tl.zeros([BM, BF], tl.float32)
+    n = (first + tile * BM + tl.arange(0, BM)).to(tl.int64)
+    f0 = tl.program_id(1) * BN
+    f = f0 + tl.arange(0, BN)[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
     W += g.to(tl.int64) * sw_g
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
-        x = _load_rows(X + d0, n, end, D, D - d0, BD, DOT)  # (BM, BD)
-        w = tl.load(W + d[:, None] * sw_d + f[None, :] * sw_f,
-                    mask=(d < D)[:, None] & (f < FF)[None, :], other=0.0).to(DOT)  # (BD, BF)
+    for d0 in range(0, D, BK):
+        d = d0 + tl.arange(0, BK)[:, None]
+        x = _load_rows(X + d0, n * D, n < end, D - d0, BK)  # (BM, BK)
+        w = _load(W, d * sw_d + f * sw_f, (d < D) & (f < FF))  # (BK, BN)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    _store_rows(Y + tl.program_id(1) * BF, acc, n, end, FF, FF - tl.program_id(1) * BF, BF)
+    _store_rows(Y + f0, acc, n * FF, n < end, FF - f0, BN)
 
 
 @triton.jit
-def _grouped_weight_kernel(X, DY, DW, ENDS, D, FF, DOT: constexpr, BM: constexpr, BF: constexpr,
-                           BD: constexpr):
+def _grouped_weight_kernel(X, DY, DW, ENDS, D, FF, BM: constexpr, BN: constexpr, BK: constexpr):
     """dw[g] (D, F) = x[rows of g]' dy[rows of g]; an empty group's is 0."""
     g = tl.program_id(2)
     first, end = tl.load(ENDS + g - 1, mask=g > 0, other=0), tl.load(ENDS + g)
-    d0, f0 = tl.program_id(0) * BD, tl.program_id(1) * BF
-    acc = tl.zeros([BD, BF], tl.float32)
-    for n0 in range(first, end, BM):
-        n = n0 + tl.arange(0, BM)
-        x = _load_rows(X + d0, n, end, D, D - d0, BD, DOT)  # (BM, BD)
-        dy = _load_rows(DY + f0, n, end, FF, FF - f0, BF, DOT)  # (BM, BF)
+    d0, f0 = tl.program_id(0) * BM, tl.program_id(1) * BN
+    acc = tl.zeros([BM, BN], tl.float32)
+    for n0 in range(first, end, BK):
+        n = (n0 + tl.arange(0, BK)).to(tl.int64)
+        x = _load_rows(X + d0, n * D, n < end, D - d0, BM)  # (BK, BM)
+        dy = _load_rows(DY + f0, n * FF, n < end, FF - f0, BN)  # (BK, BN)
         acc = tl.dot(tl.trans(x), dy, acc, input_precision=PRECISION)
-    DW += g.to(tl.int64) * D * FF
-    _store_rows(DW + f0, acc, d0 + tl.arange(0, BD), D, FF, FF - f0, BF)
+    d = d0 + tl.arange(0, BM)
+    _store_rows(DW + f0, acc, (g.to(tl.int64) * D + d) * FF, d < D, FF - f0, BN)
 
 
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def launch(x, w, ends):
         """x (N, D), w (G, D, F) of any strides -> (N, F)."""
-        (N, D), (G, _, FF) = x.shape, w.shape
-        tiles = _launch(dict(BM=128, BF=128, BD=64), dict(BM=16, BF=16, BD=16), x, num_warps=8,
-                        num_stages=3)
+        (N, D), (G, _, FF), tiles = x.shape, w.shape, _matmul_tiles(x)
         y = x.new_zeros(N, FF)
-        if N and FF:
-            _grouped_kernel[triton.cdiv(N, tiles["BM"]) + G, triton.cdiv(FF, tiles["BF"])](
-                x, w, y, ends, G, *w.stride(), D, FF, DOT=_dot_dtype(x),
-                BG=triton.next_power_of_2(G), **tiles)
+        _grouped_kernel[triton.cdiv(N, tiles["BM"]) + G, triton.cdiv(FF, tiles["BN"])](
+            x, w, y, ends, G, *w.stride(), D, FF, BG=triton.next_power_of_2(G), **tiles)
         return y
 
     @staticmethod
@@ -1512,17 +1370,12 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (x, w, ends), dy = ctx.saved_tensors, dy.contiguous()
+        (x, w, ends), dy, dw = ctx.saved_tensors, dy.contiguous(), None
         dx = _GroupedMM.launch(dy, w.mT, ends) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None
-        dw = torch.zeros(w.shape, dtype=w.dtype, device=w.device)
-        G, D, FF = w.shape
-        tiles = _launch(dict(BM=64, BF=128, BD=128), dict(BM=16, BF=16, BD=16), x, num_warps=8,
-                        num_stages=3)
-        if dw.numel():
-            _grouped_weight_kernel[triton.cdiv(D, tiles["BD"]), triton.cdiv(FF, tiles["BF"]), G](
-                x, dy, dw, ends, D, FF, DOT=_dot_dtype(x), **tiles)
+        if ctx.needs_input_grad[1]:
+            (G, D, FF), tiles, dw = w.shape, _matmul_tiles(x), _like(w)
+            _grouped_weight_kernel[triton.cdiv(D, tiles["BM"]), triton.cdiv(FF, tiles["BN"]), G](
+                x, dy, dw, ends, D, FF, **tiles)
         return dx, dw, None
 
 
@@ -1551,24 +1404,23 @@ def symmetric_mm_reference(x):
 
 
 @triton.jit
-def _symmetric_kernel(X, Y, M, K, sx_b, sx_m, sx_k, DOT: constexpr, BM: constexpr, BK: constexpr):
+def _symmetric_kernel(X, Y, M, K, sx_b, sx_m, sx_k, BM: constexpr, BN: constexpr, BK: constexpr):
+    """Program p takes the tile (row, column) of p = row (row + 1) / 2 + column; BM = BN."""
     p, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)  # p = row (row + 1) / 2 + column
+    row = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
     row += tl.where((row + 1) * (row + 2) // 2 <= p, 1, 0)  # where the root was rounded
     row -= tl.where(row * (row + 1) // 2 > p, 1, 0)
-    i = row * BM + tl.arange(0, BM)
-    j = (p - row * (row + 1) // 2) * BM + tl.arange(0, BM)
-    acc = tl.zeros([BM, BM], tl.float32)
+    i = (row * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    j = ((p - row * (row + 1) // 2) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
+    acc = tl.zeros([BM, BN], tl.float32)
     X += b * sx_b
     for k0 in range(0, K, BK):
         k = (k0 + tl.arange(0, BK))[None, :]
-        a = tl.load(X + i.to(tl.int64)[:, None] * sx_m + k * sx_k,
-                    mask=(i < M)[:, None] & (k < K), other=0.0).to(DOT)  # (BM, BK)
-        c = tl.load(X + j.to(tl.int64)[:, None] * sx_m + k * sx_k,
-                    mask=(j < M)[:, None] & (k < K), other=0.0).to(DOT)
-        acc = tl.dot(a, tl.trans(c), acc, input_precision=PRECISION)
+        left = _load(X, i * sx_m + k * sx_k, (i < M) & (k < K))  # (BM, BK)
+        right = _load(X, j * sx_m + k * sx_k, (j < M) & (k < K))  # (BN, BK)
+        acc = tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
     Y += b * M * M
-    i, j, y = i.to(tl.int64)[:, None], j[None, :], acc.to(Y.dtype.element_ty)
+    j, y = tl.trans(j), acc.to(Y.dtype.element_ty)
     keep = (i < M) & (j <= i)
     tl.store(Y + i * M + j, y, mask=keep)
     tl.store(Y + j * M + i, y, mask=keep & (j < i))
@@ -1578,13 +1430,9 @@ class _SymmetricMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        B, M, K = x.shape
-        y = torch.empty(B, M, M, dtype=x.dtype, device=x.device)
-        options = _launch(dict(BM=128, BK=64), dict(BM=16, BK=16), x, num_warps=8, num_stages=3)
-        tiles = triton.cdiv(M, options["BM"])
-        if y.numel():
-            _symmetric_kernel[tiles * (tiles + 1) // 2, B](x, y, M, K, *x.stride(), **options,
-                                                          DOT=_dot_dtype(x))
+        (B, M, K), tiles = x.shape, _matmul_tiles(x)
+        y, side = torch.empty(B, M, M, dtype=x.dtype, device=x.device), triton.cdiv(M, tiles["BM"])
+        _symmetric_kernel[side * (side + 1) // 2, B](x, y, M, K, *x.stride(), **tiles)
         return y
 
     @staticmethod
@@ -1606,155 +1454,139 @@ def symmetric_mm(x, *, impl=None):
 
 
 class _Case(NamedTuple):
-    """A row of the table for each pass that has work."""
+    """A kernel at one size, and what it is compared with."""
 
     name: str
-    small: tuple  # the size that is first compared with the fp64 twin, and
-    size: tuple  # the size that is timed, of which
-    shapes: object  # makes the inputs' shapes
-    ours: object  # takes the inputs and impl=
-    twin: object
+    shapes: list  # of the inputs
+    ours: Callable  # takes the inputs and impl=
+    twin: Callable
     peers: dict
-    unit: str  # what work counts: "FLOP" or "B"
-    work: tuple  # of (forward, backward, both); 0: not timed
-    spread: float = 1.0  # standard deviation of the inputs
+    unit: str  # what work counts, "FLOP" or "B", in the
+    work: tuple  # (forward, backward); 0: not timed by itself
+
+
+def _heads_first(function, *inputs, **options):
+    """(B, T, H, E) in and out of a function of (B, H, T, E)."""
+    heads_first = (x.transpose(1, 2) for x in inputs)
+    return function(*heads_first, enable_gqa=True, **options).transpose(1, 2)
+
+
+def _sdpa(backend, *inputs):
+    with sdpa_kernel(backend):
+        return _heads_first(F.scaled_dot_product_attention, *inputs, is_causal=True)
 
 
 @functools.lru_cache
-def _compiled(function):
-    return torch.compile(function)
+def _flex(T):
+    """Torch's compiled flex_attention with a causal mask over T positions."""
+    mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
+    return functools.partial(_heads_first, torch.compile(flex.flex_attention), block_mask=mask)
 
 
-@functools.lru_cache
-def _causal_mask(T):
-    return flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
-
-
-def _attention_case(B, T, H, K, E, cuda):
-    """Causal attention against each of torch's."""
-    def heads_first(call, q, k, v, backend=None, **options):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, E) -> (B, H, T, E)
-        with sdpa_kernel(backend or list(SDPBackend.__members__.values())[1:]):
-            return call(q, k, v, enable_gqa=H != K, **options).transpose(1, 2)
-
-    sdpa = functools.partial(heads_first, F.scaled_dot_product_attention, is_causal=True)
-    peers = {"sdpa": sdpa} if not cuda else {
-        f"sdpa {name}": functools.partial(sdpa, backend=SDPBackend[f"{name}_ATTENTION"])
-        for name in ("FLASH", "CUDNN", "EFFICIENT")}
-    if cuda:
-        peers["flex"] = lambda *x: heads_first(_compiled(flex.flex_attention), *x,
-                                               block_mask=_causal_mask(T))
-    half = 2 * B * H * T * T * E  # 4 B H T^2 E, of which causal needs half
-    return _Case("flash_attention", (1, 96, 2 * H // K, 2, E), (B, T, H, K, E),
-                 lambda B, T, H, K, E: [(B, T, H, E), (B, T, K, E), (B, T, K, E)], flash_attention,
-                 flash_attention_reference, peers, "FLOP", (half, half * 5 // 2, half * 7 // 2))
-
-
-def _cases(cuda, device, itemsize):
-    """What bench times and compile compiles; sizes for a GPU, or small ones for a CPU."""
-    def streaming(name, shapes, ours, twin, peer, forward, backward):
-        peers = {"torch": peer, **({"compile": _compiled(lambda *x: twin(*x))} if cuda else {})}
-        work = [n * N * D * itemsize for n in (forward, backward, forward + backward)]
-        return _Case(name, (64, 512), (N, D), shapes, ours, twin, peers, "B", tuple(work))
-
-    N, D, M, G = (16384, 4096, 2048, 64) if cuda else (2048, 512, 256, 8)
-    for size in ([(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
-                  (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else [(1, 1024, 8, 2, 64)]):
-        yield _attention_case(*size, cuda)
-    B, S, H, K, E = (16, 16384, 32, 8, 128) if cuda else (4, 4096, 8, 2, 64)
-    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
-    yield _Case("flash_decode", (2, 200, H, K, E), (B, S, H, K, E),
-                lambda B, S, H, K, E: [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
+def _cases(cuda, small):
+    """What bench times, at a GPU's or a CPU's sizes; small: what it checks and compile compiles."""
+    attention = [(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
+                 (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else [(1, 1024, 8, 2, 64)]
+    B, S, N, D, M, G, V = (16, 16384, 16384, 4096, 2048, 64, 131072) if cuda else (
+        4, 4096, 4096, 512, 256, 8, 50257)
+    if small:
+        attention = [(1, 96, 2 * H // K, 2, E) for _, _, H, K, E in attention]
+        B, S, N, D, M, G, V = 1, 200, 130, 512, 128, 8, 1000
+    device, size = ("cuda", 2) if cuda else ("cpu", 4)
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION] if cuda else [SDPBackend.FLASH_ATTENTION]
+    for b, T, H, K, E in attention:
+        peers = {f"sdpa {x.name}": functools.partial(_sdpa, x) for x in backends}
+        if cuda:
+            peers["flex"] = _flex(T)
+        half = 2 * b * H * T * T * E  # 4 B H T^2 E, of which causal needs half
+        yield _Case("flash_attention", [(b, T, H, E), (b, T, K, E), (b, T, K, E)], flash_attention,
+                    flash_attention_reference, peers, "FLOP", (half, half * 5 // 2))
+    H, K, E = attention[-1][2:]
+    yield _Case("flash_decode", [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
                 flash_decode_reference,
-                {"sdpa": lambda *x: sdpa(*(y.transpose(1, 2) for y in x)).transpose(1, 2)}, "B",
-                (2 * B * S * K * E * itemsize, 0, 0))
-    yield streaming("rms_norm", lambda N, D: [(N, D), (D,)], rms_norm, rms_norm_reference,
-                    lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2, 3)
-    yield streaming("swiglu", lambda N, D: [(N, D)] * 2, swiglu, swiglu_reference,
-                    lambda gate, up: F.silu(gate) * up, 3, 5)
+                {"sdpa": functools.partial(_heads_first, F.scaled_dot_product_attention)}, "B",
+                (2 * B * S * K * E * size, 0))
+
     angle = dict(zip(("cos", "sin"), torch.randn(2, N, 64, device=device)))
-    twin = functools.partial(apply_rope_reference, **angle)
-    yield streaming("apply_rope", lambda N, D: [(1, N, D // 128, 128), (1, N, D // 512, 128)],
-                    functools.partial(apply_rope, **angle), twin, twin, 2.5, 2.5)  # k is D / 4
-    N, D, V = (N, D, 131072) if cuda else (4096, 512, 50257)
+    rope = functools.partial(apply_rope_reference, **angle)
+    for name, shapes, ours, twin, peer, *moved in (  # moved: times N D numbers, forward, backward
+            ("rms_norm", [(N, D), (D,)], rms_norm, rms_norm_reference,
+             lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2, 3),
+            ("swiglu", [(N, D)] * 2, swiglu, swiglu_reference, lambda g, u: F.silu(g) * u, 3, 5),
+            ("apply_rope", [(1, N, D // 128, 128), (1, N, D // 512, 128)],  # k is D / 4
+             functools.partial(apply_rope, **angle), rope, rope, 2.5, 2.5)):
+        peers = {"torch": peer, **({"compile": torch.compile(twin)} if cuda else {})}
+        yield _Case(name, shapes, ours, twin, peers, "B", tuple(n * N * D * size for n in moved))
+
     targets = torch.randint(V, (N,), device=device)
 
-    def loss(x, w, function=linear_cross_entropy, **options):
-        return function(x, w, targets[: len(x)] % len(w), **options)
+    def loss(function):  # divided, so that logits are of a model's size
+        return lambda x, w, **options: function(x / 16, w, targets, **options)
 
-    yield _Case("linear_cross_entropy", (200, 128, 1000), (N, D, V),
-                lambda N, D, V: [(N, D), (V, D)], loss,
-                functools.partial(loss, function=linear_cross_entropy_reference),
-                {"F.cross_entropy": lambda x, w: F.cross_entropy((x @ w.t()).float(), targets)},
-                "FLOP", (0, 0, 6 * N * D * V), 0.2)
-
-    def experts(x, w, function=grouped_mm, **options):  # uneven: the last get most
-        ends = torch.linspace(0, 1, G + 1, device=device)[1:] ** 2 * len(x)
-        return function(x, w, ends.to(torch.int32), **options)
-
-    loop = functools.partial(experts, function=grouped_mm_reference)
-    yield _Case("grouped_mm", (200, 128), (N, M), lambda N, M: [(N, M), (G, M, M)], experts, loop,
-                {"loop": loop}, "FLOP", (2 * N * M * M, 4 * N * M * M, 6 * N * M * M))
-    yield _Case("symmetric_mm", (130, 64), (2 * M, 2 * M), lambda M, K: [(M, K)], symmetric_mm,
-                symmetric_mm_reference, {"x @ x.mT": symmetric_mm_reference}, "FLOP",
-                (8 * M**3, 0, 0))
+    yield _Case("linear_cross_entropy", [(N, D), (V, D)], loss(linear_cross_entropy),
+                loss(linear_cross_entropy_reference),
+                {"F.cross_entropy": loss(lambda x, w, t: F.cross_entropy((x @ w.t()).float(), t))},
+                "FLOP", (0, 6 * N * D * V))
+    ends = (torch.linspace(0, 1, G + 1, device=device)[1:] ** 2 * N).int()  # the last get most
+    loop = functools.partial(grouped_mm_reference, offsets=ends)
+    yield _Case("grouped_mm", [(N, M), (G, M, M)], functools.partial(grouped_mm, offsets=ends),
+                loop, {"loop": loop}, "FLOP", (2 * N * M * M, 4 * N * M * M))
+    yield _Case("symmetric_mm", [(2 * M, 2 * M)], symmetric_mm, symmetric_mm_reference,
+                {"x @ x.mT": symmetric_mm_reference}, "FLOP", (8 * M**3, 0))
 
 
-def _inputs(case, size, device, dtype, seed):
-    """Random tensors of the case's shapes: never zeros, which a GPU multiplies faster."""
+def _inputs(shapes, device, dtype, seed=0):
+    """Random tensors: never zeros, which a GPU multiplies faster."""
     torch.manual_seed(seed)
-    inputs = [torch.randn(s, device=device) * case.spread for s in case.shapes(*size)]
-    return [x.to(dtype).requires_grad_() for x in inputs]
+    return [torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes]
 
 
-def _outputs(function, *inputs, **options):
+def _run(function, *inputs, backward=True, **options):
+    """The outputs and, if backward, the inputs' gradients; an output is its own: it is not 0."""
     outs = function(*inputs, **options)
-    return outs if isinstance(outs, tuple) else (outs,)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return (*outs, *torch.autograd.grad(outs, inputs, outs)) if backward else outs
 
 
-def _both(function, *inputs):
-    """Forward and backward; the output is its own gradient, as it is not 0."""
-    outs = _outputs(function, *inputs)
-    return outs + torch.autograd.grad(outs, inputs, [o.detach() for o in outs])
-
-
-def _check(case, device, dtype):
-    """The largest relative error of the small size, forward and backward, against fp64."""
-    low = _inputs(case, case.small, device, dtype, 0)
+def _error(case, device, dtype):
+    """The largest relative error of a case, forward and backward, against fp64."""
+    low = _inputs(case.shapes, device, dtype)
     high = [x.detach().double().requires_grad_() for x in low]
-    run = _both if case.work[2] else _outputs
-    pairs = zip(run(case.ours, *low), run(case.twin, *high))
+    pairs = zip(*(_run(f, *x, backward=case.work[1] > 0)
+                  for f, x in ((case.ours, low), (case.twin, high))))
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def _seconds(call, sets, cuda):
+def _seconds(call, sets):
     """Median seconds of call(*inputs), over the input sets in turn."""
-    for inputs in sets[:3]:
-        call(*inputs)
-    times, marks = [], [torch.cuda.Event(enable_timing=True) for _ in range(21 * cuda)]
-    if cuda:
-        torch.cuda._sleep(40_000_000)  # 20 ms in which all launches queue up: no gaps between them
-        for i, mark in enumerate(marks):
-            mark.record()
-            call(*sets[i % len(sets)])
-        torch.cuda.synchronize()
-        times = [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:])]
-    for i in range(0 if cuda else 3):
-        start = time.perf_counter()
-        call(*sets[i % len(sets)])
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    turn = itertools.cycle(sets)
+    for _ in range(3):
+        call(*next(turn))
+    if not sets[0][0].is_cuda:
+        times = timeit.repeat(lambda: call(*next(turn)), number=1, repeat=3)
+        return statistics.median(times)
+    torch.cuda._sleep(40_000_000)  # 20 ms in which all launches queue up: no gaps between them
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    for mark in marks:
+        mark.record()
+        call(*next(turn))
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:]))
 
 
-def _time(function, mode, sets, cuda):
-    """Seconds of one pass of function."""
-    if mode == "forward":
-        return _seconds(function, [[x.detach() for x in inputs] for inputs in sets], cuda)
-    if mode == "both":
-        return _seconds(functools.partial(_both, function), sets, cuda)
-    made = [(_outputs(function, *inputs), inputs) for inputs in sets]
-    made = [(outs, inputs, [o.detach() for o in outs]) for outs, inputs in made]
-    return _seconds(functools.partial(torch.autograd.grad, retain_graph=True), made, cuda)
+def _passes(case, call, sets):
+    """{pass: seconds} of those that case has work for."""
+    forward, backward = case.work
+    seconds = {}
+    if forward:
+        seconds["forward"] = _seconds(call, [[x.detach() for x in inputs] for inputs in sets])
+    if backward:
+        both = _seconds(functools.partial(_run, call), sets)
+        if forward:
+            seconds["backward"] = both - seconds["forward"]
+        seconds["both"] = both
+    return seconds
 
 
 def _peak_bytes(call, cuda):
@@ -1772,48 +1604,50 @@ def _peak_bytes(call, cuda):
     return (high - now) * 1024
 
 
-def _bench_case(case, device, dtype, limits):
-    """Check a case, then print a row for each pass and peer."""
-    cuda, error = device == "cuda", _check(case, device, dtype)
+def _print_row(name, shape, ours, peer, theirs, work, unit, limits, error=""):
+    print(f"| {name} | {shape} | {ours * 1e3:.3g} | {peer} | {theirs * 1e3:.3g} "
+          f"| {ours / theirs:.2f} | {work / ours / 1e12:.3g} T{unit}/s "
+          f"| {work / ours / limits[unit]:.0%} | {error} |", flush=True)
+
+
+def _bench_case(case, small, device, dtype, limits):
+    """Check a case at its small size, then print a row for each pass and peer."""
+    cuda, error = device == "cuda", _error(small, device, dtype)
     if not error < (0.03 if cuda else 1e-5):
         raise ValueError(f"{case.name}: error {error:.1e} against the fp64 twin, not timed")
-    size = sum(math.prod(s) for s in case.shapes(*case.size)) * dtype.itemsize
-    sets = [_inputs(case, case.size, device, dtype, i)  # together larger than a 50 MB L2
+    size = sum(math.prod(s) for s in case.shapes) * dtype.itemsize
+    sets = [_inputs(case.shapes, device, dtype, i)  # together larger than a 50 MB L2
             for i in range(max(2, min(8, 200_000_000 // size)))]
-    shape = "x".join(map(str, case.size))
-    for mode, work in zip(("forward", "backward", "both"), case.work):
-        ours = _time(case.ours, mode, sets, cuda) if work else math.nan
-        for name, peer in case.peers.items() if work else ():
-            try:
-                theirs = _time(peer, mode, sets, cuda)
-            except RuntimeError as problem:  # a backend refuses the shape, or memory runs out
-                print(f"{case.name}: no {name}: {str(problem).splitlines()[0]}", file=sys.stderr)
-                continue
-            rate, share = work / ours / 1e12, work / ours / limits[case.unit]
-            print(f"| {case.name} {mode} | {shape} | {ours * 1e3:.3g} | {name} "
-                  f"| {theirs * 1e3:.3g} | {ours / theirs:.2f} | {rate:.3g} T{case.unit}/s "
-                  f"| {share:.0%} | {error:.0e} |", flush=True)
+    shape = " ".join("x".join(map(str, s)) for s in case.shapes)
+    work = {"forward": case.work[0], "backward": case.work[1], "both": sum(case.work)}
+    ours = _passes(case, case.ours, sets)
+    for name, peer in case.peers.items():
+        try:
+            theirs = _passes(case, peer, sets)
+        except RuntimeError as problem:  # a backend refuses the shape, or memory runs out
+            print(f"{case.name}: no {name}: {str(problem).splitlines()[0]}", file=sys.stderr)
+            continue
+        for mode in theirs:
+            _print_row(f"{case.name} {mode}", shape, ours[mode], name, theirs[mode], work[mode],
+                       case.unit, limits, f"{error:.0e}")
     if not case.work[0]:  # the loss is about memory
-        ours, theirs = (_peak_bytes(lambda f=f: _both(f, *sets[0]), cuda) / 2**20
-                        for f in (case.ours, *case.peers.values()))
+        ours, theirs = (_peak_bytes(lambda f=f: _run(f, *sets[0]), cuda) / 2**20
+                        for f in (case.ours, peer))
         print(f"| {case.name} peak MiB | {shape} | {ours:.0f} | {name} | {theirs:.0f} "
               f"| {ours / theirs:.2f} | | | |", flush=True)
 
 
 def _bench_adamw(device, limits):
     """A step over 64 tensors, ours and torch's fused."""
-    cuda, seconds = device == "cuda", []
-    shape = (4096, 4096) if cuda else (256, 256)
+    side, seconds = 4096 if device == "cuda" else 256, []
     for make in (FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)):
-        params = [torch.nn.Parameter(torch.randn(shape, device=device)) for _ in range(64)]
+        params = _inputs([(side, side)] * 64, device, torch.float32)
         for p in params:
             p.grad = torch.randn_like(p)
-        seconds.append(_seconds(make(params, lr=1e-4).step, [()], cuda))
-    ours, theirs = seconds
-    rate = 28 * 64 * math.prod(shape) / ours
-    print(f"| adamw fp32 step | 64x{shape[0]}x{shape[1]} | {ours * 1e3:.3g} | torch fused "
-          f"| {theirs * 1e3:.3g} | {ours / theirs:.2f} | {rate / 1e12:.3g} TB/s "
-          f"| {rate / limits['B']:.0%} | |")
+        step = make(params, lr=1e-4).step
+        seconds.append(_seconds(lambda *_, step=step: step(), [params]))
+    _print_row("adamw fp32 step", f"64x{side}x{side}", seconds[0], "torch fused", seconds[1],
+               28 * 64 * side**2, "B", limits)
 
 
 def bench(only="", device=None):
@@ -1822,69 +1656,63 @@ def bench(only="", device=None):
     cuda, dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
     n, numbers = (8192, 1 << 29) if cuda else (2048, 1 << 25)
     a, x = (torch.randn(s, device=device, dtype=dtype) for s in ((n, n), (numbers,)))
-    y = torch.empty_like(x)
-    limits = {"FLOP": 2 * n**3 / _seconds(torch.mm, [(a, a)], cuda),
-              "B": 2 * x.nbytes / _seconds(y.copy_, [(x,)], cuda)}
-    del a, x, y
+    limits = {"FLOP": 2 * n**3 / _seconds(torch.mm, [(a, a)]),
+              "B": 2 * x.nbytes / _seconds(torch.empty_like(x).copy_, [(x,)])}
+    del a, x
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, {dtype}, torch {torch.__version__}, triton {triton.__version__}; measured: "
           f"{limits['FLOP'] / 1e12:.3g} TFLOP/s, copy {limits['B'] / 1e12:.3g} TB/s\n\n"
           "| kernel | shape | ours ms | peer | ms | ratio | rate | of limit | error |\n"
           + "|---" * 9 + "|")
-    for case in _cases(cuda, device, dtype.itemsize):
+    for case, small in zip(_cases(cuda, False), _cases(cuda, True)):
         if only in case.name:
-            _bench_case(case, device, dtype, limits)
+            _bench_case(case, small, device, dtype, limits)
     if only in "adamw":
         _bench_adamw(device, limits)
 
 
 def tune():
     """Time candidate attention tiles on this GPU; print the fastest entries for TILES."""
-    for E, (kernel, tiles) in itertools.product((64, 128, 256), TILES.items()):
-        shape = 3, 4, 4096, 16, E
-        sets = [[x.requires_grad_() for x in torch.randn(shape, device="cuda").bfloat16().unbind()]]
-        before, timed, stages = tiles[E], {}, (1, 2) if E == 256 else (2, 3)
-        for tiles[E] in (before, *itertools.product((64, 128), (32, 64, 128), (4, 8), stages)):
-            mode = "forward" if kernel == "forward" else "backward"
+    for E, kernel in itertools.product((64, 128, 256), ("forward", "backward_q", "backward_kv")):
+        tiles, timed = TILES[kernel], {}
+        before, sets = tiles[E], [_inputs([(4, 4096, 16, E)] * 3, "cuda", torch.bfloat16)]
+        call = functools.partial(_run, flash_attention, backward=kernel != "forward")
+        for tiles[E] in (before, *itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))):
             try:
-                timed[tiles[E]] = _time(flash_attention, mode, sets, True)
+                timed[tiles[E]] = _seconds(call, sets)
             except (triton.runtime.errors.OutOfResources, RuntimeError):
                 continue  # too much shared memory or too many registers
         tiles[E] = min(timed, key=timed.get)
-        print(f'"{kernel}" {E}: {tiles[E]}  # {mode} {timed[tiles[E]] * 1e3:.3g} ms, with {before} '
+        print(f'"{kernel}" {E}: {tiles[E]}  # {timed[tiles[E]] * 1e3:.3g} ms, with {before} '
               f"{timed[before] * 1e3:.3g} ms", flush=True)
 
 
-def compile_all(capability=90):
-    """Compile what bench runs, forward and backward, for an NVIDIA compute capability (90: H100 and
-    H200) on a machine that has none. The interpreter accepts programs that the compiler refuses."""
+def compile_all():
+    """Compile what bench runs for compute capability 9.0 (H100, H200) on a machine without a GPU:
+    the interpreter accepts programs that the compiler refuses."""
     from triton.backends.compiler import GPUTarget
 
     class Elsewhere:  # what Triton asks of a driver until it launches
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
         get_current_device = get_current_stream = staticmethod(lambda *_: 0)
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if kernel.metadata.shared > 227 * 1024:
-            raise ValueError(f"{self.fn.__name__}: {kernel.metadata.shared} bytes of shared memory")
-        if kernel.hash not in seen:
-            print(f"{self.fn.__name__}: {kernel.metadata.shared / 1024:.0f} KiB shared", flush=True)
-        seen.add(kernel.hash)
+        shared[kernel.hash] = kernel.metadata.shared / 1024
+        print(f"{self.fn.__name__}: {shared[kernel.hash]:.0f} KiB of shared memory", flush=True)
 
     triton.runtime.driver.set_active(Elsewhere())
-    run, seen, triton.JITFunction.run = triton.JITFunction.run, set(), compile_only
-    for dtype in (torch.bfloat16, torch.float32):
-        for case in _cases(False, "cpu", dtype.itemsize):
-            for impl in ("triton", "chunked")[: 1 + (not case.work[0])]:
-                inputs = _inputs(case, case.small, "cpu", dtype, 0)
-                outs = _outputs(case.ours, *inputs, impl=impl)
-                if case.work[2]:
-                    torch.autograd.backward(outs, outs)
+    run, shared, triton.JITFunction.run = triton.JITFunction.run, {}, compile_only
+    for dtype, case in itertools.product((torch.bfloat16, torch.float32), _cases(False, True)):
+        for impl in ("triton", "chunked")[: 1 + (case.name == "linear_cross_entropy")]:
+            _run(case.ours, *_inputs(case.shapes, "cpu", dtype), backward=case.work[1] > 0,
+                 impl=impl)
         p = torch.nn.Parameter(torch.zeros(4096, dtype=dtype))
         p.grad = torch.zeros_like(p)
         FusedAdamW([p], impl="triton").step()
-    print(f"{len(seen)} kernels compiled for sm_{capability}")
+    print(f"{len(shared)} kernels compiled for sm_90")
+    if max(shared.values()) > 227:
+        raise ValueError("a kernel wants more than the 227 KiB of shared memory there are")
 
 
 def main(argv=None):
@@ -1894,15 +1722,14 @@ def main(argv=None):
     sub.add_argument("--only", default="", help="kernels whose name contains this (default: all)")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU, if any)")
     sub.add_argument("--tune", action="store_true", help="time other attention tiles instead")
-    sub = commands.add_parser("compile", help="compile every kernel for a GPU that is not here")
-    sub.add_argument("--capability", type=int, default=90, help="compute capability (default: 90)")
+    commands.add_parser("compile", help="compile every kernel for an H100 that is not here")
     args = parser.parse_args(argv)
     try:
         if args.command == "compile" and INTERPRETED:  # settled when Triton was imported: restart
             os.environ["TRITON_INTERPRET"] = "0"
-            os.execv(sys.executable, [sys.executable, __file__, *(argv or sys.argv[1:])])
+            os.execv(sys.executable, [sys.executable, __file__, "compile"])
         if args.command == "compile":
-            compile_all(args.capability)
+            compile_all()
         elif (args.tune or args.device == "cuda") and not torch.cuda.is_available():
             raise ValueError("--tune and --device cuda need a GPU, and torch sees none")
         else:

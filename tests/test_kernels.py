@@ -232,6 +232,17 @@ def test_decode_is_the_last_rows_of_attention(splits, Tq, options):
     assert relative(ours, twin) < 1e-5
 
 
+def test_decode_takes_any_number_of_rows_and_heads_first_caches():
+    lengths = torch.tensor([70, 40], dtype=torch.int32)
+    q, k, v = randn(2, 5, 8, 16), randn(2, 2, 80, 16, seed=1), randn(2, 2, 80, 16, seed=2)
+    k, v = k.to(TRITON).transpose(1, 2), v.to(TRITON).transpose(1, 2)  # (B, K, S, E) in memory
+    for caches in ((k, v), (k, v.contiguous())):  # 4 heads of 5 queries are two tiles of rows
+        ours = kernels.flash_decode(q.to(TRITON), *caches, lengths.to(TRITON), impl="triton")
+        twin = kernels.flash_decode_reference(q.double(), *(x.double().cpu() for x in caches),
+                                              lengths)
+        assert relative(ours, twin) < 1e-5
+
+
 def test_decode_with_an_empty_cache_gives_zero():
     q, cache = guarded(randn(1, 1, 2, 16)), guarded(randn(1, 9, 1, 16))
     o = kernels.flash_decode(q, cache, cache, torch.tensor([0], device=TRITON), impl="triton")
@@ -458,9 +469,10 @@ def test_adamw_master_weights_keep_small_steps(impl):
     assert (p == 254.0).all()
 
 
-def test_adamw_stochastic_rounding_is_right_on_average():
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_adamw_stochastic_rounding_is_right_on_average(impl):
     p = torch.nn.Parameter(torch.full((4096,), 256.0, dtype=torch.bfloat16, device=TRITON))
-    opt = kernels.FusedAdamW([p], lr=0.5, weight_decay=0.0, stochastic=True, impl="triton")
+    opt = kernels.FusedAdamW([p], lr=0.5, weight_decay=0.0, stochastic=True, impl=impl)
     p.grad = torch.ones_like(p)
     opt.step()
     # 255.5 lies between bf16's 255 and 256: half of 4096 coins each, standard deviation 0.0078
