@@ -634,7 +634,10 @@ def ratio(part, whole, empty=0.0):
 
 
 def find_lines(words, newlines=1):
-    """Lines that hold a word, or with newlines=2 paragraphs: (L,) start, end (as in Words), doc."""
+    """Lines that hold a word, or with newlines=2 paragraphs: (L,) start, end (as in Words), doc.
+
+    datatrove also counts lines of blanks alone, and so calls them copies of each other.
+    """
     size = len(words.start)
     breaks = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))  # word behind each
     breaks = np.bincount(np.append(breaks, np.repeat(words.first[:-1], 2)), minlength=size + 1)
@@ -782,7 +785,8 @@ def failures(name, texts, words, stop_words=STOP_WORDS):
 
 def failed_rules(texts, rules=tuple(RULES), stop_words=STOP_WORDS):
     """The first rule each text fails, such as "gopher: words", or None; in the order of RULES."""
-    words, found = split_words(texts), [None] * len(texts)
+    words = split_words(texts) if set(rules) != {"c4"} else None  # which needs none
+    found = [None] * len(texts)
     for name in (name for name in RULES if name in rules):
         for rule, failed in failures(name, texts, words, stop_words).items():
             for i in np.flatnonzero(failed):
@@ -1193,7 +1197,8 @@ def read_documents(path, text_key="text", main_content=False, counts=None):
     for number, row in enumerate(rows):
         text = row.get(text_key, row.get("text"))
         if isinstance(text, str) and text.strip() and "\0" not in text:
-            text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be written
+            if not text.isascii():  # lone surrogates cannot be written
+                text = text.encode("utf-8", "replace").decode()
             yield {**row, "id": str(row.get("id") or f"{name}/{number}"), "text": text,
                    "words": len(text.split())}
         else:
@@ -1263,13 +1268,12 @@ def check_language(docs, o, stats):
     for doc in docs:
         doc["language"], p = identify_language(doc["text"], o.language_model)
         stats["languages"][doc["language"]] += 1
-        wanted = doc["language"] in o.languages
         sure = None if p >= o.language_threshold else "unsure"
-        reasons.append(sure if wanted else doc["language"])
+        reasons.append(sure if doc["language"] in o.languages else doc["language"])
     return reasons
 
 
-def check_rules(docs, o, names):
+def check_rules(docs, o, stats, names):
     """Apply rule sets; C4 takes out lines first."""
     for doc in docs if "c4" in names else ():
         edit(doc, c4_clean(doc["text"]))
@@ -1277,19 +1281,19 @@ def check_rules(docs, o, names):
     return failed_rules([doc["text"] for doc in docs], names, stop_words)
 
 
-def check_classifier(docs, o, task):
+def check_classifier(docs, o, stats, task):
     """Drop what a classifier calls bad, from the first 2,000 characters of each document."""
     bad = [bad_probability(doc["text"][:2000], task, getattr(o, task)) for doc in docs]
     return [f"{task} {p:.1f}" if p >= o.drop_above else None for p in bad]
 
 
-def check_evaluation(docs, o):
+def check_evaluation(docs, o, stats):
     """Drop documents that contain a piece of an evaluation set."""
     hit = contaminated([doc["text"] for doc in docs], evaluation_ngrams(tuple(o.decontaminate))[0])
     return ["13 words of an evaluation set" if bad else None for bad in hit]
 
 
-def mask_all(docs, stats):
+def mask_all(docs, o, stats):
     """Mask personal data; drops nothing."""
     masks = {"emails": mask_emails, "phone numbers": mask_phone_numbers, "IPs": mask_ips}
     for doc in docs:
@@ -1302,15 +1306,15 @@ def mask_all(docs, stats):
 
 def filters_of(o, stats):
     """The filters that are switched on, [(name, check)], cheap ones first."""
-    checks = [("language", functools.partial(check_language, o=o, stats=stats), o.languages)]
+    checks = {"language": check_language} if o.languages else {}
     for names in (["repetition", "gopher"], ["c4"], ["fineweb"]):
         if names := [name for name in names if name in o.rules]:
-            checks.append((names[-1], functools.partial(check_rules, o=o, names=names), True))
-    checks += [(task, functools.partial(check_classifier, o=o, task=task), getattr(o, task))
-               for task in BAD_LABEL]
-    checks += [("decontaminate", functools.partial(check_evaluation, o=o), o.decontaminate),
-               ("pii", functools.partial(mask_all, stats=stats), o.pii)]
-    return [(name, check) for name, check, wanted in checks if wanted]
+            checks[names[-1]] = functools.partial(check_rules, names=names)
+    checks |= {task: functools.partial(check_classifier, task=task)
+               for task in BAD_LABEL if getattr(o, task)}
+    checks |= {"decontaminate": check_evaluation} if o.decontaminate else {}
+    checks |= {"pii": mask_all} if o.pii else {}
+    return [(name, functools.partial(check, o=o, stats=stats)) for name, check in checks.items()]
 
 
 # ---- many shards, processes and machines ---------------------------------------------------------
@@ -1887,18 +1891,16 @@ def demo(o):
 # ---- measuring against the peers -----------------------------------------------------------------
 
 
-def seconds(function):
-    """(median wall-clock time, median CPU time without children) of three runs after a warm-up."""
-    times = []
-    for _ in range(4):
-        began, used = time.perf_counter(), time.process_time()
-        function()
-        times.append((time.perf_counter() - began, time.process_time() - used))
-    return [sorted(column)[1] for column in zip(*times[1:])]
-
-
 def show(what, ours, mb=None, **peers):
-    """Print a row of the table: our time, and each peer's time over ours."""
+    """Print a row of the table: medians of three runs, each peer's time over ours."""
+    def seconds(function):
+        times = []
+        for _ in range(4):  # the first warms caches and models, as they are in a long run
+            began, used = time.perf_counter(), time.process_time()
+            function()
+            times.append((time.perf_counter() - began, time.process_time() - used))
+        return [sorted(column)[1] for column in zip(*times[1:])]
+
     clock, cpu = seconds(ours)
     rate = f", {mb / clock:.1f} MB/s ({mb / cpu:.1f} by CPU time)" if mb else ""
     peers = {name: seconds(function)[0] for name, function in peers.items()}
@@ -1909,6 +1911,7 @@ def show(what, ours, mb=None, **peers):
 def bench(o):
     """Time signatures, LSH, rules and the pipeline beside datasketch and datatrove."""
     import datasketch
+    import xxhash
     from datatrove.data import Document
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
     from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
@@ -1921,30 +1924,11 @@ def bench(o):
         words = text.lower().translate(dict.fromkeys(map(ord, "!\"#$%&'()*+,-./:;?@[]_"))).split()
         return [" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))]
 
-    docs = (doc for path in find_inputs(o.input) for doc in read_documents(path, o.text_key))
-    texts = [doc["text"][at : at + 4000] for doc in docs for at in range(0, len(doc["text"]), 4000)]
-    texts = [text for text in texts if len(text.split()) >= 50]  # datatrove fails on tiny ones
-    mb = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
-    print(f"{len(texts):,} documents, {mb:.1f} MB")
-    trove = MinhashDedupSignature(tempfile.gettempdir(), MinhashConfig(n_grams=5), Whitespace())
-    show("signatures of raw text, 14 x 8", lambda: minhash_signatures(texts), mb,
-         datasketch=lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112),
-         datatrove=lambda: [trove.get_signature(trove.get_shingles(text)) for text in texts])
-    signatures = np.random.default_rng(0).integers(0, 2**32, (20_000, 112), dtype=np.uint32)
-    signatures[:2000] = signatures[2000:4000]  # a tenth of the documents has a copy
-    minhashes = [datasketch.MinHash(112) for _ in signatures]
-    for minhash, row in zip(minhashes, signatures):
-        minhash.hashvalues = row.astype(minhash.hashvalues.dtype)
-
     def their_lsh():
         lsh = datasketch.MinHashLSH(num_perm=112, params=(14, 8))
         for i, minhash in enumerate(minhashes):
             lsh.insert(i, minhash)
         return [lsh.query(minhash) for minhash in minhashes]
-
-    show("LSH of 20,000 documents", lambda: candidate_pairs(signatures, 14), datasketch=their_lsh)
-    theirs = [kind(language=Whitespace()) for kind in (GopherQualityFilter, GopherRepetitionFilter)]
-    docs = [Document(text, str(i)) for i, text in enumerate(texts)]
 
     def our_rules():
         return [r for part in batches(texts) for r in failed_rules(part, ("gopher", "repetition"))]
@@ -1952,6 +1936,24 @@ def bench(o):
     def their_rules():
         return [[filter_.filter(doc) is True for filter_ in theirs] for doc in docs]
 
+    docs = (doc for path in find_inputs(o.input) for doc in read_documents(path, o.text_key))
+    texts = [doc["text"][at : at + 4000] for doc in docs for at in range(0, len(doc["text"]), 4000)]
+    texts = [text for text in texts if len(text.split()) >= 50]  # datatrove fails on tiny ones
+    mb = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
+    print(f"{len(texts):,} documents, {mb:.1f} MB")
+    docs = [Document(text, str(i)) for i, text in enumerate(texts)]
+    trove = MinhashDedupSignature(tempfile.gettempdir(), MinhashConfig(n_grams=5), Whitespace())
+    trove._hash_func = lambda gram: xxhash.xxh64_intdigest(gram.encode())  # xxhash 4 takes no str
+    theirs = [kind(language=Whitespace()) for kind in (GopherQualityFilter, GopherRepetitionFilter)]
+    signatures = np.random.default_rng(0).integers(0, 2**32, (20_000, 112), dtype=np.uint32)
+    signatures[:2000] = signatures[2000:4000]  # a tenth of the documents has a copy
+    minhashes = [datasketch.MinHash(112) for _ in signatures]
+    for minhash, row in zip(minhashes, signatures):
+        minhash.hashvalues = row.astype(minhash.hashvalues.dtype)
+    show("signatures of raw text, 14 x 8", lambda: minhash_signatures(texts), mb,
+         datasketch=lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112),
+         datatrove=lambda: [trove.get_signature(trove.get_shingles(text)) for text in texts])
+    show("LSH of 20,000 documents", lambda: candidate_pairs(signatures, 14), datasketch=their_lsh)
     show("Gopher quality and repetition", our_rules, mb, datatrove=their_rules)
     same = [(rule is None) == all(passed) for rule, passed in zip(our_rules(), their_rules())]
     print(f"same verdict on {np.mean(same):.1%} of documents")
@@ -1961,20 +1963,20 @@ def bench(o):
 
 def bench_pipeline(o, texts, mb, folder):
     """Time WET files through all filters and three classifiers to signatures, 1 and 2 processes."""
-    flags = ["--drop-above", "1"]  # every document meets every classifier
-    flags += ["--language-model", o.language_model] if o.language_model else []
     bodies = [text.encode("utf-8", "replace") for text in texts]
     record = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
     for shard in range(8):
         with open(f"{folder}/{shard}.wet.gz", "wb") as file:
             file.writelines(gzip.compress(record % (len(b), b)) for b in bodies[shard::8])
-    for task, label in BAD_LABEL.items():  # what they learn does not matter here
-        with open(f"{folder}/{task}.jsonl", "w") as file:
-            file.writelines(json.dumps({"text": text, "label": ("fine", label)[i % 2]}) + "\n"
-                            for i, text in enumerate(texts))
+    labels = itertools.cycle(BAD_LABEL.values())  # what is learned does not matter here
+    o.model, o.epochs, o.seed = f"{folder}/nsfw.bin", 1, 0
+    fit_fasttext([f"__label__{next(labels)} {' '.join(text.split())}\n" for text in texts], o)
+    flags = ["--drop-above", "1"]  # every document meets every classifier
+    flags += ["--language-model", o.language_model] if o.language_model else []
+    for task in BAD_LABEL:
         flags += [f"--{task}", f"{folder}/{task}.bin"]
-        with contextlib.redirect_stdout(io.StringIO()):
-            main(["train", "--input", f"{folder}/{task}.jsonl", "--model", flags[-1]])
+        if task != "nsfw":
+            shutil.copy(o.model, flags[-1])
 
     def pipeline(processes):
         shutil.rmtree(f"{folder}/out", ignore_errors=True)
@@ -2018,64 +2020,47 @@ COMMANDS = {
     "demo": "Write a small crawl, of text found on this machine, to try all this on.",
     "bench": "Time the parts beside datasketch and datatrove, which must be installed.",
 }
-
-
-def add_flags(add, command):
-    """The flags of a command; `run` has those of all stages."""
-    if command == "demo":
-        return add("--out", default="crawl", help="directory of the crawl")
-    alone = command in ("train", "score", "bench")
-    if not alone:
-        add("--out", default="data", help="directory of everything that is written")
-    if command != "report":
-        add("--input", nargs="+", required=alone,
-            help="LABEL=FILE, or files with a label column" if command == "train" else
-            "files, directories, patterns (default: what the stage before left in --out)")
-    if command in ("run", *STAGES):
-        add("--processes", type=at_least(1), help="worker processes (default: one for each core)")
-    if command in ("run", "extract") or alone:
-        add("--text-key", default="text", help="column of the text in .jsonl, .csv, .tsv")
-    if command in ("run", "extract"):
-        add("--main-content", action="store_true", help="leave out menus and footers")
-    if command in ("run", "filter", "bench"):
-        add("--language-model", help="lid.176.bin or .ftz (default: downloads the .ftz)")
-    if command in ("run", "filter"):
-        add("--languages", nargs="*", default=["en"], help="ISO 639 codes to keep; none: all")
-        add("--language-threshold", type=share, default=0.65, help="least probability of it")
-        add("--rules", nargs="*", default=list(RULES), choices=list(RULES), help="rule sets")
-        for task, label in BAD_LABEL.items():
-            add(f"--{task}", metavar="MODEL", help=f"fastText model; drops its label {label}")
-        add("--drop-above", type=share, default=0.5, help="probability from which these drop")
-        add("--decontaminate", nargs="*", default=[], metavar="FILE",
-            help="evaluation sets; documents sharing 13 words in a row are dropped")
-        add("--no-pii", dest="pii", action="store_false", help="do not mask personal data")
-    if command in ("run", "lines"):
-        add("--keep", choices=("none", "first"), default="none", help="copies of a line to keep")
-        add("--min-words", type=at_least(0), default=50, help="shortest document left, words")
-    if command in ("run", "minhash"):
-        add("--num-hashes", type=at_least(1), default=112, help="hashes of a signature")
-        add("--num-bands", type=at_least(1), default=14, help="LSH bands, a divisor of these")
-        add("--ngrams", type=at_least(1), default=5, help="words of a shingle")
-        add("--jaccard", type=share, default=0.8, help="similarity from which on two are one")
-    if command in ("run", "tokenize"):
-        add("--tokenizer", help="tokenizer.json or its directory (default: train one here)")
-        add("--vocab-size", type=at_least(257), default=32_000, help="tokens of the one trained")
-        add("--val-fraction", type=share, default=0.005, help="share held out for validation")
-    if command in ("train", "score"):
-        add("--model", required=True, help="the fastText model")
-    if command == "train":
-        add("--label-key", default="label", help="column of the label")
-        add("--labels", nargs="*", default=[], metavar="OLD=NEW", help="labels to rename")
-        add("--epochs", type=at_least(1), default=5, help="passes over the data")
-    if command in ("run", "minhash", "train"):
-        add("--seed", type=at_least(0), default=0, help="of all that is random")
+STAGE = "run extract filter lines minhash tokenize"
+LIST, FILES, SHARE = dict(nargs="*"), dict(nargs="+", required=True), dict(type=share)
+FLAGS = [  # the commands that have it, the flag, its default, other settings, help
+    (STAGE + " report", "--out", "data", {}, "directory of everything that is written"),
+    ("demo", "--out", "crawl", {}, "directory of the crawl"),
+    (STAGE, "--input", None, LIST, "files, directories, patterns (or the stage before's in --out)"),
+    ("score bench", "--input", None, FILES, "files, directories, patterns"),
+    ("train", "--input", None, FILES, "LABEL=FILE, or files with a column of labels"),
+    (STAGE, "--processes", os.cpu_count() or 1, dict(type=at_least(1)), "workers of this machine"),
+    ("run extract train score bench", "--text-key", "text", {}, "column of the text in tables"),
+    ("run extract", "--main-content", False, dict(action="store_true"), "no menus and footers"),
+    ("run filter bench", "--language-model", None, {}, "lid.176.bin or .ftz (or downloads .ftz)"),
+    ("run filter", "--languages", ["en"], LIST, "ISO 639 codes to keep; none: all"),
+    ("run filter", "--language-threshold", 0.65, SHARE, "least probability of it"),
+    ("run filter", "--rules", list(RULES), dict(nargs="*", choices=list(RULES)), "rule sets"),
+    *(("run filter", f"--{task}", None, dict(metavar="MODEL"), f"fastText model; drops its {label}")
+      for task, label in BAD_LABEL.items()),
+    ("run filter", "--drop-above", 0.5, SHARE, "probability from which these drop"),
+    ("run filter", "--decontaminate", [], LIST, "evaluation sets whose 13-grams condemn"),
+    ("run filter", "--no-pii", True, dict(dest="pii", action="store_false"), "leave personal data"),
+    ("run lines", "--keep", "none", dict(choices=("none", "first")), "copies of a line to keep"),
+    ("run lines", "--min-words", 50, dict(type=at_least(0)), "shortest document left, words"),
+    ("run minhash", "--num-hashes", 112, dict(type=at_least(1)), "hashes of a signature"),
+    ("run minhash", "--num-bands", 14, dict(type=at_least(1)), "LSH bands, a divisor of these"),
+    ("run minhash", "--ngrams", 5, dict(type=at_least(1)), "words of a shingle"),
+    ("run minhash", "--jaccard", 0.8, SHARE, "similarity from which on two are one"),
+    ("run tokenize", "--tokenizer", None, {}, "tokenizer.json or its directory (or trains one)"),
+    ("run tokenize", "--vocab-size", 32_000, dict(type=at_least(257)), "tokens of the one trained"),
+    ("run tokenize", "--val-fraction", 0.005, SHARE, "share held out for validation"),
+    ("train score", "--model", None, dict(required=True), "the fastText model"),
+    ("train", "--label-key", "label", {}, "column of the label"),
+    ("train", "--labels", [], dict(nargs="*", metavar="OLD=NEW"), "labels to rename"),
+    ("train", "--epochs", 5, dict(type=at_least(1)), "passes over the data"),
+    ("run minhash train", "--seed", 0, dict(type=at_least(0)), "of all that is random"),
+]
 
 
 def run(o):
     """Run one stage or all, each on what the one before it left."""
     o.rank, o.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    o.processes = o.processes or max(1, (os.cpu_count() or 1) // local)
+    o.processes = max(1, o.processes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     names = list(STAGES)
     if not o.input and o.command in ("run", "extract"):
         raise ValueError("--input: name the crawl files, for example --input 'crawl/*.warc.gz'")
@@ -2094,7 +2079,9 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, formatter_class=form)
-        add_flags(sub.add_argument, command)
+        for users, flag, default, settings, text in FLAGS:
+            if command in users.split():
+                sub.add_argument(flag, default=default, help=text, **settings)
     o = parser.parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # every finished shard is safe
