@@ -28,6 +28,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -44,18 +45,18 @@ import urllib.request
 import zlib
 from collections import Counter
 from html import unescape
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 MAX_BYTES = 16 << 20  # a larger page or line is no document worth keeping: skipped and counted
-BATCH_CHARS = 1 << 18  # characters handled by one numpy call; its arrays, about 6 MB, stay in cache
+BATCH_CHARS = 1 << 17  # characters handled by one numpy call: its arrays stay in the cache
 
 
 # ---- reading WARC and WET files ------------------------------------------------------------------
 
 RECORD_START = re.compile(rb"(?:^|\n)(WARC/\d\.\d+\r?\n(?=[A-Za-z-]+:))")
+BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
 class Page(NamedTuple):
@@ -67,98 +68,44 @@ class Page(NamedTuple):
     body: bytes
 
 
-class ByteStream:
-    """The bytes of a plain or gzip file through a small buffer, able to go on behind damage.
+def inflate(file, begin, damaged):
+    """Yield the bytes of a plain or gzip file from an offset on, in chunks of up to 1 MiB.
 
-    Common Crawl compresses each record as a gzip member of its own, so that one can start at any of
-    them. After damage we look for the next member from just behind the *start* of the broken one:
-    inflating may have swallowed the start of its neighbour before it noticed.
+    Common Crawl compresses each record as a gzip member of its own. At a damaged member the chunks
+    end, and its offset is appended to `damaged`.
     """
+    file.seek(begin)
+    if begin == 0 and file.read(2) != b"\x1f\x8b":
+        file.seek(0)
+        yield from iter(functools.partial(file.read, 1 << 16), b"")
+        return
+    file.seek(begin)
+    member, raw, inflater = begin, b"", zlib.decompressobj(31)
+    while raw := raw or file.read(1 << 16):
+        try:
+            chunk = inflater.decompress(raw, 1 << 20)
+        except zlib.error:
+            damaged.append(member)
+            return
+        raw = inflater.unconsumed_tail
+        if inflater.eof:
+            raw, inflater = inflater.unused_data, zlib.decompressobj(31)
+            member = file.tell() - len(raw)
+        if chunk:
+            yield chunk
+    if member < file.tell():  # the file ends inside a member
+        damaged.append(member)
 
-    def __init__(self, path):
-        self.file = open(path, "rb")
-        self.is_gzip = self.file.read(2) == b"\x1f\x8b"
-        self.buffer = bytearray()
-        self.begin(0)
 
-    def begin(self, offset):
-        """Read on from this offset of the file."""
-        self.file.seek(offset)
-        self.member, self.raw, self.damaged = offset, b"", False
-        self.inflater = zlib.decompressobj(31)
-
-    def fill(self):
-        """Append up to 1 MiB to the buffer; False at the end of the file or at damage."""
-        if not self.is_gzip:
-            self.buffer += (chunk := self.file.read(1 << 16))
-            return bool(chunk)
-        while not self.damaged:
-            if self.inflater.eof:
-                self.raw = self.inflater.unused_data
-                self.member = self.file.tell() - len(self.raw)
-                self.inflater = zlib.decompressobj(31)
-            self.raw = self.raw or self.file.read(1 << 16)
-            if not self.raw:  # the file ends; inside a member, if any of it was read
-                self.damaged = self.file.tell() > self.member
-                return False
-            try:
-                chunk = self.inflater.decompress(self.raw, 1 << 20)
-            except zlib.error:
-                self.damaged = True
-                return False
-            self.raw = self.inflater.unconsumed_tail
-            self.buffer += chunk
-            if chunk:
-                return True
-        return False
-
-    def restart(self):
-        """After damage: go to the next gzip member; False when there is none."""
-        offset, tail = self.member + 1, b""
-        self.file.seek(offset)
-        while block := self.file.read(1 << 20):
-            if found := re.search(rb"\x1f\x8b\x08[\x00-\x1f]", tail + block):
-                self.buffer.clear()
-                self.begin(offset - len(tail) + found.start())
-                return True
-            offset, tail = offset + len(block), block[-3:]
-        return False
-
-    def find_record(self, counts):
-        """Drop bytes up to the next `WARC/1.x` line; False at the end of the file."""
-        while not (found := RECORD_START.search(self.buffer)):
-            del self.buffer[:-64]
-            if not self.fill():
-                if not self.damaged:
-                    return False
-                counts["damaged_gzip"] += 1
-                if not self.restart():
-                    return False
-        del self.buffer[: found.start(1)]
-        return True
-
-    def take(self, size):
-        """The next `size` bytes, fewer at the end of the file or at damage."""
-        while len(self.buffer) < size and self.fill():
-            pass
-        block = bytes(self.buffer[:size])
-        del self.buffer[:size]
-        return block
-
-    def take_headers(self):
-        """Header lines up to the blank one; {} when they do not end within 64 KiB."""
-        while not (end := re.search(rb"\r?\n\r?\n", self.buffer)):
-            if len(self.buffer) > 1 << 16 or not self.fill():
-                self.take(5)  # behind this "WARC/", to find the next
-                return {}
-        return parse_headers(self.take(end.end()))
-
-    def at_boundary(self):
-        """Whether a record ends here: two newlines, or any number before the next or the end."""
-        while len(self.buffer) < 16 and self.fill():
-            pass
-        rest = self.buffer[:16]
-        return rest.startswith(b"\r\n\r\n") or rest.lstrip(b"\r\n")[:5] in (b"", b"WARC/")
+def next_member(file, offset):
+    """Offset of the next gzip header at or behind `offset`, or None."""
+    file.seek(offset)
+    tail = b""
+    while block := file.read(1 << 20):
+        if found := re.search(rb"\x1f\x8b\x08[\x00-\x1f]", tail + block):
+            return offset - len(tail) + found.start()
+        offset, tail = offset + len(block), block[-3:]
+    return None
 
 
 def parse_headers(block):
@@ -166,6 +113,47 @@ def parse_headers(block):
     first, *lines = block.decode("utf-8", "replace").splitlines() or [""]
     pairs = (line.split(":", 1) for line in lines if ":" in line)
     return {":": first} | {name.strip().lower(): value.strip() for name, value in pairs}
+
+
+def split_records(chunks, max_bytes, counts):
+    """Yield (headers, body) of the WARC records in a run of bytes.
+
+    Only the header of a record that turns out unusable is taken away, because its Content-Length
+    may be the lie, and its neighbours inside what it claims.
+    """
+    buffer = bytearray()
+
+    def fill(size):
+        """Whether the buffer could be filled up to `size` bytes."""
+        while len(buffer) < size and (chunk := next(chunks, b"")):
+            buffer.extend(chunk)
+        return len(buffer) >= size
+
+    while True:
+        while not (start := RECORD_START.search(buffer)):
+            del buffer[:-64]
+            if not fill(len(buffer) + 1):
+                return
+        counts["records"] += 1
+        del buffer[: start.start(1)]
+        while not (end := BLANK_LINE.search(buffer)) and len(buffer) < 1 << 16:
+            if not fill(len(buffer) + 1):
+                break
+        headers = parse_headers(buffer[: end.end()]) if end else {}
+        del buffer[: end.end() if end else 5]  # 5: behind this "WARC/", to find the next
+        length = headers.get("content-length", "")
+        if not length.isascii() or not length.isdecimal():
+            counts["bad_header"] += 1
+        elif (size := int(length[:20])) > max_bytes:
+            counts["too_large"] += 1
+        elif not fill(size + 16) and len(buffer) < size:
+            counts["truncated"] += 1
+        elif not re.match(rb"\r\n\r\n|[\r\n]*(WARC/|$)", buffer[size : size + 16]):
+            counts["misaligned"] += 1
+        else:
+            body = bytes(buffer[:size])
+            del buffer[:size]
+            yield headers, body
 
 
 def dechunk(body):
@@ -192,7 +180,7 @@ def page_of(headers, block, max_bytes, counts):
     url = headers.get("warc-target-uri", "").strip("<>")  # wget writes <http://...>
     if headers.get("warc-type") == "conversion":
         return Page(url, "text/plain", "utf-8", block)
-    end = re.search(rb"\r?\n\r?\n", block)
+    end = BLANK_LINE.search(block)
     http = parse_headers(block[: end.start()] if end else block)
     declared = http.get("content-type", "").lower()
     kind = (headers.get("warc-identified-payload-type") or declared).split(";")[0].strip()
@@ -219,28 +207,22 @@ def read_warc(path, max_bytes=MAX_BYTES, counts=None):
 
     A record that cannot be used is skipped and counted in `counts`, a Counter: "truncated" (the
     file ends inside it), "misaligned" (its Content-Length is wrong), "too_large" (over `max_bytes`;
-    never held in memory), "bad_header", "damaged_gzip", "not_warc". Reading resumes at the next
-    thing that looks like a record, so that a bad record never costs its neighbours.
+    never held in memory), "bad_header", "damaged_gzip", "not_warc". Reading goes on at the next
+    thing that looks like a record. After a damaged gzip member that is searched for from just
+    behind its *start*: inflating may have swallowed its neighbour before it noticed.
     """
-    counts = Counter() if counts is None else counts
-    stream, records = ByteStream(path), 0
-    with stream.file:
-        while stream.find_record(counts):
-            records += 1
-            headers = stream.take_headers()
-            length = headers.get("content-length", "")
-            if not length.isascii() or not length.isdecimal():
-                counts["bad_header"] += 1
-            elif int(length[:20]) > max_bytes:  # search, not skip: the length may be the lie
-                counts["too_large"] += 1
-            elif len(block := stream.take(int(length))) < int(length) or not stream.at_boundary():
-                counts["truncated" if len(block) < int(length) else "misaligned"] += 1
-                stream.buffer[:0] = block  # a neighbour may be inside
-            elif page := page_of(headers, block, max_bytes, counts):
-                counts["pages"] += 1
-                yield page
-    if records == 0:
-        counts["not_warc"] += 1
+    counts, begin, records = Counter() if counts is None else counts, 0, Counter()
+    with open(path, "rb") as file:
+        while begin is not None:
+            damaged = []
+            for headers, block in split_records(inflate(file, begin, damaged), max_bytes, records):
+                if page := page_of(headers, block, max_bytes, counts):
+                    counts["pages"] += 1
+                    yield page
+            counts["damaged_gzip"] += len(damaged)
+            begin = next_member(file, damaged[0] + 1) if damaged else None
+    counts["not_warc"] += records.pop("records", 0) == 0
+    counts.update(records)
 
 
 # ---- HTML to text --------------------------------------------------------------------------------
@@ -395,11 +377,17 @@ def download_language_model(path, url=LID_URL, sha256=LID_SHA256):
 def identify_language(text, model=None):
     """(ISO 639 code, probability in [0, 1]) of a text's language; ("und", 0.0) for no text.
 
-    `model` is lid.176.bin or .ftz; the .ftz (0.9 MB) is downloaded if not given. Reads 2,000
-    characters: that agrees with the whole text on 99.7 % of pages and is five times faster.
+    `model` is lid.176.bin or .ftz; the .ftz (0.9 MB) is downloaded if not given. Reads 500
+    characters, and 2,000 where those leave a doubt; 2,000 agree with the whole text on 99.7 % of
+    pages. Stops and commas go, because fastText would take "word." for another word than "word".
     """
     model = model or download_language_model(os.path.expanduser("~/.cache/scratchlm/lid.176.ftz"))
-    return (predict(text[:2000], model) or [("und", 0.0)])[0]
+    best = ("und", 0.0)
+    for size in (500, 2000):
+        best = (predict(re.sub(r'[.,;:!?"]+', "", text[:size]), model) or [best])[0]
+        if best[1] > 0.9 or len(text) <= size:
+            break
+    return best
 
 
 def classify_nsfw(text, model="models/nsfw.bin"):
@@ -445,42 +433,44 @@ def mask_emails(text):
     >>> mask_emails("write to ada@example.org!")
     ('write to |||EMAIL_ADDRESS|||!', 1)
     """
-    likely = re.search(r"@[\w-]+\.", text)  # starts with a letter, which `re` finds fast
+    likely = re.search(r"@[\w-]+\.", text)  # begins with a fixed character: found fast
     return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if likely else (text, 0)
 
 
 def mask_phone_numbers(text):
     """(text with |||PHONE_NUMBER||| for each phone number, how many were replaced)."""
-    likely = re.search(r"\d{3}\)?[ .-]{0,2}\d{3}[ .-]?\d{4}", text) or re.search(r"\+[1-9]", text)
+    likely = re.search("[0-9]{3}\\)?[ .-]{0,2}[0-9]{3}[ .-]?[0-9]{4}", text)
+    likely = likely or re.search(r"\+[1-9]", text)
     return PHONE.subn("|||PHONE_NUMBER|||", text) if likely else (text, 0)
 
 
 def mask_ips(text):
     """(text with |||IP_ADDRESS||| for each IPv4 address, how many were replaced)."""
-    likely = re.search(r"\d\.\d{1,3}\.\d", text)
+    likely = re.search(r"\.\d{1,3}\.\d", text)
     return IP.subn("|||IP_ADDRESS|||", text) if likely else (text, 0)
 
 
 # ---- many documents as one array of words --------------------------------------------------------
 #
 # Python spends 50 ns and more on every word it touches. So a batch of documents becomes one array
-# of code points, and everything below (words, hashes, n-grams) is arithmetic on whole arrays.
+# of code points, and all below (words, lines, hashes, n-grams) is arithmetic on whole arrays.
 
-BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
+STEP = np.uint64(0xD1342543DE82EF95)  # the same for n-grams
+LAST = 0x34000  # no letters are assigned to code points above
+SEVERAL = 0xFFFFFFFF  # marks characters that `normalise` turns into several
 
 
 class Words(NamedTuple):
-    """The words of a batch: D documents, W words in all."""
+    """The words of a batch: D documents, W words, N characters in all, newlines around each."""
 
-    lengths: np.ndarray  # (W,) characters
-    hashes: np.ndarray  # (W,) uint64
+    codes: np.ndarray  # (N,) uint32 code points
+    sums: np.ndarray  # (N,) uint64 prefix sums of codes[i] * BASE**i
+    start: np.ndarray  # (W,) the character before each word
+    end: np.ndarray  # (W,) its last character
     alphabetic: np.ndarray | None  # (W,) bool: contains a letter; None if normalised
     first: np.ndarray  # (D + 1,) index of each document's first word
     doc: np.ndarray  # (W,) which document
-
-
-LAST = 0x34000  # no letters are assigned to code points above
-SEVERAL = 0xFFFFFFFF  # marks characters that `normalise` turns into several
 
 
 @functools.lru_cache(maxsize=1)
@@ -496,16 +486,19 @@ def character_tables():
         category = unicodedata.category(chr(c))
         classes[c] = 3 if chr(c).isspace() else 0 if category == "Mn" else kinds[category[0]]
     for c in np.flatnonzero(classes).tolist():
-        form = [x for x in unicodedata.normalize("NFD", chr(c).lower()) if classes[ord(x)]]
+        form = unicodedata.normalize("NFD", chr(c).lower())
+        if len(form) > 1:
+            form = [x for x in form if classes[ord(x)]]
         normal[c] = SEVERAL if len(form) > 1 or chr(c) == "Σ" else ord(form[0]) if form else 0
     normal[classes == 3] = 32
     return classes, normal
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=8)
 def powers(size):
-    """BASE**i and BASE**-i modulo 2**64 for i < size: (2, size) uint64."""
-    both = np.full((2, size), [[BASE], [pow(BASE, -1, 1 << 64)]], np.uint64)
+    """BASE**i and BASE**-i modulo 2**64 for i < 2**size: (2, 2**size) uint64."""
+    size = 1 << size
+    both = np.full((2, size), [[BASE], [pow(int(BASE), -1, 1 << 64)]], np.uint64)
     both[:, 0] = 1
     return np.cumprod(both, axis=1, dtype=np.uint64)
 
@@ -540,36 +533,50 @@ def normal_code_points(texts):
         codes, bounds = code_points(texts)
         codes = normal.take(codes)
     keep = codes > 0
-    return codes[keep], np.append(0, np.cumsum(keep, dtype=np.int32))[bounds]
+    left = [np.count_nonzero(keep[a:b]) for a, b in zip([0, *bounds], bounds)]
+    return codes[keep], np.cumsum(left)
 
 
 def split_words(texts, normalised=False):
-    """Cut a batch of texts, or their normal forms, at white space and hash each word: -> Words.
-
-    A word's hash is the polynomial sum(c_i * BASE**i) modulo 2**64 over its characters. With prefix
-    sums S over the whole batch it is (S[end] - S[start]) / BASE**start, one expression for all
-    words, equal for equal words wherever they stand.
-    """
+    """Cut a batch of texts, or their normal forms, at white space: -> Words."""
     codes, bounds = normal_code_points(texts) if normalised else code_points(texts)  # (N,), (D+1,)
     kinds = None if normalised else character_tables()[0].take(codes)
     inside = codes != 32 if normalised else kinds != 3
     edges = np.flatnonzero(inside[1:] != inside[:-1])
-    starts, ends = edges[::2], edges[1::2]  # the last character before the word, and of it
-    up, down = powers(max(BATCH_CHARS * 2, 1 << len(codes).bit_length()))
-    sums = np.cumsum(codes * up[: len(codes)])
-    hashes = mix((sums[ends] - sums[starts]) * down[starts])
-    letters = None if normalised else np.cumsum(kinds == 2, dtype=np.int32)
-    alphabetic = None if normalised else letters[ends] > letters[starts]
-    first = np.searchsorted(starts, bounds - 1)
+    start, end = edges[::2].copy(), edges[1::2].copy()
+    first = np.searchsorted(start, bounds - 1)
     doc = np.repeat(np.arange(len(texts)), np.diff(first))
-    return Words(ends - starts, hashes, alphabetic, first, doc)
+    sums = np.cumsum(codes * powers(len(codes).bit_length())[0, : len(codes)])
+    alphabetic = None if normalised else any_letter(kinds == 2, start, end)
+    return Words(codes, sums, start, end, alphabetic, first, doc)
+
+
+def any_letter(letters, start, end):
+    """(W,) bool: words with a letter. Nearly all begin with one; only the others are searched."""
+    found = letters[start + 1]
+    other = np.flatnonzero(~found)
+    spans = np.stack([start[other] + 1, end[other] + 1], 1).ravel()
+    found[other] = np.logical_or.reduceat(letters, spans)[::2] if len(other) else False
+    return found
+
+
+def span_hashes(words, start, end):
+    """(M,) uint64 hashes of characters start + 1 to end, such as those of words or of lines.
+
+    The hash is the polynomial sum(c_i * BASE**i) modulo 2**64 over the span's characters: by prefix
+    sums S over the whole batch (S[end] - S[start]) / BASE**start, one expression for all spans,
+    equal for equal spans wherever they stand.
+    """
+    down = powers(len(words.codes).bit_length())[1]
+    return (words.sums[end] - words.sums[start]) * down[start]
 
 
 def combine(hashes, n):
     """Hash of every n consecutive word hashes: (W,) -> (W - n + 1,) uint64; order matters."""
     total = hashes[: len(hashes) - n + 1].copy()
     for j in range(1, n):
-        total = total * np.uint64(BASE) + hashes[j : j + len(total)]
+        total *= STEP
+        total += hashes[j : j + len(total)]
     return mix(total)
 
 
@@ -596,57 +603,56 @@ def batches(items, size_of=len):
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")  # Gopher, A.1.1
 COURSE_RULES = ("words", "word_length", "ellipsis_lines", "alphabetic")
-RULE_SETS = ("gopher", "repetition", "c4", "fineweb")
 TERMINAL = tuple(".!?…\"'”’」』。！？｡؟۔।")
 POLICY = re.compile("javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookies")
 
+# Every rule: what is measured, and the least and the most that passes. The measures of a set are
+# computed together, by the function named like it. In FineWeb's order; "inside" its bounds passes.
+RULES = {
+    "repetition": {  # Gopher (Rae et al. 2021), Table A1
+        "copied_lines": (0, 0.30), "copied_line_characters": (0, 0.20),
+        "copied_paragraphs": (0, 0.30), "copied_paragraph_characters": (0, 0.20),
+        "top_2_gram": (0, 0.20), "top_3_gram": (0, 0.18), "top_4_gram": (0, 0.16),
+        "repeated_5_grams": (0, 0.15), "repeated_6_grams": (0, 0.14),
+        "repeated_7_grams": (0, 0.13), "repeated_8_grams": (0, 0.12),
+        "repeated_9_grams": (0, 0.11), "repeated_10_grams": (0, 0.10)},
+    "gopher": {  # Gopher, A.1.1
+        "words": (50, 100_000), "word_length": (3, 10), "symbols": (0, 0.1),
+        "bullet_lines": (0, 0.9), "ellipsis_lines": (0, 0.3), "alphabetic": (0.8, 1),
+        "stop_words": (2, 8)},
+    "c4": {  # C4 (Raffel et al. 2020), section 2.2
+        "lorem_ipsum": (0, 0), "curly_bracket": (0, 0), "sentences": (3, np.inf)},
+    "fineweb": {  # FineWeb (Penedo et al. 2024), section 3.6; its bounds themselves fail
+        "line_punctuation": (np.nextafter(0.12, 1), 1), "short_lines": (0, np.nextafter(0.67, 0)),
+        "duplicate_line_characters": (0, np.nextafter(0.1, 0))},
+}
 
-def ratio(part, whole):
-    """part / whole, 0 where there is nothing to divide by."""
-    return np.divide(part, whole, out=np.zeros(len(whole)), where=np.asarray(whole) > 0)
+
+def ratio(part, whole, empty=0.0):
+    """part / whole, and `empty` where there is nothing to divide by."""
+    return np.divide(part, whole, out=np.full(len(whole), empty), where=np.asarray(whole) > 0)
 
 
-def text_lines(text):
-    """The lines of a text that are not blank, stripped."""
-    return [line for line in map(str.strip, text.split("\n")) if line]
+def find_lines(words, newlines=1):
+    """Lines that hold a word, or with newlines=2 paragraphs: (L,) start, end (as in Words), doc.
 
-
-def gopher_quality(texts, words, stop_words=STOP_WORDS):
-    """{rule: (D,) bool, True where it fails}: rules and thresholds of Gopher, A.1.1.
-
-    words: 50 to 100,000. word_length: mean of 3 to 10 characters. symbols: at most 0.1 "#" or
-    ellipses a word. bullet_lines: at most 90 % of lines. ellipsis_lines: at most 30 % end in one.
-    alphabetic: at least 80 % of words contain a letter. stop_words: at least two of eight.
+    datatrove also counts lines of blanks alone, and so calls them copies of each other.
     """
-    count = np.diff(words.first)
-    length = ratio(per_document(words.lengths, words.first), count)
-    lines = [text_lines(text) for text in texts]
-    num_lines = np.array([len(part) for part in lines])
-    bullets = np.array([sum(line[0] in "•‣●◦▪-*" for line in part) for part in lines])
-    ellipses = np.array([sum(line.endswith(("...", "…")) for line in part) for part in lines])
-    dots = np.array([text.count("...") + text.count("…") for text in texts])
-    hashes = np.array([text.count("#") for text in texts])
-    stops = np.zeros((len(texts), len(stop_words)), bool)
-    for j, hash_ in enumerate(split_words([" ".join(stop_words)]).hashes):
-        stops[words.doc[words.hashes == hash_], j] = True
-    return {
-        "words": (count < 50) | (count > 100_000),
-        "word_length": (length < 3) | (length > 10),
-        "symbols": (ratio(hashes, count) > 0.1) | (ratio(dots, count) > 0.1),
-        "bullet_lines": ratio(bullets, num_lines) > 0.9,
-        "ellipsis_lines": ratio(ellipses, num_lines) > 0.3,
-        "alphabetic": ratio(per_document(words.alphabetic, words.first), count) < 0.8,
-        "stop_words": stops.sum(1) < min(2, len(stop_words)),
-    }
+    size = len(words.start)
+    breaks = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))  # word behind each
+    breaks = np.bincount(np.append(breaks, np.repeat(words.first[:-1], 2)), minlength=size + 1)
+    begin = np.flatnonzero(breaks[:size] >= newlines)  # (L,) each one's first word
+    last = np.append(begin[1:], size)[: len(begin)] - 1
+    return words.start[begin], words.end[last], words.doc[begin]
 
 
-def later_copies(parts):
-    """The parts that repeat an earlier one."""
-    seen, copies = set(), []
-    for part in parts if len(set(parts)) < len(parts) else ():
-        copies += [part] if part in seen else []
-        seen.add(part)
-    return copies
+def repeats(words, start, end, doc):
+    """(L,) bool: spans equal to an earlier one of their document."""
+    keys = mix(span_hashes(words, start, end)) + mix(doc.astype(np.uint64))
+    order = np.argsort(keys, kind="stable")
+    later = np.zeros(len(keys), bool)
+    later[order[1:]] = keys[order[1:]] == keys[order[:-1]]
+    return later
 
 
 def repeated_ngrams(words, longest):
@@ -656,11 +662,12 @@ def repeated_ngrams(words, longest):
     before". Only where the (n - 1)-gram is repeated can the n-gram be, so M shrinks fast. The index
     sits in the low bits of what is sorted, behind 40 or more bits of hash.
     """
-    at, totals = np.arange(len(words.hashes)), words.hashes + mix(words.doc.astype(np.uint64))
+    hashes = span_hashes(words, words.start, words.end)
+    at, totals = np.arange(len(hashes)), hashes + mix(words.doc.astype(np.uint64))
     bits = np.uint64(max(20, len(at).bit_length()))
     for n in range(2, longest + 1):
         at = at[at + n <= words.first[words.doc[at] + 1]]
-        totals[at] = mix(totals[at] * np.uint64(BASE) + words.hashes[at + n - 1])
+        totals[at] = mix(totals[at] * STEP + hashes[at + n - 1])
         keys = np.sort(totals[at] >> bits << bits | at.astype(np.uint64))
         at = (keys & ~(~np.uint64(0) << bits)).astype(np.int64)
         same = np.append(False, (keys[1:] ^ keys[:-1]) >> bits == 0)[: len(at)]
@@ -673,7 +680,7 @@ def top_ngram_characters(words, n, at, same):
     heads = np.flatnonzero(~same)
     count = np.diff(np.append(heads, len(at)))
     heads, count = at[heads[count > 1]], count[count > 1]
-    total = np.append(0, np.cumsum(words.lengths))
+    total = np.append(0, np.cumsum(words.end - words.start))
     size = total[heads + n] - total[heads] + n - 1  # with the spaces between
     best = np.zeros(len(words.first) - 1, np.int64)
     np.maximum.at(best, words.doc[heads], count << 32 | size)  # most frequent, then longest
@@ -683,35 +690,118 @@ def top_ngram_characters(words, n, at, same):
 def repeated_ngram_characters(words, n, at, same):
     """(D,) characters of words inside an n-gram seen earlier in the document.
 
-    Overlapping n-grams count once, as the paper asks: +1 where one starts, -1 behind its end, and a
-    word is covered where the running sum is positive.
+    Overlapping n-grams count once, as the paper asks.
     """
-    later, size = at[same], len(words.hashes) + 1
-    cover = np.cumsum(np.bincount(later, minlength=size) - np.bincount(later + n, minlength=size))
-    return per_document(words.lengths * (cover[:-1] > 0), words.first)
+    covered = distinct((at[same][:, None] + np.arange(n)).ravel())
+    size = words.end[covered] - words.start[covered]
+    return np.bincount(words.doc[covered], size, minlength=len(words.first) - 1)
 
 
-def gopher_repetition(texts, words):
-    """{rule: (D,) bool, True where it fails}: the repetition rules of Gopher, Table A1.
+def measure_repetition(texts, words, stop_words):
+    """Shares of a document's lines, paragraphs and characters that repeat what it said before.
 
-    Of lines and of paragraphs at most 30 % may be copies of an earlier one, holding at most 20 % of
-    characters; the top 2-, 3-, 4-gram at most 20, 18, 16 % of characters; repeated 5- to 10-grams
-    at most 15, 14, 13, 12, 11, 10 %.
+    copied_lines, copied_paragraphs: copies of an earlier one, of all. The others are shares of the
+    characters: those in such copies, those in all copies of the top n-gram, and those in n-grams
+    that occurred before.
     """
-    size, failed = np.array([max(1, len(text)) for text in texts]), {}
-    for name, mark in (("line", "\n"), ("paragraph", "\n\n")):
-        parts = [[part for part in text.split(mark) if part] or [""] for text in texts]
-        copies = [later_copies(part) for part in parts]
-        share = np.array([len(copied) / len(part) for copied, part in zip(copies, parts)])
-        failed[f"copied_{name}s"] = share > 0.3
-        characters = np.array([sum(map(len, copied)) for copied in copies])
-        failed[f"copied_{name}_characters"] = characters > 0.2 * size
-    most = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    size, shares = np.array([max(1, len(text)) for text in texts]), {}
+    for name, newlines in (("line", 1), ("paragraph", 2)):
+        start, end, doc = find_lines(words, newlines)
+        later = repeats(words, start, end, doc)
+        count = functools.partial(np.bincount, doc, minlength=len(texts))
+        shares[f"copied_{name}s"] = ratio(count(later), count())
+        shares[f"copied_{name}_characters"] = count(later * (end - start)) / size
     for n, at, same in repeated_ngrams(words, 10):
         count = top_ngram_characters if n < 5 else repeated_ngram_characters
         name = f"top_{n}_gram" if n < 5 else f"repeated_{n}_grams"
-        failed[name] = count(words, n, at, same) > most[n] * size
-    return failed
+        shares[name] = count(words, n, at, same) / size
+    return shares
+
+
+def measure_gopher(texts, words, stop_words):
+    """Length and make-up of documents.
+
+    words: how many. word_length: mean characters. symbols: "#" or ellipses for each word, the
+    commoner. bullet_lines, ellipsis_lines: share that starts with a bullet, ends in an ellipsis.
+    alphabetic: share of words with a letter. stop_words: how many of the eight occur.
+    """
+    count = np.diff(words.first)
+    start, end, doc = find_lines(words)
+    of_lines = functools.partial(np.bincount, doc, minlength=len(texts))
+    bullets = np.isin(words.codes[start + 1], [ord(c) for c in "•‣●◦▪-*"])
+    dots = (words.codes[end] == 46) & (words.codes[end - 1] == 46) & (words.codes[end - 2] == 46)
+    symbols = [max(text.count("#"), text.count("...") + text.count("…")) for text in texts]
+    stops = np.zeros((len(texts), len(stop_words)), bool)
+    hashes, wanted = (span_hashes(some, some.start, some.end)
+                      for some in (words, split_words([" ".join(stop_words)])))
+    for j, hash_ in enumerate(wanted):
+        stops[words.doc[hashes == hash_], j] = True
+    return {
+        "words": count,
+        "word_length": ratio(per_document(words.end - words.start, words.first), count),
+        "symbols": ratio(symbols, count),
+        "bullet_lines": ratio(of_lines(bullets), of_lines()),
+        "ellipsis_lines": ratio(of_lines(dots | (words.codes[end] == ord("…"))), of_lines()),
+        "alphabetic": ratio(per_document(words.alphabetic, words.first), count),
+        "stop_words": stops.sum(1) if stop_words else np.full(len(texts), 2),
+    }
+
+
+def measure_c4(texts, words, stop_words):
+    """How often "lorem ipsum", "{" and ends of sentences (counted up to 3) occur in documents."""
+    ends = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]").finditer
+    return {
+        "lorem_ipsum": np.array([text.lower().count("lorem ipsum") for text in texts]),
+        "curly_bracket": np.array([text.count("{") for text in texts]),
+        "sentences": np.array([len(list(itertools.islice(ends(text), 3))) for text in texts]),
+    }
+
+
+def measure_fineweb(texts, words, stop_words):
+    """Lines of documents.
+
+    line_punctuation: share that ends in it. short_lines: share under 30 characters.
+    duplicate_line_characters: share of the lines' characters in copies of an earlier line.
+    """
+    start, end, doc = find_lines(words)
+    count = functools.partial(np.bincount, doc, minlength=len(texts))
+    marks = np.isin(words.codes[end], [ord(c) for c in TERMINAL])
+    later = repeats(words, start, end, doc)
+    return {
+        "line_punctuation": ratio(count(marks), count()),
+        "short_lines": ratio(count(end - start < 30), count(), empty=1.0),
+        "duplicate_line_characters": ratio(count(later * (end - start)), count(end - start)),
+    }
+
+
+def failures(name, texts, words, stop_words=STOP_WORDS):
+    """{rule: (D,) bool, True where it fails} of one set of RULES, for texts split into words."""
+    measure = {"repetition": measure_repetition, "gopher": measure_gopher, "c4": measure_c4,
+               "fineweb": measure_fineweb}[name]
+    found = measure(texts, words, stop_words)
+    return {rule: (found[rule] < least) | (found[rule] > most)
+            for rule, (least, most) in RULES[name].items()}
+
+
+def failed_rules(texts, rules=tuple(RULES), stop_words=STOP_WORDS):
+    """The first rule each text fails, such as "gopher: words", or None; in the order of RULES."""
+    words = split_words(texts) if set(rules) != {"c4"} else None  # which needs none
+    found = [None] * len(texts)
+    for name in (name for name in RULES if name in rules):
+        for rule, failed in failures(name, texts, words, stop_words).items():
+            for i in np.flatnonzero(failed):
+                found[i] = found[i] or f"{name}: {rule}"
+    return found
+
+
+def gopher_quality_filter(text):
+    """Whether a text passes four of the Gopher rules (Rae et al. 2021, A.1.1), those of CS336.
+
+    50 to 100,000 words of 3 to 10 characters on average, at most 30 % of lines ending in an
+    ellipsis, at least 80 % of words with a letter.
+    """
+    failed = failures("gopher", [text], split_words([text]))
+    return not any(failed[rule][0] for rule in COURSE_RULES)
 
 
 def c4_clean(text, min_words=5, terminal_punctuation=False):
@@ -728,59 +818,7 @@ def c4_clean(text, min_words=5, terminal_punctuation=False):
             (hit and POLICY.search(line.lower()))
             or (terminal_punctuation and not line.rstrip().endswith(TERMINAL)))
 
-    return "\n".join(x for x in text.split("\n") if not x.strip() or good(x)).strip()
-
-
-def c4_quality(texts):
-    """{rule: (D,) bool, True where it fails}: C4's rules for pages (section 2.2).
-
-    lorem_ipsum: contains it. curly_bracket: contains one. sentences: fewer than 3.
-    """
-    ends = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]").finditer
-    return {
-        "lorem_ipsum": np.array(["lorem ipsum" in text.lower() for text in texts]),
-        "curly_bracket": np.array(["{" in text for text in texts]),
-        "sentences": np.array([len(list(islice(ends(text), 3))) < 3 for text in texts]),
-    }
-
-
-def fineweb_quality(texts):
-    """{rule: (D,) bool, True where it fails}: FineWeb's own rules (section 3.6).
-
-    line_punctuation: at most 12 % of lines end in it. short_lines: at least 67 % have under 30
-    characters. duplicate_line_characters: at least 10 % of characters are in copied lines.
-    """
-    lines = [text_lines(text) or [""] for text in texts]
-    ends = np.array([np.mean([line.endswith(TERMINAL) for line in part]) for part in lines])
-    short = np.array([np.mean([len(line) < 30 for line in part]) for part in lines])
-    copied = np.array([sum(map(len, later_copies(part))) for part in lines])
-    total = np.array([sum(map(len, part)) for part in lines])
-    return {"line_punctuation": ends <= 0.12, "short_lines": short >= 0.67,
-            "duplicate_line_characters": copied >= np.maximum(1, 0.1 * total)}
-
-
-def failed_rules(texts, rules=RULE_SETS, stop_words=STOP_WORDS):
-    """The first rule each text fails, such as "gopher: words", or None; in FineWeb's order."""
-    words = split_words(texts) if {"gopher", "repetition"} & set(rules) else None
-    checks = {"repetition": lambda: gopher_repetition(texts, words),
-              "gopher": lambda: gopher_quality(texts, words, stop_words),
-              "c4": lambda: c4_quality(texts), "fineweb": lambda: fineweb_quality(texts)}
-    found = [None] * len(texts)
-    for name in (name for name in checks if name in rules):
-        for rule, failed in checks[name]().items():
-            for i in np.flatnonzero(failed):
-                found[i] = found[i] or f"{name}: {rule}"
-    return found
-
-
-def gopher_quality_filter(text):
-    """Whether a text passes four of the Gopher rules, those of CS336 (see gopher_quality).
-
-    50 to 100,000 words of 3 to 10 characters on average, at most 30 % of lines ending in an
-    ellipsis, at least 80 % of words with a letter.
-    """
-    failed = gopher_quality([text], split_words([text]))
-    return not any(failed[rule][0] for rule in COURSE_RULES)
+    return "\n".join(x for x in text.split("\n") if good(x) or not x.strip()).strip()
 
 
 # ---- exact line deduplication --------------------------------------------------------------------
@@ -891,12 +929,13 @@ def shingles(texts, n):
     """
     words = split_words(texts, normalised=True)
     begin, end = words.first[:-1], words.first[1:]
-    hashes = combine(np.append(words.hashes, np.zeros(n, np.uint64)), n)  # (W + 1,)
-    whole = np.ones(len(words.hashes), bool)  # n-grams that end in the document they start in
+    each = np.append(span_hashes(words, words.start, words.end), np.zeros(n, np.uint64))  # (W + n,)
+    hashes = combine(each, n)  # (W + 1,)
+    whole = np.ones(len(words.start), bool)  # n-grams that end in the document they start in
     for j in range(1, n):
         whole[np.maximum(end[end > 0] - j, 0)] = False
     for i in np.flatnonzero((end > begin) & (end - begin < n)):
-        padded = np.append(words.hashes[begin[i] : end[i]], np.zeros(n, np.uint64))
+        padded = np.append(each[begin[i] : end[i]], np.zeros(n, np.uint64))
         hashes[begin[i]], whole[begin[i]] = combine(padded, n)[0], True
     return hashes[:-1][whole], np.append(0, np.cumsum(whole))[words.first]
 
@@ -904,21 +943,19 @@ def shingles(texts, n):
 def sign(hashes, first, num_hashes, seed=0):
     """MinHash signatures of documents given by their shingles: (D, num_hashes) uint32.
 
-    Entry k is the minimum of a_k * x + b_k modulo 2**32 over the document's shingles x, so two
+    Entry k is the minimum of a_k * x modulo 2**32 over the document's shingles x, a_k odd, so two
     signatures agree in a fraction of entries that estimates the Jaccard similarity J with standard
-    error sqrt(J (1 - J) / num_hashes) (Broder 1997). As x is already well mixed, 32-bit
-    multiply-add is as accurate as the textbook's modulo 2**61 - 1, and 14 times faster.
+    error sqrt(J (1 - J) / num_hashes) (Broder 1997). As x is already well mixed, one 32-bit
+    multiplication is as accurate as the textbook's (a x + b) modulo 2**61 - 1, and 20 times faster.
     """
-    numbers = mix(np.arange(2 * num_hashes, dtype=np.uint64) + mix(np.array([seed], np.uint64)))
-    a, b = (numbers >> np.uint64(32)).astype(np.uint32).reshape(2, num_hashes)
+    numbers = mix(np.arange(num_hashes, dtype=np.uint64) + mix(np.array([seed], np.uint64)))
+    factors = (numbers >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
     x = (hashes >> np.uint64(32)).astype(np.uint32)  # (S,)
     some = np.flatnonzero(np.diff(first))  # documents with words
     signatures = np.full((num_hashes, len(first) - 1), EMPTY, np.uint32)
-    value = np.empty_like(x)
-    for k in range(num_hashes if len(some) else 0):
-        np.multiply(x, a[k] | np.uint32(1), out=value)
-        np.add(value, b[k], out=value)
-        signatures[k, some] = np.minimum.reduceat(value, first[some])
+    for k in range(0, num_hashes if len(some) else 0, 8):  # 8 at a time: fewer calls
+        values = x * factors[k : k + 8, None]  # (8, S)
+        signatures[k : k + 8, some] = np.minimum.reduceat(values, first[some], axis=1)
     return signatures.T
 
 
@@ -938,7 +975,7 @@ def band_pairs(rows, near=8):
     """
     keys = np.zeros(len(rows), np.uint64)
     for column in rows.T:
-        keys = keys * np.uint64(BASE) + column
+        keys = keys * BASE + column
     bits = np.uint64(len(rows).bit_length())
     order = np.flatnonzero(rows[:, 0] != EMPTY)  # texts without words resemble nothing
     keys = np.sort(mix(keys[order]) >> bits << bits | order.astype(np.uint64))
@@ -1160,7 +1197,8 @@ def read_documents(path, text_key="text", main_content=False, counts=None):
     for number, row in enumerate(rows):
         text = row.get(text_key, row.get("text"))
         if isinstance(text, str) and text.strip() and "\0" not in text:
-            text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be written
+            if not text.isascii():  # lone surrogates cannot be written
+                text = text.encode("utf-8", "replace").decode()
             yield {**row, "id": str(row.get("id") or f"{name}/{number}"), "text": text,
                    "words": len(text.split())}
         else:
@@ -1168,6 +1206,11 @@ def read_documents(path, text_key="text", main_content=False, counts=None):
 
 
 # ---- filters, and the books of what each saw, dropped and cost -----------------------------------
+
+
+def new_stats():
+    """Empty books of one shard."""
+    return {"filters": {}, "counts": Counter(), "languages": Counter(), "seconds": Counter()}
 
 
 def new_row():
@@ -1183,8 +1226,7 @@ def sieve(stats, name, docs, check):
     five kept and five dropped samples are those with the smallest hash of their id, so that any
     number of workers agrees on them.
     """
-    began = time.perf_counter()
-    row = stats["filters"].setdefault(name, new_row())
+    began, row = time.perf_counter(), stats["filters"].setdefault(name, new_row())
     row["documents"] += len(docs)
     row["words"] += sum(doc["words"] for doc in docs)
     reasons = check(docs)
@@ -1210,32 +1252,28 @@ def sift(target, docs, filters, stats):
         for batch in batches(docs, lambda doc: len(doc["text"])):
             for name, check in filters:
                 batch = sieve(stats, name, batch, check)
-            for doc in batch:
-                file.write((json.dumps(doc) + "\n").encode())
+            file.write("".join([json.dumps(doc) + "\n" for doc in batch]).encode())
     return stats
-
-
-def new_stats():
-    """Empty books of one shard."""
-    return {"filters": {}, "counts": Counter(), "languages": Counter(), "seconds": Counter()}
 
 
 def edit(doc, text):
     """Give a document another text."""
-    doc.update(text=text, words=len(text.split()))
+    if text != doc["text"]:
+        doc.update(text=text, words=len(text.split()))
 
 
 def check_language(docs, o, stats):
     """Drop all but the wanted languages, and what may be none of them."""
-    found = [identify_language(doc["text"], o.language_model) for doc in docs]
-    for doc, (label, _) in zip(docs, found):
-        doc["language"] = label
-        stats["languages"][label] += 1
-    return [label if label not in o.languages else None if p >= o.language_threshold else "unsure"
-            for label, p in found]
+    reasons = []
+    for doc in docs:
+        doc["language"], p = identify_language(doc["text"], o.language_model)
+        stats["languages"][doc["language"]] += 1
+        sure = None if p >= o.language_threshold else "unsure"
+        reasons.append(sure if doc["language"] in o.languages else doc["language"])
+    return reasons
 
 
-def check_rules(docs, o, names):
+def check_rules(docs, o, stats, names):
     """Apply rule sets; C4 takes out lines first."""
     for doc in docs if "c4" in names else ():
         edit(doc, c4_clean(doc["text"]))
@@ -1243,176 +1281,49 @@ def check_rules(docs, o, names):
     return failed_rules([doc["text"] for doc in docs], names, stop_words)
 
 
-def check_classifier(docs, o, task):
-    """Drop what a classifier calls bad, from the start of each document."""
-    texts = (doc["text"][: o.classify_characters] for doc in docs)
-    bad = [bad_probability(text, task, getattr(o, task)) for text in texts]
+def check_classifier(docs, o, stats, task):
+    """Drop what a classifier calls bad, from the first 2,000 characters of each document."""
+    bad = [bad_probability(doc["text"][:2000], task, getattr(o, task)) for doc in docs]
     return [f"{task} {p:.1f}" if p >= o.drop_above else None for p in bad]
 
 
-def check_evaluation(docs, o):
+def check_evaluation(docs, o, stats):
     """Drop documents that contain a piece of an evaluation set."""
     hit = contaminated([doc["text"] for doc in docs], evaluation_ngrams(tuple(o.decontaminate))[0])
     return ["13 words of an evaluation set" if bad else None for bad in hit]
 
 
-def mask_all(docs, stats):
+def mask_all(docs, o, stats):
     """Mask personal data; drops nothing."""
     masks = {"emails": mask_emails, "phone numbers": mask_phone_numbers, "IPs": mask_ips}
     for doc in docs:
         for name, mask in masks.items():
             text, found = mask(doc["text"])
             stats["counts"][f"{name} masked"] += found
-            if found:
-                edit(doc, text)
+            edit(doc, text)
     return [None] * len(docs)
 
 
 def filters_of(o, stats):
     """The filters that are switched on, [(name, check)], cheap ones first."""
-    checks = [("language", lambda docs: check_language(docs, o, stats))] if o.languages else []
+    checks = {"language": check_language} if o.languages else {}
     for names in (["repetition", "gopher"], ["c4"], ["fineweb"]):
         if names := [name for name in names if name in o.rules]:
-            checks.append((names[-1], functools.partial(check_rules, o=o, names=names)))
-    for task in BAD_LABEL:
-        if getattr(o, task):
-            checks.append((task, functools.partial(check_classifier, o=o, task=task)))
-    if o.decontaminate:
-        checks.append(("decontaminate", lambda docs: check_evaluation(docs, o)))
-    return [*checks, ("pii", lambda docs: mask_all(docs, stats))] if o.pii else checks
-
-
-# ---- what is done to one shard -------------------------------------------------------------------
-
-
-def extract_shard(source, target, o):
-    """Pages of one crawl file to documents."""
-    began, stats = time.perf_counter(), new_stats()
-    docs = read_documents(source, o.text_key, o.main_content, stats["counts"])
-    sift(target, docs, [("extract", lambda docs: [None] * len(docs))], stats)
-    stats["seconds"]["extract"] = time.perf_counter() - began
-    return stats
-
-
-def filter_shard(source, target, o):
-    """One shard through language, rules, classifiers, decontamination and masking."""
-    stats = new_stats()
-    docs = read_documents(source, counts=stats["counts"])
-    return sift(target, docs, filters_of(o, stats), stats)
-
-
-def split_lines(doc):
-    """The lines of a document as they are hashed."""
-    return doc["text"].encode("utf-8", "replace").split(b"\n")
-
-
-def sort_lines_shard(source, target, index):
-    """Lines 1: one shard's lines, by hash."""
-    hashes = [hash_lines(split_lines(doc)) for doc in read_documents(source)]
-    sort_lines(np.concatenate([np.zeros(0, np.uint64), *hashes]), index, target)
-
-
-def drop_lines_shard(source, target, index, parts, o):
-    """Lines 3: one shard without its repeated lines. Blank lines stay: they mark paragraphs."""
-    repeated, place = [np.load(part, mmap_mode="r") for part in parts], index << 40
-
-    def drop(docs):
-        nonlocal place
-        for doc in docs:
-            lines = split_lines(doc)
-            gone = lines_to_drop(hash_lines(lines), place, repeated, o.keep)
-            place += len(lines)
-            kept = (line for line, bad in zip(lines, gone) if not bad or not line.strip())
-            edit(doc, b"\n".join(kept).decode().strip())
-        return ["too few words left" if doc["words"] < o.min_words else None for doc in docs]
-
-    return sift(target, read_documents(source), [("lines", drop)], new_stats())
-
-
-def sign_shard(source, target, o):
-    """MinHash 1: signatures (D, K) and shingle sets of one shard; 32 bits of a shingle suffice."""
-    signatures, sets = [np.zeros((0, o.num_hashes), np.uint32)], []
-    for texts in batches(doc["text"] for doc in read_documents(source)):
-        hashes, first = shingles(texts, o.ngrams)
-        signatures.append(sign(hashes, first, o.num_hashes, o.seed))
-        values = (hashes >> np.uint64(32)).astype(np.uint32)
-        sets += map(distinct, np.split(values, first[1:-1]))
-    save(f"{target}.sets.npy", np.concatenate([np.zeros(0, np.uint32), *sets]))
-    save(f"{target}.first.npy", np.cumsum([0] + [len(part) for part in sets]))
-    save(target, np.concatenate(signatures))
-
-
-def near_duplicates_part(tables, target, o):
-    """MinHash 2: numbers of the documents to drop, counted through all shards."""
-    signatures = [np.load(table, mmap_mode="r") for table in tables]
-    begins = np.cumsum([0] + [len(part) for part in signatures])
-    sets = [np.load(f"{table}.sets.npy", mmap_mode="r") for table in tables]
-    firsts = [np.load(f"{table}.first.npy") for table in tables]
-
-    def shingle_set(doc):
-        shard = np.searchsorted(begins, doc, "right") - 1
-        start, end = firsts[shard][doc - begins[shard] :][:2]
-        return sets[shard][start:end]
-
-    save(target, near_duplicates(signatures, shingle_set, o.num_bands, o.jaccard, o.seed))
-
-
-def drop_duplicates_shard(source, target, begin, dropped):
-    """MinHash 3: one shard without its near-duplicates."""
-    gone, number = np.load(dropped, mmap_mode="r"), begin
-
-    def drop(docs):
-        nonlocal number
-        number += len(docs)
-        hit = np.isin(np.arange(number - len(docs), number), gone)
-        return ["near-duplicate of another" if bad else None for bad in hit]
-
-    return sift(target, read_documents(source), [("minhash", drop)], new_stats())
-
-
-def train_tokenizer_part(sources, target, o):
-    """A tokenizer trained on the first gigabyte of the text."""
-    from tokenizer import EOT, Tokenizer, train_bpe
-
-    def texts(left=1 << 30):
-        for doc in (doc for source in sources for doc in read_documents(source)):
-            yield doc["text"]
-            if (left := left - len(doc["text"])) < 0:
-                return
-
-    vocab, merges = train_bpe(texts(), o.vocab_size, [EOT], num_processes=1)
-    Tokenizer(vocab, merges, [EOT]).save(target)
-
-
-def tokenize_shard(source, target, tokenizer, o):
-    """Ids of one shard's documents, <|endoftext|> after each, to <target>/train and /val.
-
-    A document is validation if the hash of its text falls below --val-fraction: on every machine
-    and in every run the same text lands on the same side.
-    """
-    from tokenizer import Tokenizer
-
-    coder, ids = Tokenizer.load(tokenizer), {"train": [], "val": []}
-    for doc in read_documents(source):
-        digest = hashlib.blake2b(doc["text"].encode("utf-8", "replace"), digest_size=8).digest()
-        side = "val" if int.from_bytes(digest, "big") < o.val_fraction * 2**64 else "train"
-        new = coder.encode_numpy(doc["text"], allowed_special=())
-        ids[side] += [new, np.array([coder.eot_id], new.dtype)]
-    for side, parts in ids.items():
-        if parts:
-            folder = os.path.join(os.path.dirname(target), side)
-            os.makedirs(folder, exist_ok=True)
-            save(os.path.join(folder, os.path.basename(target)), np.concatenate(parts))
-    return {"counts": {f"{side} tokens": sum(map(len, parts)) for side, parts in ids.items()}}
+            checks[names[-1]] = functools.partial(check_rules, names=names)
+    checks |= {task: functools.partial(check_classifier, task=task)
+               for task in BAD_LABEL if getattr(o, task)}
+    checks |= {"decontaminate": check_evaluation} if o.decontaminate else {}
+    checks |= {"pii": mask_all} if o.pii else {}
+    return [(name, functools.partial(check, o=o, stats=stats)) for name, check in checks.items()]
 
 
 # ---- many shards, processes and machines ---------------------------------------------------------
 
 
-def do_unit(marker, function, args, seconds):
+def do_unit(marker, function, args):
     """Do one unit of work. Its marker, which holds its books, comes last and means "done"."""
     stats = function(*args) or {}
-    save(seconds, stats.pop("seconds", {}))  # apart: all else is the same in every run
+    save(f"{marker}.seconds", stats.pop("seconds", {}))  # apart: all else is the same in every run
     save(marker, stats)
     return stats
 
@@ -1450,17 +1361,19 @@ def in_pool(units, processes):
         raise
 
 
-def run_units(o, name, units):
-    """Do those units (marker, function, args) that are not done: this machine's share of them.
+def map_shards(o, label, folder, names, kind, function, *columns):
+    """Run function(source, target, ...) for every shard; returns targets, <folder>/<name><kind>.
 
-    Rank r of w takes every w-th, then waits until the markers of all others exist: the shared
-    directory is the barrier.
+    Each column holds one argument: a list with a value for every shard, or one value for all. What
+    has a marker is done. Of the others rank r of w takes every w-th, then waits for the markers of
+    the rest: the shared directory is the barrier.
     """
-    folder = os.path.join(o.out, "seconds")
-    os.makedirs(folder, exist_ok=True)
-    slug = [os.path.relpath(unit[0], o.out).replace(os.sep, "-") for unit in units]
-    units = [(*unit, os.path.join(folder, part)) for unit, part in zip(units, slug)]
+    targets = [os.path.join(folder, name + kind) for name in names]
+    columns = [column if isinstance(column, list) else [column] * len(names) for column in columns]
+    units = [(os.path.join(folder, name + ".json"), function, (source, target, *rest))
+             for name, target, source, *rest in zip(names, targets, *columns)]
     todo = [unit for unit in units[o.rank :: o.world_size] if not os.path.exists(unit[0])]
+    character_tables()  # before forking: a quarter of a second
     processes, documents = min(o.processes, len(todo)), 0
     began = shown = time.monotonic()
     results = in_pool(todo, processes) if processes > 1 else (do_unit(*unit) for unit in todo)
@@ -1468,25 +1381,14 @@ def run_units(o, name, units):
         documents += max([row["documents"] for row in stats.get("filters", {}).values()], default=0)
         if (now := time.monotonic()) - shown > 2 or done == len(todo):
             shown, each = now, (now - began) / done
-            print(f"{name}: {done}/{len(todo)} shards, {documents / (now - began):,.0f} "
+            print(f"{label}: {done}/{len(todo)} shards, {documents / (now - began):,.0f} "
                   f"documents/s, {each * (len(todo) - done):.0f} s left", file=sys.stderr)
     while missing := [unit[0] for unit in units if not os.path.exists(unit[0])]:
         time.sleep(0.2)
         if time.monotonic() - shown > 60:
             shown = time.monotonic()
-            print(f"{name}: waiting for {len(missing)} shards of other machines, such as "
+            print(f"{label}: waiting for {len(missing)} shards of other machines, such as "
                   f"{missing[0]}", file=sys.stderr)
-
-
-def map_shards(o, label, folder, names, kind, function, *columns):
-    """Run function(source, target, ...) for every shard; returns targets, <folder>/<name><kind>.
-
-    Each column holds one argument: a list with a value for every shard, or one value for all.
-    """
-    targets = [os.path.join(folder, name + kind) for name in names]
-    columns = [column if isinstance(column, list) else [column] * len(names) for column in columns]
-    run_units(o, label, [(os.path.join(folder, name + ".json"), function, (source, target, *rest))
-                         for name, target, source, *rest in zip(names, targets, *columns)])
     return targets
 
 
@@ -1514,7 +1416,16 @@ def begin_stage(o, stage, inputs, *keys):
     return folder, os.path.join(folder, "work"), names
 
 
-# ---- stages --------------------------------------------------------------------------------------
+# ---- stages: what is done to one shard, and then to all ------------------------------------------
+
+
+def extract_shard(source, target, o):
+    """Pages of one crawl file to documents."""
+    began, stats = time.perf_counter(), new_stats()
+    docs = read_documents(source, o.text_key, o.main_content, stats["counts"])
+    sift(target, docs, [("extract", lambda docs: [None] * len(docs))], stats)
+    stats["seconds"]["extract"] = time.perf_counter() - began
+    return stats
 
 
 def stage_extract(o, inputs):
@@ -1523,11 +1434,18 @@ def stage_extract(o, inputs):
     return map_shards(o, "extract", folder, names, ".jsonl.gz", extract_shard, inputs, o)
 
 
+def filter_shard(source, target, o):
+    """One shard through language, rules, classifiers, decontamination and masking."""
+    stats = new_stats()
+    docs = read_documents(source, counts=stats["counts"])
+    return sift(target, docs, filters_of(o, stats), stats)
+
+
 def stage_filter(o, inputs):
     """Language, quality rules, classifiers, decontamination, personal data."""
     o.decontaminate = find_inputs(o.decontaminate, "--decontaminate")
     keys = ("languages", "language_model", "language_threshold", "rules", "drop_above", "pii",
-            "classify_characters", "decontaminate", *BAD_LABEL)
+            "decontaminate", *BAD_LABEL)
     folder, _, names = begin_stage(o, "filter", inputs, *keys)
     for task in filter(lambda task: getattr(o, task), BAD_LABEL):
         bad_probability("a", task, getattr(o, task))  # a missing model is found before the work
@@ -1538,6 +1456,34 @@ def stage_filter(o, inputs):
         print(f"filter: {len(found):,} 13-grams of evaluation sets; {short} of their texts are "
               "shorter and not looked for", file=sys.stderr)
     return map_shards(o, "filter", folder, names, ".jsonl.gz", filter_shard, inputs, o)
+
+
+def split_lines(doc):
+    """The lines of a document as they are hashed."""
+    return doc["text"].encode("utf-8", "replace").split(b"\n")
+
+
+def sort_lines_shard(source, target, index):
+    """Lines 1: one shard's lines, by hash."""
+    hashes = [hash_lines(split_lines(doc)) for doc in read_documents(source)]
+    sort_lines(np.concatenate([np.zeros(0, np.uint64), *hashes]), index, target)
+
+
+def drop_lines_shard(source, target, index, parts, o):
+    """Lines 3: one shard without its repeated lines. Blank lines stay: they mark paragraphs."""
+    repeated, place = [np.load(part, mmap_mode="r") for part in parts], index << 40
+
+    def drop(docs):
+        nonlocal place
+        for doc in docs:
+            lines = split_lines(doc)
+            gone = lines_to_drop(hash_lines(lines), place, repeated, o.keep)
+            place += len(lines)
+            kept = (line for line, bad in zip(lines, gone) if not bad or not line.strip())
+            edit(doc, b"\n".join(kept).decode().strip())
+        return ["too few words left" if doc["words"] < o.min_words else None for doc in docs]
+
+    return sift(target, read_documents(source), [("lines", drop)], new_stats())
 
 
 def stage_lines(o, inputs):
@@ -1553,6 +1499,45 @@ def stage_lines(o, inputs):
                       [parts] * len(names), o)
 
 
+def sign_shard(source, target, o):
+    """MinHash 1: signatures (D, K) and shingle sets of one shard; 32 bits of a shingle suffice."""
+    signatures, sets = [np.zeros((0, o.num_hashes), np.uint32)], []
+    for texts in batches(doc["text"] for doc in read_documents(source)):
+        hashes, first = shingles(texts, o.ngrams)
+        signatures.append(sign(hashes, first, o.num_hashes, o.seed))
+        values = (hashes >> np.uint64(32)).astype(np.uint32)
+        sets += map(distinct, np.split(values, first[1:-1]))
+    save(f"{target}.sets.npy", np.concatenate([np.zeros(0, np.uint32), *sets]))
+    save(f"{target}.first.npy", np.cumsum([0] + [len(part) for part in sets]))
+    save(target, np.concatenate(signatures))
+
+
+def near_duplicates_part(tables, target, o):
+    """MinHash 2: numbers of the documents to drop, counted through all shards."""
+    signatures = [np.load(table, mmap_mode="r") for table in tables]
+    begins = np.cumsum([0] + [len(part) for part in signatures])
+    sets = [np.load(f"{table}.sets.npy", mmap_mode="r") for table in tables]
+    firsts = [np.load(f"{table}.first.npy") for table in tables]
+
+    def shingle_set(doc):
+        shard = np.searchsorted(begins, doc, "right") - 1
+        start, end = firsts[shard][doc - begins[shard] :][:2]
+        return sets[shard][start:end]
+
+    save(target, near_duplicates(signatures, shingle_set, o.num_bands, o.jaccard, o.seed))
+
+
+def drop_duplicates_shard(source, target, begin, end, dropped):
+    """MinHash 3: one shard, documents `begin` to `end` of all, without its near-duplicates."""
+    table, numbers = np.load(dropped, mmap_mode="r"), itertools.count(begin)
+    gone = set(table[slice(*np.searchsorted(table, [begin, end]))].tolist())
+
+    def drop(docs):
+        return ["near-duplicate of another" if next(numbers) in gone else None for _ in docs]
+
+    return sift(target, read_documents(source), [("minhash", drop)], new_stats())
+
+
 def stage_minhash(o, inputs):
     """Near-duplicate documents of the whole crawl."""
     candidate_pairs(np.zeros((0, o.num_hashes), np.uint32), o.num_bands)  # refuses odd bands
@@ -1563,7 +1548,43 @@ def stage_minhash(o, inputs):
                          [tables], o)
     begins = np.cumsum([0] + [len(np.load(table, mmap_mode="r")) for table in tables]).tolist()
     return map_shards(o, "minhash 3/3", folder, names, ".jsonl.gz", drop_duplicates_shard, inputs,
-                      begins[:-1], dropped * len(names))
+                      begins[:-1], begins[1:], dropped * len(names))
+
+
+def train_tokenizer(sources, _, target, o):
+    """A tokenizer trained on the first gigabyte of the text."""
+    from tokenizer import EOT, Tokenizer, train_bpe
+
+    def texts(left=1 << 30):
+        for doc in (doc for source in sources for doc in read_documents(source)):
+            yield doc["text"]
+            if (left := left - len(doc["text"])) < 0:
+                return
+
+    vocab, merges = train_bpe(texts(), o.vocab_size, [EOT], num_processes=1)
+    Tokenizer(vocab, merges, [EOT]).save(target)
+
+
+def tokenize_shard(source, target, tokenizer, o):
+    """Ids of one shard's documents, <|endoftext|> after each, to <target>/train and /val.
+
+    A document is validation if the hash of its text falls below --val-fraction: on every machine
+    and in every run the same text lands on the same side.
+    """
+    from tokenizer import Tokenizer
+
+    coder, ids = Tokenizer.load(tokenizer), {"train": [], "val": []}
+    for doc in read_documents(source):
+        digest = hashlib.blake2b(doc["text"].encode("utf-8", "replace"), digest_size=8).digest()
+        side = "val" if int.from_bytes(digest, "big") < o.val_fraction * 2**64 else "train"
+        new = coder.encode_numpy(doc["text"], allowed_special=())
+        ids[side] += [new, np.array([coder.eot_id], new.dtype)]
+    for side, parts in ids.items():
+        if parts:
+            folder = os.path.join(os.path.dirname(target), side)
+            os.makedirs(folder, exist_ok=True)
+            save(os.path.join(folder, os.path.basename(target)), np.concatenate(parts))
+    return {"counts": {f"{side} tokens": sum(map(len, parts)) for side, parts in ids.items()}}
 
 
 def stage_tokenize(o, inputs):
@@ -1572,8 +1593,7 @@ def stage_tokenize(o, inputs):
     folder, work, names = begin_stage(o, "tokenize", inputs, *keys)
     tokenizer = o.tokenizer or os.path.join(folder, "tokenizer.json")
     if not o.tokenizer:
-        marker = os.path.join(work, "tokenizer.json")
-        run_units(o, "tokenizer", [(marker, train_tokenizer_part, (inputs, tokenizer, o))])
+        map_shards(o, "tokenizer", work, ["tokenizer"], "", train_tokenizer, [inputs], tokenizer, o)
     return map_shards(o, "tokenize", folder, names, ".npy", tokenize_shard, inputs, tokenizer, o)
 
 
@@ -1582,14 +1602,14 @@ STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines
 
 
 def find_inputs(specs, flag="--input"):
-    """Files, patterns, directories (but for the books in them, .json) to a sorted list.
+    """Files, patterns, directories (but for the books in them) to a sorted list.
 
     ValueError: one matches nothing.
     """
     found = set()
     for spec in specs:
         files = glob.glob(os.path.join(spec, "*") if os.path.isdir(spec) else spec)
-        books = ".json" if os.path.isdir(spec) else ()
+        books = (".json", ".seconds") if os.path.isdir(spec) else ()
         files = [path for path in files if os.path.isfile(path) and not path.endswith(books)]
         if not files:
             raise ValueError(f"{flag} {spec}: no such file; give files, directories or patterns")
@@ -1606,8 +1626,7 @@ def collect_books(out):
     for stage in STAGES:
         for path in sorted(glob.glob(os.path.join(glob.escape(out), stage, "*.json"))):
             stats = load_json(path)
-            seconds = os.path.join(out, "seconds", f"{stage}-{os.path.basename(path)}")
-            stats["seconds"] = load_json(seconds) if os.path.exists(seconds) else {}
+            stats["seconds"] = load_json(f"{path}.seconds") if "filters" in stats else {}
             for key in ("counts", "languages", "seconds"):
                 total[key].update(stats.get(key, {}))
             for name, row in stats.get("filters", {}).items():
@@ -1757,12 +1776,12 @@ def train(o):
     fit_fasttext(lines, o)
     found = [dict(predict(text, o.model, -1)) for _, text in tests]
     right = np.mean([max(p, key=p.get) == label for p, (label, _) in zip(found, tests)])
-    print(f"{o.model}: {len(lines):,} crops; held out {len(tests):,}, accuracy {right:.3f}", end="")
+    told = [f"{o.model}: {len(lines):,} crops; held out {len(tests):,}", f"accuracy {right:.3f}"]
     for label in sorted(kept):
         scores = np.array([p.get(label, 0.0) for p in found])
         auc = area_under_curve(scores, np.array([name == label for name, _ in tests]))
-        print(f", AUC {label} {auc:.3f}", end="")
-    print()
+        told.append(f"AUC {label} {auc:.3f}")
+    print(", ".join(told))
 
 
 def score(o):
@@ -1776,19 +1795,13 @@ def score(o):
 
 # ---- a demonstration crawl -----------------------------------------------------------------------
 
-ELSEWHERE = {  # Universal Declaration of Human Rights, articles 1 to 3
+ELSEWHERE = {  # Universal Declaration of Human Rights, article 1
     "de": ["Alle Menschen sind frei und gleich an Würde und Rechten geboren.",
-           "Sie sind mit Vernunft und Gewissen begabt und sollen einander im Geist der "
-           "Brüderlichkeit begegnen.",
-           "Jeder hat das Recht auf Leben, Freiheit und Sicherheit der Person."],
+           "Sie sollen einander im Geist der Brüderlichkeit begegnen."],
     "fr": ["Tous les êtres humains naissent libres et égaux en dignité et en droits.",
-           "Ils sont doués de raison et de conscience et doivent agir les uns envers les autres "
-           "dans un esprit de fraternité.",
-           "Tout individu a droit à la vie, à la liberté et à la sûreté de sa personne."],
+           "Ils doivent agir les uns envers les autres dans un esprit de fraternité."],
     "es": ["Todos los seres humanos nacen libres e iguales en dignidad y derechos.",
-           "Dotados como están de razón y conciencia, deben comportarse fraternalmente los unos "
-           "con los otros.",
-           "Todo individuo tiene derecho a la vida, a la libertad y a la seguridad de su persona."],
+           "Deben comportarse fraternalmente los unos con los otros."],
 }
 
 
@@ -1811,7 +1824,7 @@ def machine_texts():
 
 
 def demo_pages(random):
-    """(url, status, content type, page): the machine's English, and what a crawl has beside it."""
+    """(host, status, content type, page): the machine's English, and what a crawl has beside it."""
     from html import escape
     for i, (name, text) in enumerate(machine_texts()):
         paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
@@ -1824,19 +1837,17 @@ def demo_pages(random):
                 "everybody, at any time of the day, without asking.</footer></body></html>")
         coding = "latin-1" if i % 5 == 2 and not re.search("[^\0-\xff]", page) else "utf-8"
         kind = f"text/html; charset={coding}"
-        yield f"https://docs.example/{i}", 200, kind, page.encode(coding)
+        yield "docs", 200, kind, page.encode(coding)
         if i % 8 == 3:  # a mirror that runs the lines together: alike, without one equal line
-            page = page.replace("</p><p>", " ")
-            yield f"https://mirror.example/{i}", 200, kind, page.encode(coding)
+            yield "mirror", 200, kind, page.replace("</p><p>", " ").encode(coding)
         if i % 9 == 4:
             language = random.choice(sorted(ELSEWHERE))
             text = " ".join(random.choices(ELSEWHERE[language], k=40))
-            yield f"https://{language}.example/{i}", 200, "text/html", f"<p>{text}</p>".encode()
+            yield language, 200, "text/html", f"<p>{text}</p>".encode()
         if i % 9 == 5:  # what the quality rules are for
-            spam = b"<p>" + b"buy now " * 300 + b"</p>"
-            yield f"https://spam.example/{i}", 200, "text/html", spam
+            yield "spam", 200, "text/html", b"<p>" + b"buy now " * 300 + b"</p>"
         if i % 9 == 6:
-            yield f"https://gone.example/{i}", 404, "text/html", b"<p>not found</p>"
+            yield "gone", 404, "text/html", b"<p>not found</p>"
 
 
 def demo(o):
@@ -1849,32 +1860,31 @@ def demo(o):
     """
     import random
     os.makedirs(o.out, exist_ok=True)
-    source, counts = random.Random(0), Counter()
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(replacing(os.path.join(o.out, f"demo-{i}.warc.gz")))
-                 for i in range(4)]
-        for i, (url, status, kind, page) in enumerate(demo_pages(source)):
-            http = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\n\r\n".encode() + page
-            head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\n"
-                    f"Content-Type: application/http; msgtype=response\r\n"
-                    f"Content-Length: {len(http)}\r\n\r\n").encode()
-            files[i % 4].write(gzip.compress(head + http + b"\r\n\r\n", 6, mtime=0))
-            counts[url.split("/")[2]] += 1
+    source, records, hosts, chats, lines = random.Random(0), [], Counter(), [], []
+    for i, (host, status, kind, page) in enumerate(demo_pages(source)):
+        http = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\n\r\n".encode() + page
+        head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://{host}.example/{i}"
+                f"\r\nContent-Length: {len(http)}\r\n\r\n").encode()
+        records.append(gzip.compress(head + http + b"\r\n\r\n", 6, mtime=0))
+        hosts[host] += 1
+    for label, texts in ELSEWHERE.items():
+        lines += [f"__label__{label} {' '.join(source.choices(texts, k=5))}\n" for _ in range(200)]
+    for name, text in machine_texts():
+        lines += [f"__label__en {' '.join(text.split())[:400]}\n"] if text else []
+        answer = next((" ".join(p.split()) for p in text.split("\n\n") if len(p) > 60), "")
+        if answer:
+            turns = [{"role": "user", "content": f"What is {name}?"},
+                     {"role": "assistant", "content": answer}]
+            chats.append(json.dumps({"messages": turns}) + "\n")
+    for i in range(4):
+        with replacing(os.path.join(o.out, f"demo-{i}.warc.gz")) as file:
+            file.writelines(records[i::4])
     with replacing(os.path.join(o.out, "chats.jsonl")) as file:
-        for name, text in machine_texts():
-            answer = next((" ".join(p.split()) for p in text.split("\n\n") if len(p) > 60), "")
-            if answer:
-                turns = [("user", f"What is {name}?"), ("assistant", answer)]
-                row = {"messages": [dict(role=role, content=text) for role, text in turns]}
-                file.write((json.dumps(row) + "\n").encode())
-    lines = [f"__label__{label} {' '.join(source.choices(texts, k=5))}\n"
-             for label, texts in ELSEWHERE.items() for _ in range(200)]
-    english = (" ".join(text.split()) for _, text in machine_texts())
-    lines += [f"__label__en {text[:400]}\n" for text in english if text]
+        file.write("".join(chats).encode())
     o.model, o.epochs, o.seed = os.path.join(o.out, "language.bin"), 5, 0
     fit_fasttext(lines, o)
-    print(f"{o.out}: 4 .warc.gz files of {sum(counts.values())} pages ("
-          + ", ".join(f"{n} of {host}" for host, n in counts.items())
+    print(f"{o.out}: 4 .warc.gz files of {len(records)} pages ("
+          + ", ".join(f"{n} of {host}.example" for host, n in hosts.items())
           + "), language.bin, chats.jsonl")
 
 
@@ -1885,23 +1895,23 @@ def show(what, ours, mb=None, **peers):
     """Print a row of the table: medians of three runs, each peer's time over ours."""
     def seconds(function):
         times = []
-        for _ in range(3):
-            began = time.perf_counter()
+        for _ in range(4):  # the first warms caches and models, as they are in a long run
+            began, used = time.perf_counter(), time.process_time()
             function()
-            times.append(time.perf_counter() - began)
-        return sorted(times)[1]
+            times.append((time.perf_counter() - began, time.process_time() - used))
+        return [sorted(column)[1] for column in zip(*times[1:])]
 
-    seconds(ours)  # caches and models are warm, as they are in a long run
-    ours = seconds(ours)
-    rate = f" ({mb / ours:.1f} MB/s)" if mb else ""
-    peers = {name: seconds(function) for name, function in peers.items()}
-    peers = "".join(f"; {name} {peer:.3f} s, {peer / ours:.1f}x" for name, peer in peers.items())
-    print(f"{what:<36} ours {ours:.3f} s{rate}{peers}", flush=True)
+    clock, cpu = seconds(ours)
+    rate = f", {mb / clock:.1f} MB/s ({mb / cpu:.1f} by CPU time)" if mb else ""
+    peers = {name: seconds(function)[0] for name, function in peers.items()}
+    peers = "".join(f"; {name} {peer:.3f} s, {peer / clock:.1f}x" for name, peer in peers.items())
+    print(f"{what:<36} ours {clock:.3f} s{rate}{peers}", flush=True)
 
 
 def bench(o):
     """Time signatures, LSH, rules and the pipeline beside datasketch and datatrove."""
     import datasketch
+    import xxhash
     from datatrove.data import Document
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
     from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
@@ -1914,36 +1924,38 @@ def bench(o):
         words = text.lower().translate(dict.fromkeys(map(ord, "!\"#$%&'()*+,-./:;?@[]_"))).split()
         return [" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))]
 
-    docs = (doc for path in find_inputs(o.input) for doc in read_documents(path, o.text_key))
-    texts = [doc["text"][at : at + 4000] for doc in docs for at in range(0, len(doc["text"]), 4000)]
-    texts = [text for text in texts if len(text.split()) >= 50]  # datatrove fails on tiny ones
-    mb = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
-    print(f"{len(texts):,} documents, {mb:.1f} MB")
-    trove = MinhashDedupSignature(tempfile.gettempdir(), MinhashConfig(n_grams=5), Whitespace())
-    show("signatures of raw text, 14 x 8", lambda: minhash_signatures(texts), mb,
-         datasketch=lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112),
-         datatrove=lambda: [trove.get_signature(trove.get_shingles(text)) for text in texts])
-    signatures = np.random.default_rng(0).integers(0, 2**32, (20_000, 112), dtype=np.uint32)
-    signatures[:2000] = signatures[2000:4000]  # a tenth of the documents has a copy
-    minhashes = [datasketch.MinHash(112) for _ in signatures]
-    for minhash, row in zip(minhashes, signatures):
-        minhash.hashvalues = row.astype(minhash.hashvalues.dtype)
-
     def their_lsh():
         lsh = datasketch.MinHashLSH(num_perm=112, params=(14, 8))
         for i, minhash in enumerate(minhashes):
             lsh.insert(i, minhash)
         return [lsh.query(minhash) for minhash in minhashes]
 
-    show("LSH of 20,000 documents", lambda: candidate_pairs(signatures, 14), datasketch=their_lsh)
-    theirs = [kind(language=Whitespace()) for kind in (GopherQualityFilter, GopherRepetitionFilter)]
+    def our_rules():
+        return [r for part in batches(texts) for r in failed_rules(part, ("gopher", "repetition"))]
+
+    def their_rules():
+        return [[filter_.filter(doc) is True for filter_ in theirs] for doc in docs]
+
+    docs = (doc for path in find_inputs(o.input) for doc in read_documents(path, o.text_key))
+    texts = [doc["text"][at : at + 4000] for doc in docs for at in range(0, len(doc["text"]), 4000)]
+    texts = [text for text in texts if len(text.split()) >= 50]  # datatrove fails on tiny ones
+    mb = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
+    print(f"{len(texts):,} documents, {mb:.1f} MB")
     docs = [Document(text, str(i)) for i, text in enumerate(texts)]
-    rules = ("gopher", "repetition")
-    show("Gopher quality and repetition",
-         lambda: [failed_rules(batch, rules) for batch in batches(texts)], mb,
-         datatrove=lambda: [[filter_.filter(doc) for filter_ in theirs] for doc in docs])
-    same = [(rule is None) == all(filter_.filter(doc) is True for filter_ in theirs)
-            for rule, doc in zip((r for b in batches(texts) for r in failed_rules(b, rules)), docs)]
+    trove = MinhashDedupSignature(tempfile.gettempdir(), MinhashConfig(n_grams=5), Whitespace())
+    trove._hash_func = lambda gram: xxhash.xxh64_intdigest(gram.encode())  # xxhash 4 takes no str
+    theirs = [kind(language=Whitespace()) for kind in (GopherQualityFilter, GopherRepetitionFilter)]
+    signatures = np.random.default_rng(0).integers(0, 2**32, (20_000, 112), dtype=np.uint32)
+    signatures[:2000] = signatures[2000:4000]  # a tenth of the documents has a copy
+    minhashes = [datasketch.MinHash(112) for _ in signatures]
+    for minhash, row in zip(minhashes, signatures):
+        minhash.hashvalues = row.astype(minhash.hashvalues.dtype)
+    show("signatures of raw text, 14 x 8", lambda: minhash_signatures(texts), mb,
+         datasketch=lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112),
+         datatrove=lambda: [trove.get_signature(trove.get_shingles(text)) for text in texts])
+    show("LSH of 20,000 documents", lambda: candidate_pairs(signatures, 14), datasketch=their_lsh)
+    show("Gopher quality and repetition", our_rules, mb, datatrove=their_rules)
+    same = [(rule is None) == all(passed) for rule, passed in zip(our_rules(), their_rules())]
     print(f"same verdict on {np.mean(same):.1%} of documents")
     with tempfile.TemporaryDirectory() as folder:
         bench_pipeline(o, texts, mb, folder)
@@ -1951,20 +1963,20 @@ def bench(o):
 
 def bench_pipeline(o, texts, mb, folder):
     """Time WET files through all filters and three classifiers to signatures, 1 and 2 processes."""
-    flags = ["--drop-above", "1"]  # every document meets every classifier
-    flags += ["--language-model", o.language_model] if o.language_model else []
     bodies = [text.encode("utf-8", "replace") for text in texts]
     record = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
     for shard in range(8):
         with open(f"{folder}/{shard}.wet.gz", "wb") as file:
             file.writelines(gzip.compress(record % (len(b), b)) for b in bodies[shard::8])
-    for task, label in BAD_LABEL.items():  # what they learn does not matter here
-        with open(f"{folder}/{task}.jsonl", "w") as file:
-            file.writelines(json.dumps({"text": text, "label": ("fine", label)[i % 2]}) + "\n"
-                            for i, text in enumerate(texts))
+    labels = itertools.cycle(BAD_LABEL.values())  # what is learned does not matter here
+    o.model, o.epochs, o.seed = f"{folder}/nsfw.bin", 1, 0
+    fit_fasttext([f"__label__{next(labels)} {' '.join(text.split())}\n" for text in texts], o)
+    flags = ["--drop-above", "1"]  # every document meets every classifier
+    flags += ["--language-model", o.language_model] if o.language_model else []
+    for task in BAD_LABEL:
         flags += [f"--{task}", f"{folder}/{task}.bin"]
-        with contextlib.redirect_stdout(io.StringIO()):
-            main(["train", "--input", f"{folder}/{task}.jsonl", "--model", flags[-1]])
+        if task != "nsfw":
+            shutil.copy(o.model, flags[-1])
 
     def pipeline(processes):
         shutil.rmtree(f"{folder}/out", ignore_errors=True)
@@ -1975,7 +1987,7 @@ def bench_pipeline(o, texts, mb, folder):
             main(["minhash", "--input", f"{folder}/out/filter/*.gz", *more])
 
     show("WET to deduplicated, one process", lambda: pipeline(1), mb)
-    show("WET to deduplicated, 2 processes", lambda: pipeline(2), mb, one=lambda: pipeline(1))
+    show("WET to deduplicated, 2 processes", lambda: pipeline(2), one=lambda: pipeline(1))
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -2008,66 +2020,47 @@ COMMANDS = {
     "demo": "Write a small crawl, of text found on this machine, to try all this on.",
     "bench": "Time the parts beside datasketch and datatrove, which must be installed.",
 }
-
-
-def add_flags(add, command):
-    """The flags of a command; `run` has those of all stages."""
-    if command == "demo":
-        return add("--out", default="crawl", help="directory of the crawl")
-    alone = command in ("train", "score", "bench")
-    if not alone:
-        add("--out", default="data", help="directory of everything that is written")
-    if command != "report":
-        add("--input", nargs="+", required=alone,
-            help="LABEL=FILE, or files with a label column" if command == "train" else
-            "files, directories, patterns (default: what the stage before left in --out)")
-    if command in ("run", *STAGES):
-        add("--processes", type=at_least(1), help="worker processes (default: one for each core)")
-    if command in ("run", "extract") or alone:
-        add("--text-key", default="text", help="column of the text in .jsonl, .csv, .tsv")
-    if command in ("run", "extract"):
-        add("--main-content", action="store_true", help="leave out menus and footers")
-    if command in ("run", "filter", "bench"):
-        add("--language-model", help="lid.176.bin or .ftz (default: downloads the .ftz)")
-    if command in ("run", "filter"):
-        add("--languages", nargs="*", default=["en"], help="ISO 639 codes to keep; none: all")
-        add("--language-threshold", type=share, default=0.65, help="least probability of it")
-        add("--rules", nargs="*", default=list(RULE_SETS), choices=RULE_SETS, help="rule sets")
-        for task, label in BAD_LABEL.items():
-            add(f"--{task}", metavar="MODEL", help=f"fastText model; drops its label {label}")
-        add("--drop-above", type=share, default=0.5, help="probability from which these drop")
-        add("--classify-characters", type=at_least(1), default=2000,
-            help="characters of a document that these read")
-        add("--decontaminate", nargs="*", default=[], metavar="FILE",
-            help="evaluation sets; documents sharing 13 words in a row are dropped")
-        add("--no-pii", dest="pii", action="store_false", help="do not mask personal data")
-    if command in ("run", "lines"):
-        add("--keep", choices=("none", "first"), default="none", help="copies of a line to keep")
-        add("--min-words", type=at_least(0), default=50, help="shortest document left, words")
-    if command in ("run", "minhash"):
-        add("--num-hashes", type=at_least(1), default=112, help="hashes of a signature")
-        add("--num-bands", type=at_least(1), default=14, help="LSH bands, a divisor of these")
-        add("--ngrams", type=at_least(1), default=5, help="words of a shingle")
-        add("--jaccard", type=share, default=0.8, help="similarity from which on two are one")
-    if command in ("run", "tokenize"):
-        add("--tokenizer", help="tokenizer.json or its directory (default: train one here)")
-        add("--vocab-size", type=at_least(257), default=32_000, help="tokens of the one trained")
-        add("--val-fraction", type=share, default=0.005, help="share held out for validation")
-    if command in ("train", "score"):
-        add("--model", required=True, help="the fastText model")
-    if command == "train":
-        add("--label-key", default="label", help="column of the label")
-        add("--labels", nargs="*", default=[], metavar="OLD=NEW", help="labels to rename")
-        add("--epochs", type=at_least(1), default=5, help="passes over the data")
-    if command in ("run", "minhash", "train"):
-        add("--seed", type=at_least(0), default=0, help="of all that is random")
+STAGE = "run extract filter lines minhash tokenize"
+LIST, FILES, SHARE = dict(nargs="*"), dict(nargs="+", required=True), dict(type=share)
+FLAGS = [  # the commands that have it, the flag, its default, other settings, help
+    (STAGE + " report", "--out", "data", {}, "directory of everything that is written"),
+    ("demo", "--out", "crawl", {}, "directory of the crawl"),
+    (STAGE, "--input", None, LIST, "files, directories, patterns (or the stage before's in --out)"),
+    ("score bench", "--input", None, FILES, "files, directories, patterns"),
+    ("train", "--input", None, FILES, "LABEL=FILE, or files with a column of labels"),
+    (STAGE, "--processes", os.cpu_count() or 1, dict(type=at_least(1)), "workers of this machine"),
+    ("run extract train score bench", "--text-key", "text", {}, "column of the text in tables"),
+    ("run extract", "--main-content", False, dict(action="store_true"), "no menus and footers"),
+    ("run filter bench", "--language-model", None, {}, "lid.176.bin or .ftz (or downloads .ftz)"),
+    ("run filter", "--languages", ["en"], LIST, "ISO 639 codes to keep; none: all"),
+    ("run filter", "--language-threshold", 0.65, SHARE, "least probability of it"),
+    ("run filter", "--rules", list(RULES), dict(nargs="*", choices=list(RULES)), "rule sets"),
+    *(("run filter", f"--{task}", None, dict(metavar="MODEL"), f"fastText model; drops its {label}")
+      for task, label in BAD_LABEL.items()),
+    ("run filter", "--drop-above", 0.5, SHARE, "probability from which these drop"),
+    ("run filter", "--decontaminate", [], LIST, "evaluation sets whose 13-grams condemn"),
+    ("run filter", "--no-pii", True, dict(dest="pii", action="store_false"), "leave personal data"),
+    ("run lines", "--keep", "none", dict(choices=("none", "first")), "copies of a line to keep"),
+    ("run lines", "--min-words", 50, dict(type=at_least(0)), "shortest document left, words"),
+    ("run minhash", "--num-hashes", 112, dict(type=at_least(1)), "hashes of a signature"),
+    ("run minhash", "--num-bands", 14, dict(type=at_least(1)), "LSH bands, a divisor of these"),
+    ("run minhash", "--ngrams", 5, dict(type=at_least(1)), "words of a shingle"),
+    ("run minhash", "--jaccard", 0.8, SHARE, "similarity from which on two are one"),
+    ("run tokenize", "--tokenizer", None, {}, "tokenizer.json or its directory (or trains one)"),
+    ("run tokenize", "--vocab-size", 32_000, dict(type=at_least(257)), "tokens of the one trained"),
+    ("run tokenize", "--val-fraction", 0.005, SHARE, "share held out for validation"),
+    ("train score", "--model", None, dict(required=True), "the fastText model"),
+    ("train", "--label-key", "label", {}, "column of the label"),
+    ("train", "--labels", [], dict(nargs="*", metavar="OLD=NEW"), "labels to rename"),
+    ("train", "--epochs", 5, dict(type=at_least(1)), "passes over the data"),
+    ("run minhash train", "--seed", 0, dict(type=at_least(0)), "of all that is random"),
+]
 
 
 def run(o):
     """Run one stage or all, each on what the one before it left."""
     o.rank, o.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    o.processes = o.processes or max(1, (os.cpu_count() or 1) // local)
+    o.processes = max(1, o.processes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     names = list(STAGES)
     if not o.input and o.command in ("run", "extract"):
         raise ValueError("--input: name the crawl files, for example --input 'crawl/*.warc.gz'")
@@ -2086,7 +2079,9 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, formatter_class=form)
-        add_flags(sub.add_argument, command)
+        for users, flag, default, settings, text in FLAGS:
+            if command in users.split():
+                sub.add_argument(flag, default=default, help=text, **settings)
     o = parser.parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # every finished shard is safe
