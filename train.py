@@ -23,11 +23,12 @@ import signal
 import sys
 import sysconfig
 import time
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import partial, wraps
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,6 @@ import distributed
 import model as model_py
 import tokenizer as tokenizer_py
 from distributed import init_distributed, sum_gradients  # noqa: F401  align.py has them from here
-
-# ---- ranks -------------------------------------------------------------------------------------
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these; without it there is one process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -62,7 +61,10 @@ def all_reduce_sum(values, device):
     return total.tolist()
 
 
-# ---- the corpus --------------------------------------------------------------------------------
+# ---- data: files to arrays of token ids --------------------------------------------------------
+
+VAL_FRACTION = 0.05  # of the documents, held out
+EVAL_TOKENS = 50_000  # that a validation during the run reads; the last one reads all
 
 
 def stdlib_files():
@@ -79,26 +81,26 @@ def stdlib_files():
     return files
 
 
-def is_held_out(document, fraction):
+def is_held_out(document, fraction=VAL_FRACTION):
     """Whether a document is for validation: by a hash of its text, so the same on every machine."""
     digest = hashlib.blake2b(document.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def split_documents(files, fraction):
+def split_documents(files, fraction=VAL_FRACTION):
     """Yield (document, is for validation).
 
     Of fewer than 20 documents no sensible share can be held out whole: there the last `fraction`
     of each is, cut at a line.
     """
-    few = [d for _, d in zip(range(20), tokenizer_py.read_documents(files))]
+    few = list(islice(tokenizer_py.read_documents(files), 20))
     if len(few) == 20:
         for document in tokenizer_py.read_documents(files):
             yield document, is_held_out(document, fraction)
         return
     for document in few:
-        cut = document.rfind("\n", 0, int(len(document) * (1 - fraction)) + 1) + 1
-        cut = cut or int(len(document) * (1 - fraction))
+        most = int(len(document) * (1 - fraction))
+        cut = document.rfind("\n", 0, most + 1) + 1 or most
         yield document[:cut], False
         yield document[cut:], True
 
@@ -128,40 +130,37 @@ def join_documents(documents, size=1 << 22):
 
 def write_tokens(path, documents, tok):
     """Write every document's ids, <|endoftext|> after each, to a .npy file; returns their count."""
-    dtype, count = np.dtype(np.uint16 if tok.vocab_size <= 65536 else np.uint32), 0
+    count = 0
     with open(path, "wb") as f:
-        tokenizer_py.write_header(f, dtype, 0)  # of fixed size: written again with the right count
+        tokenizer_py.write_header(f, tok.dtype, 0)  # of fixed size: written again with the count
         for text in join_documents(documents):
-            ids = tok.encode_numpy(text, allowed_special=[tokenizer_py.EOT]).astype(dtype)
+            ids = tok.encode_numpy(text, allowed_special=[tokenizer_py.EOT])
             f.write(ids.tobytes())
             count += len(ids)
         f.seek(0)
-        tokenizer_py.write_header(f, dtype, count)
+        tokenizer_py.write_header(f, tok.dtype, count)
     return count
 
 
-def tokenize_corpus(files, folder, vocab_size, tokenizer_path, fraction):
+def tokenize_corpus(files, folder, vocab_size, tokenizer_path):
     """Text files -> folder/{tokenizer.json, train.npy, val.npy}; the folder appears whole."""
-    work = Path(f"{folder}.{os.getpid()}.tmp")
+    start, work = time.time(), Path(f"{folder}.{os.getpid()}.tmp")
     work.mkdir(parents=True)
     try:
-        start = time.time()
         if tokenizer_path:
             tok = tokenizer_py.Tokenizer.load(tokenizer_path)
         else:
-            texts = (d for d, held in split_documents(files, fraction) if not held)
+            texts = (d for d, held_out in split_documents(files) if not held_out)
             vocab, merges = tokenizer_py.train_bpe(texts, vocab_size, [tokenizer_py.EOT])
             tok = tokenizer_py.Tokenizer(vocab, merges, [tokenizer_py.EOT])
-            say(f"{'tokenizer':<12}trained in {time.time() - start:.1f} s")
         if tok.eot_id is None:
             raise ValueError(f"--tokenizer {tokenizer_path}: has no {tokenizer_py.EOT} to put "
                              "between documents")
         tok.save(work / "tokenizer.json")
-        start = time.time()
-        counts = [write_tokens(work / f"{name}.npy",
-                               (d for d, h in split_documents(files, fraction) if h == held), tok)
-                  for name, held in (("train", False), ("val", True))]
-        say(f"{'tokens':<12}{sum(counts):,} written in {time.time() - start:.1f} s")
+        for name, wanted in (("train", False), ("val", True)):
+            documents = (d for d, held_out in split_documents(files) if held_out == wanted)
+            write_tokens(work / f"{name}.npy", documents, tok)
+        say(f"{'tokenized':<12}in {time.time() - start:.1f} s")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(work, folder)
     finally:
@@ -195,15 +194,16 @@ class Data:
     name: str
 
 
-def open_token_files(files, tokenizer_path, fraction):
+def open_token_files(files, tokenizer_path):
     """Files with "val" in their name, or their folder's, validate; without any, the last tail."""
-    held = ["val" in f"{Path(f).parent.name}/{Path(f).name}" for f in files]
-    train = [load_tokens(f) for f, is_val in zip(files, held) if not is_val]
-    val = [load_tokens(f) for f, is_val in zip(files, held) if is_val]
+    train, val = [], []
+    for file in files:
+        held_out = "val" in f"{Path(file).parent.name}/{Path(file).name}"
+        (val if held_out else train).append(load_tokens(file))
     if not train:
         raise ValueError("--data: every token file is named for validation, none is left to train")
     if not val:
-        cut = len(train[-1]) - min(int(len(train[-1]) * fraction), 10_000_000)
+        cut = len(train[-1]) - min(int(len(train[-1]) * VAL_FRACTION), 10_000_000)
         train[-1], val = train[-1][:cut], [train[-1][cut:]]
     tok = tokenizer_py.Tokenizer.load(tokenizer_path) if tokenizer_path else None
     return Data(train, val, tok, ",".join(files))
@@ -214,24 +214,24 @@ def prepare_data(args):
     files = tokenizer_py.list_files(args.data) if args.data else stdlib_files()
     token_files = [f for f in files if f.endswith((".npy", ".bin"))]
     if token_files:
-        return open_token_files(token_files, args.tokenizer, args.val_fraction)
+        return open_token_files(token_files, args.tokenizer)
     size = sum(map(os.path.getsize, files))
     if not size:
         raise ValueError(f"--data {', '.join(files)}: empty")
     say(f"{'corpus':<12}{len(files)} files, {size / 1e6:.2f} MB, "
         + (" ".join(args.data) if args.data else "Python's own standard library"))
     tokenizer_file = [args.tokenizer] if os.path.isfile(args.tokenizer or "") else []
-    folder = Path(args.cache) / content_hash(files + tokenizer_file, args.val_fraction,
+    folder = Path(args.cache) / content_hash(files + tokenizer_file, VAL_FRACTION,
                                              args.tokenizer or args.vocab_size)
     if RANK == 0 and not (folder / "val.npy").exists():
-        tokenize_corpus(files, folder, args.vocab_size, args.tokenizer, args.val_fraction)
+        tokenize_corpus(files, folder, args.vocab_size, args.tokenizer)
     if WORLD_SIZE > 1:
         dist.barrier()
     return Data([load_tokens(folder / "train.npy")], [load_tokens(folder / "val.npy")],
                 tokenizer_py.Tokenizer.load(folder / "tokenizer.json"), folder.name)
 
 
-# ---- batches -----------------------------------------------------------------------------------
+# ---- batches: arrays of token ids to windows of T + 1 ------------------------------------------
 
 
 def get_batch(tokens, batch_size, context_length, device):
@@ -289,13 +289,11 @@ class Windows:
         self.arrays, self.T, self.seed = arrays, T, seed
         self.starts = None if eot is None else [document_starts(a, eot, T) for a in arrays]
         counts = [max(0, (len(a) - T) // T) for a in arrays]  # for every offset in 0 .. T - 1
-        counts = [len(s) for s in self.starts] if self.starts else counts
-        self.ends = np.cumsum(counts)
+        self.ends = np.cumsum([len(s) for s in self.starts] if self.starts else counts)
         self.per_epoch = int(self.ends[-1])
         if not self.per_epoch:
-            longest = max(map(len, arrays))
-            raise ValueError(f"--data: {longest} tokens are too few for one window of "
-                             f"--context-length {T}; give more text or a shorter context")
+            raise ValueError(f"--data: {max(map(len, arrays))} tokens are too few for one window "
+                             f"of --context-length {T}; give more text or a shorter context")
 
     def window(self, position):
         epoch, index = divmod(position, self.per_epoch)
@@ -317,93 +315,111 @@ class Windows:
 # ---- optimizers --------------------------------------------------------------------------------
 
 
-def adamw_update(p, g, m, v, rates, beta1, beta2, eps):
-    """One AdamW step of a flat parameter p (N,), in place; rates = (lr / (1 - b1^t),
-    1 / sqrt(1 - b2^t), 1 - lr wd) is a tensor so that a compiled form holds for every step."""
-    step_size, correction, keep = rates.unbind()
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    scale = v.sqrt().mul_(correction).add_(eps)
-    p.mul_(keep).sub_(m.div(scale).mul_(step_size))
-
-
-class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
-
-    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
-    p = p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
-    Eight passes over memory; `compiled` makes them one.
-    """
-
-    update = staticmethod(adamw_update)
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    def compiled(self):
-        self.update = torch.compile(adamw_update, dynamic=True)  # one kernel for all sizes
-        return self
+class Optimizer(torch.optim.Optimizer):
+    """What the three below share: step() counts in each group and calls its update."""
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            group["step"] = t = group.get("step", 0) + 1
-            (b1, b2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-            rates = torch.tensor([lr / (1 - b1**t), (1 - b2**t) ** -0.5, 1 - lr * decay],
-                                 dtype=torch.float64)  # of no dimension: p's type decides
-            for p in group["params"]:
-                if p.grad is not None:
-                    if not self.state[p]:
-                        self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
-                    m, v = self.state[p]["m"], self.state[p]["v"]
-                    flat = (x.reshape(-1) for x in (p, p.grad, m, v))
-                    self.update(*flat, rates, b1, b2, group["eps"])
+            group["step"] = group.get("step", 0) + 1
+            self.update(group, [p for p in group["params"] if p.grad is not None])
         return loss
 
 
-class SGD(torch.optim.Optimizer):
+class SGD(Optimizer):
     """p = p - lr b, b = momentum b + g + wd p (Sutskever et al. 2013, as torch has it)."""
 
     def __init__(self, params, lr=1e-3, momentum=0.0, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                change = p.grad.add(p, alpha=group["weight_decay"])
-                if group["momentum"]:
-                    buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
-                    change = buffer.mul_(group["momentum"]).add_(change)
-                p.sub_(change, alpha=group["lr"])
-        return loss
+    def update(self, group, params):
+        for p in params:
+            change = p.grad.add(p, alpha=group["weight_decay"])
+            if group["momentum"]:
+                buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
+                change = buffer.mul_(group["momentum"]).add_(change)
+            p.sub_(change, alpha=group["lr"])
 
 
-def newton_schulz(G, steps=5):
+def adamw_update(p, g, m, v, step_size, correction, keep, beta1, beta2, eps):
+    """One AdamW step of lists of tensors, in place. step_size = lr / (1 - b1^t), correction =
+    1 / sqrt(1 - b2^t), keep = 1 - lr wd: numbers, or tensors of no dimension when compiled, so
+    that one compiled form holds for every step."""
+    torch._foreach_lerp_(m, g, 1 - beta1)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, g, g, 1 - beta2)
+    scale = torch._foreach_sqrt(v)
+    torch._foreach_mul_(scale, correction)
+    torch._foreach_add_(scale, eps)
+    change = torch._foreach_div(m, scale)
+    torch._foreach_mul_(change, step_size)
+    torch._foreach_mul_(p, keep)
+    torch._foreach_sub_(p, change)
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
+
+    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
+    p = p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+    Ten passes over memory; `compiled` makes them one where that outweighs the call.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.kernel = None
+
+    def compiled(self, above=4096):
+        """Update each tensor of more elements than `above` by one compiled kernel for all sizes."""
+        self.kernel, self.above = torch.compile(adamw_update, dynamic=True), above
+        return self
+
+    def update(self, group, params):
+        (b1, b2), t, lr = group["betas"], group["step"], group["lr"]
+        rates = [lr / (1 - b1**t), (1 - b2**t) ** -0.5, 1 - lr * group["weight_decay"]]
+        settings = b1, b2, group["eps"]
+        large = [p for p in params if self.kernel and p.numel() > self.above]
+        small = [p for p in params if not self.kernel or p.numel() <= self.above]
+        if large:
+            tensors = torch.tensor(rates, dtype=torch.float64).unbind()
+        for p in large:
+            flat = [[x.reshape(-1)] for x in self.tensors(p)]
+            self.kernel(*flat, *tensors, *settings)
+        if small:
+            adamw_update(*map(list, zip(*map(self.tensors, small))), *rates, *settings)
+
+    def tensors(self, p):
+        state = self.state[p]
+        if not state:
+            state.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+        return p, p.grad, state["m"], state["v"]
+
+
+POLAR = [(3.4445, -4.7750, 2.0315)] * 5  # a, b, c of each step of newton_schulz
+
+
+def newton_schulz(G):
     """Near-orthogonalise matrices G (..., m, n): U S V^T -> about U V^T, in bf16.
 
-    X <- a X + (b A + c A^2) X with A = X X^T pushes every singular value towards 1; with these
-    coefficients five steps land them in about [0.7, 1.2], which is close enough to train by and
-    five matrix products cheaper than exact (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    X <- a X + (b A + c A^2) X with A = X X^T moves every singular value s to a s + b s^3 + c s^5.
+    With these coefficients five steps bring values of 0.002 to 1 into 0.68 to 1.21, which is close
+    enough to train by and cheaper than exact (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon).
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = G.bfloat16().view(-1, *G.shape[-2:])
     tall = X.size(-2) > X.size(-1)
     if tall:
-        X = X.mT
+        X = X.mT  # X X^T is then the smaller square
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in POLAR:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2 in one pass, 1.6x in all on CPU
         X = torch.baddbmm(X, B, X, beta=a)
     return (X.mT if tall else X).reshape(G.shape)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum, orthogonalised: the update of an (m, n) matrix has all singular values near 1.
 
     p = p - lr sqrt(max(1, m / n)) newton_schulz(g + mu buffer), for hidden matrices only; tables,
@@ -416,30 +432,24 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       cautious=cautious))
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            group["step"] = t = group.get("step", 0) + 1
-            mu = min(group["momentum"], 0.85 + (group["momentum"] - 0.85) * t / 300)
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    cuts = tuple(dim for dim, *_ in getattr(p, "splits", ()))
-                    shapes.setdefault((p.shape, cuts), []).append(p)
-            for params in shapes.values():
-                self.update(group, params, mu)
-        return loss
-
-    def update(self, group, params, mu):
+    def update(self, group, params):
+        mu = min(group["momentum"], 0.85 + (group["momentum"] - 0.85) * group["step"] / 300)
+        alike = defaultdict(list)
         for p in params:
-            buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - mu)
-        nesterov = torch.stack([p.grad.lerp(self.state[p]["buffer"], mu) for p in params])
+            cuts = tuple(dim for dim, *_ in getattr(p, "splits", ()))
+            alike[p.shape, cuts].append(p)
+        for params in alike.values():
+            buffers = [self.state[p].setdefault("buffer", torch.zeros_like(p)) for p in params]
+            grads = [p.grad for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - mu)
+            nesterov = torch.stack(torch._foreach_lerp(grads, buffers, mu))  # (matrices, m, n)
+            changes = distributed.orthogonalize_sharded(newton_schulz, nesterov, params[0])
+            self.move(group, params, changes.to(params[0].dtype))
+
+    def move(self, group, params, changes):
         rows, columns = distributed.whole_shape(params[0])
         lr, wd = group["lr"] * max(1, rows / columns) ** 0.5, group["lr"] * group["weight_decay"]
-        changes = distributed.orthogonalize_sharded(newton_schulz, nesterov, params[0])
-        for p, change in zip(params, changes.to(params[0].dtype)):
+        for p, change in zip(params, changes):
             if wd:  # cautious: only where the step itself points towards zero (Liang et al. 2024)
                 p.sub_(p * (p * change > 0) * wd if group["cautious"] else p * wd)
             p.sub_(change, alpha=lr)
@@ -459,19 +469,17 @@ def make_optimizers(model, args):
 
     Only matrices decay; tables, norms and scalars do not.
     """
-    inside = {id(p) for p in model.layers.parameters() if p.ndim == 2}
-    matrices = [p for p in model.parameters() if id(p) in inside]
-    tables = [p for p in model.parameters() if p.ndim == 2 and id(p) not in inside]
-    vectors = [p for p in model.parameters() if p.ndim != 2]
     if args.optimizer == "sgd":
         return [SGD(model.parameters(), args.lr, args.momentum, args.weight_decay)]
-    adam = dict(lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps)
-    groups = [dict(params=tables, weight_decay=0.0), dict(params=vectors, weight_decay=0.0)]
+    inside = {id(p) for p in model.layers.parameters() if p.ndim == 2}
+    matrices = [p for p in model.parameters() if id(p) in inside]
+    others = [p for p in model.parameters() if id(p) not in inside]
+    adam = dict(lr=args.lr, betas=args.betas, eps=1e-10)
+    groups = [dict(params=others, weight_decay=0.0)]
     if args.optimizer == "adamw":
-        groups.insert(0, dict(params=matrices, weight_decay=args.weight_decay))
-        return [AdamW([g for g in groups if g["params"]], **adam)]
-    return [Muon(matrices, args.muon_lr, args.momentum, args.weight_decay, args.cautious),
-            AdamW([g for g in groups if g["params"]], **adam)]
+        return [AdamW([dict(params=matrices, weight_decay=args.weight_decay), *groups], **adam)]
+    muon = Muon(matrices, args.muon_lr, args.momentum, args.weight_decay, args.cautious)
+    return [muon, AdamW(groups, **adam)]
 
 
 # ---- schedules: the learning rate at a step, counted from 0 ------------------------------------
@@ -499,25 +507,28 @@ def schedule(step, args):
     """The factor on every learning rate at `step`: 1 is the full rate."""
     if args.schedule == "cosine":
         return cosine_schedule(step + 1, 1.0, args.min_lr, args.warmup, args.steps)
-    decay = {"wsd": args.decay, "linear": 1.0, "constant": 0.0}[args.schedule]
-    decay_steps = int(decay * (args.steps - args.warmup))
-    floor = args.min_lr if decay else 1.0
-    return wsd_schedule(step + 1, 1.0, floor, args.warmup, decay_steps, args.steps)
+    floor = 1.0 if args.schedule == "constant" else args.min_lr
+    return wsd_schedule(step + 1, 1.0, floor, args.warmup, args.steps - decay_start(args),
+                        args.steps)
+
+
+def decay_start(args):
+    """The last step at the full rate; of a WSD run its checkpoint is kept, to branch from."""
+    share = {"wsd": args.decay, "constant": 0.0}.get(args.schedule, 1.0)
+    return args.steps - int(share * (args.steps - args.warmup))
 
 
 # ---- evaluation and samples --------------------------------------------------------------------
 
 
-def uncompiled(function):
-    """Run a function's modules as they are written, also those that were compiled."""
-    @wraps(function)
-    def run(*args, **kwargs):
-        if "torch._dynamo" not in sys.modules:  # nothing was; importing it would take 1.5 s
-            return function(*args, **kwargs)
-        with torch.compiler.set_stance("force_eager"):
-            return function(*args, **kwargs)
-
-    return run
+@contextmanager
+def uncompiled():
+    """Run modules as they are written, also compiled ones: other shapes would compile anew."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it would take 1.5 s
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @dataclass
@@ -528,21 +539,17 @@ class Score:
     perplexity: float
     bits_per_byte: float  # nan without a tokenizer: the bytes behind the tokens are unknown
 
-    def __str__(self):
-        return (f"loss {self.loss:.4f} nats/token, perplexity {self.perplexity:.2f}, "
-                f"{self.bits_per_byte:.4f} bits/byte")
-
 
 def byte_lengths(tok, vocab_size):
     """How many bytes of text each id stands for, (V,); special tokens stand for none."""
-    lengths = np.zeros(vocab_size)
+    lengths = torch.zeros(vocab_size, dtype=torch.float64)
     for i, word in tok.vocab.items() if tok else ():
         lengths[i] = 0 if i in tok.special_tokens.values() else len(word)
-    return torch.from_numpy(lengths)
+    return lengths
 
 
 @torch.no_grad()
-@uncompiled  # other shapes than training's would compile anew
+@uncompiled()
 def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
     """Score the validation arrays in windows of T tokens that do not overlap, shared by the ranks.
 
@@ -558,34 +565,35 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
     rank, ranks, readers = getattr(model, "data_ranks", (RANK, WORLD_SIZE, 1))
     mine = starts[rank::ranks]
     lengths = byte_lengths(tok, args.vocab_size).to(device)
-    nats, tokens, text_bytes = 0.0, 0, 0.0
+    sums = np.zeros(3)  # nats, tokens, bytes of text
     model.eval()  # no balancing loss of a mixture of experts
     for i in range(0, -(-len(starts) // ranks), B):
         rows = [a[s:s + T + 1] for a, s in mine[i:i + B] or starts[:1]]
         ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, T + 1)
-        counts = i < len(mine)  # or this rank has nothing left, and only keeps the others company
+        targets = ids[:, 1:]
         with autocast():
-            nats += counts * model.loss(ids[:, :-1], ids[:, 1:], reduction="sum").item()
-        tokens += counts * ids[:, 1:].numel() / readers
-        text_bytes += counts * lengths[ids[:, 1:]].sum().item() / readers
+            nats = model.loss(ids[:, :-1], targets, reduction="sum").item()
+        if i < len(mine):  # or this rank has nothing left, and only keeps the others company
+            text_bytes = lengths[targets].sum().item()
+            sums += nats, targets.numel() / readers, text_bytes / readers
     model.train()
-    nats, tokens, text_bytes = all_reduce_sum([nats, tokens, text_bytes], device)
+    nats, tokens, text_bytes = all_reduce_sum(sums.tolist(), device)
     loss = nats / tokens
     bits = nats / math.log(2) / text_bytes if text_bytes else math.nan
     return Score(loss, math.exp(min(loss, 700)), bits)
 
 
-@uncompiled
+@uncompiled()
 def show_samples(run):
     """Print what the model writes after each of --sample-prompts."""
-    tok, model = run.data.tokenizer, whole_model(run)
+    tok, (model, _) = run.data.tokenizer, whole_state(run)
     if RANK or not tok:
         return
     for i, prompt in enumerate(run.args.sample_prompts):
         ids = [tok.eot_id] if tok.eot_id is not None else []
         ids += tok.encode(prompt, allowed_special=())
-        done = model.generate([ids], run.args.sample_tokens, temperature=0.8, top_p=0.95,
-                                  seed=i, stop=[tok.eot_id], tokenizer=tok)[0]
+        done = model.generate([ids], run.args.sample_tokens, temperature=0.8, top_p=0.95, seed=i,
+                              stop=[tok.eot_id], tokenizer=tok)[0]
         say(f"\n---- sample {i + 1} " + "-" * 60)
         say(prompt + done.text.replace(tokenizer_py.EOT, ""))
 
@@ -596,10 +604,10 @@ def show_samples(run):
 def save_checkpoint(model, optimizer, iteration, out, **extra):
     """Everything a restart needs in one file (a path or a file object), replaced whole.
 
-    model may be None where the weights are kept elsewhere; optimizer may be a list of them.
+    optimizer may be a list of them; extra entries are saved beside.
     """
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    state = {"model": model.state_dict() if model else None, "iteration": iteration,
+    state = {"model": model.state_dict(), "iteration": iteration,
              "optimizers": [o.state_dict() for o in optimizers], **extra}
     if not isinstance(out, (str, os.PathLike)):
         torch.save(state, out)
@@ -615,68 +623,39 @@ def save_checkpoint(model, optimizer, iteration, out, **extra):
 def load_checkpoint(src, model, optimizer):
     """Restore what save_checkpoint wrote; returns the iteration. Nothing in the file executes."""
     state = torch.load(src, map_location="cpu", weights_only=True)
-    if model is not None:
-        model.load_state_dict(state["model"])
+    model.load_state_dict(state["model"])
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     for o, o_state in zip(optimizers, state["optimizers"]):
         o.load_state_dict(o_state)
     return state["iteration"]
 
 
-def whole_model(run):
-    """The model as one process has it: put together on rank 0 where ranks have parts of it."""
-    if run.parallel.copies_only:
-        return run.model
-    weights, _ = run.parallel.whole_state()
-    if RANK:
-        return None
-    model = model_py.Transformer(replace(run.config))
-    model.load_state_dict(weights, strict=False)
-    return model
-
-
-def whole_optimizers(run):
-    """The same of the optimizers: a checkpoint does not depend on the layout that wrote it."""
-    if run.parallel.copies_only:
-        return run.optimizers
-    _, states = run.parallel.whole_state(run.optimizers)
-    if RANK:
-        return None
-    plain, names = plain_optimizers(run)
-    for optimizer in plain:
-        for group in optimizer.param_groups:
-            group["step"] = run.optimizers[0].param_groups[0].get("step", 0)
-            for p in group["params"]:
-                optimizer.state[p] = states[names[p]]
-    return plain
-
-
-def plain_optimizers(run):
-    """One process's optimizers over a model without storage, and the names of its parameters."""
-    with torch.device("meta"):
-        model = model_py.Transformer(replace(run.config))
-    return make_optimizers(model, run.args), {p: name for name, p in model.named_parameters()}
-
-
-def load_optimizers(run, src):
-    """Restore the optimizers from a checkpoint, each rank its part; returns the step."""
-    if run.parallel.copies_only:
-        return load_checkpoint(src, None, run.optimizers)
-    plain, names = plain_optimizers(run)
-    saved, states = torch.load(src, map_location="cpu", weights_only=True), {}
-    for optimizer, state in zip(plain, saved["optimizers"]):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        states |= {names[params[i]]: s for i, s in state["state"].items()}
-    run.parallel.take_state(states, run.optimizers)
-    for group in (g for optimizer in run.optimizers for g in optimizer.param_groups):
-        group["step"] = saved["optimizers"][0]["param_groups"][0].get("step", 0)
-    return saved["iteration"]
-
-
 # What a run is: to go on under other values would be a different run.
-IDENTITY = ("recipe", "optimizer", "batch_size", "schedule", "warmup", "decay", "min_lr", "lr",
-            "muon_lr", "weight_decay", "cautious", "momentum", "beta1", "beta2", "eps", "clip",
-            "seed", "context_length", "data_name", "dtype")
+MODEL_FLAGS = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff",
+               "ffn", "norm", "position", "qk_norm", "zero_init", "tie_embeddings",
+               "logit_softcap", "value_embeddings", "residual_scalars")
+IDENTITY = MODEL_FLAGS + (
+    "recipe", "optimizer", "batch_size", "schedule", "warmup", "decay", "min_lr", "lr", "muon_lr",
+    "weight_decay", "cautious", "momentum", "betas", "clip", "seed", "data_name", "pack", "dtype")
+COUNTERS = ("loss_scale", "good_steps", "skipped")  # of a Run
+FORMAT = 2  # of train_state.pt: optimizer state by the parameters' names
+
+
+def whole_state(run):
+    """(model, {name: {key: optimizer state}}) as one process has them, whatever the layout: put
+    together on rank 0 where ranks have parts, so a run can go on in another layout."""
+    if not run.parallel.copies_only:
+        weights, states = run.parallel.whole_state(run.optimizers)
+        if RANK:
+            return None, None
+        model = model_py.Transformer(replace(run.config))
+        model.load_state_dict(weights, strict=False)
+        return model, states
+    states = {name: {} for name, _ in run.model.named_parameters()}
+    for name, p in run.model.named_parameters():
+        for optimizer in run.optimizers:
+            states[name] |= getattr(optimizer, "local", optimizer).state.get(p, {})
+    return run.model, states
 
 
 def step_folders(out):
@@ -684,60 +663,70 @@ def step_folders(out):
     return sorted(Path(out).glob("step-[0-9]*[0-9]"), key=lambda p: int(p.name[5:]))
 
 
-def save_run(run, step):
+def save_run(run):
     """Write out/step-N whole, under another name first, and link its files into out/.
 
     A kill at any moment leaves the previous step-* folder intact; out/ itself always opens as a
     model. Older folders than the newest --keep go.
     """
-    model, optimizers = whole_model(run), whole_optimizers(run)
+    model, states = whole_state(run)
     if RANK:
         return
-    args, tok = run.args, run.data.tokenizer
-    folder = Path(args.out) / f"step-{step:06d}"
-    work = folder.with_name(f"saving-{os.getpid()}")
+    args, out, branch = run.args, Path(run.args.out), decay_start(run.args)
+    folder, work = out / f"step-{run.step:06d}", out / f"saving-{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     try:
         model.save_pretrained(work)
-        if tok:
-            tok.save(work)
-        save_checkpoint(None, optimizers, step, work / "train_state.pt",
-                        settings={k: getattr(args, k) for k in IDENTITY}, steps=args.steps,
-                        full_rate_until=decay_start(args), loss_scale=run.loss_scale,
-                        good_steps=run.good_steps, skipped=run.skipped)
+        if run.data.tokenizer:
+            run.data.tokenizer.save(work)
+        torch.save({"format": FORMAT, "iteration": run.step, "optimizers": states,
+                    "updates": run.optimizers[0].param_groups[0].get("step", 0),
+                    "steps": args.steps, "full_rate_until": branch,
+                    "settings": {k: getattr(args, k) for k in IDENTITY},
+                    **{k: getattr(run, k) for k in COUNTERS}}, work / "train_state.pt")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(work, folder)
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        raise OSError(f"--out {args.out}: the checkpoint of step {step} could not be written, the "
+        raise OSError(f"--out {out}: the checkpoint of step {run.step} could not be written, the "
                       f"one before it is kept ({str(error).splitlines()[0]})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     for file in folder.iterdir():
-        beside = Path(args.out) / f"{file.name}.tmp"
+        beside = out / f"{file.name}.tmp"
         beside.unlink(missing_ok=True)
         try:
             os.link(file, beside)  # the same bytes under two names
         except OSError:  # a file system without hard links
             shutil.copyfile(file, beside)
-        os.replace(beside, Path(args.out) / file.name)
-    for old in step_folders(args.out)[:-args.keep]:
-        if old.name != f"step-{decay_start(args):06d}":  # a longer run branches off there
+        os.replace(beside, out / file.name)
+    for old in step_folders(out)[:-args.keep]:
+        if old.name != f"step-{branch:06d}":  # a longer run branches off there
             shutil.rmtree(old, ignore_errors=True)
+
+
+def read_state(folder, mmap=False):
+    """A checkpoint's train_state.pt."""
+    try:
+        state = torch.load(folder / "train_state.pt", "cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder}/train_state.pt: cannot be read; remove {folder} to go on from "
+                         "the one before it, or --restart") from error
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{folder}/train_state.pt: has format {state.get('format', 1)}, this "
+                         f"train.py reads {FORMAT}; --restart begins again, --init-from {folder} "
+                         "with another --out keeps the weights")
+    return state
 
 
 def find_run(args):
     """The checkpoint of this very run in --out to go on from, or None; refuses a different run's.
 
-    With other --steps than before that is the last one whose learning rate had not begun to fall.
+    With more --steps than before that is the last one whose learning rate had not begun to fall.
     """
     folders = step_folders(args.out)
     if not folders:
         return None
-    try:
-        state = torch.load(folders[-1] / "train_state.pt", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folders[-1]}/train_state.pt: cannot be read; remove {folders[-1]} to "
-                         "go on from the one before it, or --restart") from error
+    state = read_state(folders[-1], mmap=True)
     if args.dtype == "auto":  # what was measured then need not be what would be measured now
         args.dtype = state["settings"]["dtype"]
     other = [f"--{k.replace('_', '-')} {state['settings'][k]}" for k in IDENTITY
@@ -781,19 +770,20 @@ def clock(seconds):
 
 def other_logs(args):
     """Functions of a record for --tensorboard and --wandb, if asked for and installed."""
-    sinks = []
+    sinks, flag = [], ""
     try:
-        if args.tensorboard and RANK == 0:
+        if args.tensorboard:
+            flag = "tensorboard"
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(Path(args.out) / "tensorboard")
+            writer = SummaryWriter(Path(args.out) / flag)
             sinks.append(lambda record: [writer.add_scalar(name, value, record["step"])
                                          for name, value in record.items() if value is not None])
-        if args.wandb and RANK == 0:
+        if args.wandb:
+            flag = "wandb"
             import wandb
             run = wandb.init(project=args.wandb, dir=args.out, config=vars(args))
             sinks.append(lambda record: run.log(record, step=record["step"]))
     except ImportError as error:
-        flag = "wandb" if sinks or not args.tensorboard else "tensorboard"
         raise ValueError(f"--{flag}: not installed ({error}); pip install {flag}") from None
     return sinks
 
@@ -802,26 +792,27 @@ class Log:
     """One line a step into log.jsonl, one in --log-every on the screen, a plot of it all."""
 
     def __init__(self, args, resumed_at):
+        if RANK:
+            return
         self.path, self.records = Path(args.out) / "log.jsonl", []
         self.sinks = other_logs(args)
-        if RANK == 0 and resumed_at and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                record = json.loads(line) if line.endswith("}") else {}  # a kill cuts lines short
-                if record.get("step", math.inf) <= resumed_at:
-                    self.records.append(record)
-        if RANK == 0:  # drop what a killed run had logged beyond its last checkpoint
-            beside = self.path.with_suffix(".tmp")
-            beside.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-            os.replace(beside, self.path)
-        self.file = open(self.path, "a", buffering=1) if RANK == 0 else None
+        if resumed_at and self.path.exists():  # without what was logged beyond the checkpoint
+            lines = self.path.read_text().splitlines()
+            records = [json.loads(x) for x in lines if x.endswith("}")]  # a kill cuts lines short
+            self.records = [r for r in records if r["step"] <= resumed_at]
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        os.replace(beside, self.path)
+        self.file = open(self.path, "a", buffering=1)
 
     def write(self, **record):
-        if self.file:
-            record = {k: v if math.isfinite(v) else None for k, v in record.items()}
-            self.records.append(record)
-            self.file.write(json.dumps(record) + "\n")
-            for sink in self.sinks:
-                sink(record)
+        if RANK:
+            return
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        for sink in self.sinks:
+            sink(record)
 
     def draw(self):
         """loss.png: the training loss, its running mean, and validation, against tokens."""
@@ -830,18 +821,16 @@ class Log:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
-        train = [(r["tokens"], r["loss"]) for r in self.records if r.get("loss") is not None]
-        val = [(r["tokens"], r["val_loss"]) for r in self.records if r.get("val_loss")]
         figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
-        if train:
-            x, y = np.array(train).T
-            axes.plot(x, y, color="#9ecae1", linewidth=0.8, label="training, each step")
+        x, y = np.array([(r["tokens"], r["loss"]) for r in self.records
+                         if r.get("loss") is not None]).reshape(-1, 2).T
+        if len(y):
             width = max(1, len(y) // 50)
             mean = np.convolve(y, np.ones(width) / width, "valid")
+            axes.plot(x, y, color="#9ecae1", linewidth=0.8, label="training, each step")
             axes.plot(x[width - 1:], mean, color="#08519c", label=f"training, mean of {width}")
-            axes.set_ylim(min(y.min(), *(v for _, v in val or [(0, y.min())])) - 0.1, y.max() + 0.1)
-        if val:
-            axes.plot(*zip(*val), "o-", color="#d94801", label="validation")
+        val = [(r["tokens"], r["val_loss"]) for r in self.records if r.get("val_loss")]
+        axes.plot(*np.reshape(val, (-1, 2)).T, "o-", color="#d94801", label="validation")
         axes.set(xlabel="tokens", ylabel="loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -855,6 +844,7 @@ class Log:
 
 # Dense bf16 peak of the data sheets, in TFLOP/s: what MFU is measured against by convention.
 GPU_PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "B200": 2250}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def matmul_flops(device, dtype, size=1024, repeats=3):
@@ -863,8 +853,7 @@ def matmul_flops(device, dtype, size=1024, repeats=3):
     best = math.inf
     for _ in range(repeats):
         start = time.perf_counter()
-        b = a @ a
-        b[0, 0].item()  # waits for a GPU
+        (a @ a)[0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -874,20 +863,17 @@ def choose_dtype(args, device):
 
     Some CPUs multiply bf16 four times as fast (AVX512-BF16, AMX), others emulate it at a tenth.
     """
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
     speed = dict(bf16=0.0, fp32=0.0)
     for name in ["bf16", "fp32"] * 4:  # in turns: on a busy machine either may be held up once
-        speed[name] = max(speed[name], matmul_flops(device, dtypes[name]))
-    name = args.dtype
-    if name == "auto":  # rank 0 decides for all
+        speed[name] = max(speed[name], matmul_flops(device, DTYPES[name]))
+    if args.dtype == "auto":  # rank 0 decides for all
         better = float(speed["bf16"] > 1.5 * speed["fp32"] and RANK == 0)
-        name = "bf16" if all_reduce_sum([better], device)[0] else "fp32"
-    args.dtype = name
-    peak = speed["fp32" if name == "fp32" else "bf16"]
-    if device.type == "cuda" and name != "fp32":
+        args.dtype = "bf16" if all_reduce_sum([better], device)[0] else "fp32"
+    peak = speed["fp32" if args.dtype == "fp32" else "bf16"]
+    if device.type == "cuda" and args.dtype != "fp32":
         gpu = torch.cuda.get_device_name(device)
         peak = next((p * 1e12 for k, p in GPU_PEAKS.items() if k in gpu), peak)
-    return dtypes[name], peak
+    return DTYPES[args.dtype], peak
 
 
 def compile_blocks(model, optimizers, args, device):
@@ -895,13 +881,15 @@ def compile_blocks(model, optimizers, args, device):
 
     Compiling the whole model is no faster here and takes 40 s instead of 15 on two cores.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if args.compile == "off" or args.compile == "auto" and device.type == "cpu" and not compiler:
-        return "eager" if args.compile == "off" else "eager (torch.compile finds no C++ compiler)"
-    if args.compile == "auto" and device.type == "cpu" and args.steps < 100:
-        return "eager (too few steps to pay for compiling)"
+    if args.compile == "off":
+        return "eager"
     if args.tp * args.cp * args.ep > 1:
         return "eager (torch.compile and the collectives inside a block do not go together)"
+    if args.compile == "auto" and device.type == "cpu":
+        if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+            return "eager (torch.compile finds no C++ compiler)"
+        if args.steps < 100:
+            return "eager (too few steps to pay for compiling)"
     for layer in model.layers:
         if args.parallel == "fsdp":  # weights come and go outside of what is compiled
             layer.forward = torch.compile(layer.forward)
@@ -934,7 +922,7 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ---- the loop ----------------------------------------------------------------------------------
+# ---- putting a run together --------------------------------------------------------------------
 
 
 @dataclass
@@ -951,8 +939,8 @@ class Run:
     dtype: torch.dtype  # of matrix products; weights are fp32
     peak: float  # FLOP/s, what MFU is measured against
     flops_per_token: float  # of the whole model
-    sizes: str  # its parameters, in words
     compiled: str = ""  # whether the blocks are compiled, in words
+    step: int = 0  # steps done
     loss_scale: float = 1.0  # of fp16, whose gradients would vanish below 6e-8
     good_steps: int = 0  # since loss_scale last changed
     skipped: int = 0  # steps whose gradients were not finite
@@ -967,12 +955,82 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
+def build_model(args, data, source):
+    """A new model from the flags, or the weights in the folder `source`; sets args.vocab_size."""
+    if source:
+        model = model_py.Transformer.from_pretrained(source, dtype=torch.float32)
+        args.vocab_size = model.config.vocab_size
+    else:
+        args.vocab_size = data.tokenizer.vocab_size if data.tokenizer else args.vocab_size
+        names = {f.name for f in fields(model_py.ModelConfig)} & set(vars(args))
+        model = model_py.Transformer(model_py.ModelConfig(**{n: getattr(args, n) for n in names}))
+    if data.tokenizer and data.tokenizer.vocab_size > args.vocab_size:
+        raise ValueError(f"--init-from {source}: {args.vocab_size} ids, but the data's tokenizer "
+                         f"has {data.tokenizer.vocab_size}")
+    return model
+
+
+def make_mesh(args):
+    """--tp, --cp, --pp and --ep ranks for those; all others share the data."""
+    split = {axis: getattr(args, axis) for axis in ("tp", "cp", "pp", "ep")}
+    count = math.prod(split.values())
+    if WORLD_SIZE % count:
+        product = " x ".join(f"--{axis} {n}" for axis, n in split.items() if n > 1)
+        raise ValueError(f"{product}: {WORLD_SIZE} ranks are not a multiple of {count}; see "
+                         "torchrun's --nproc-per-node")
+    data = WORLD_SIZE // count
+    if args.batch_size < data * args.ep or (
+            args.parallel == "fsdp" and args.batch_size % (data * args.ep)):
+        raise ValueError(f"--batch-size {args.batch_size}: {data * args.ep} ranks cannot share it")
+    return distributed.Mesh(**{"fsdp" if args.parallel == "fsdp" else "dp": data}, **split)
+
+
+def build_run(args, device, data, resume_from=None):
+    """The model on the mesh of all ranks, this rank's optimizers, and where a stopped run was."""
+    torch.manual_seed(args.seed)
+    model = build_model(args, data, resume_from or args.init_from).to(device)
+    eot = data.tokenizer.eot_id if data.tokenizer and args.pack else None
+    if args.pack and eot is None:
+        raise ValueError("--pack: needs a tokenizer with <|endoftext|> to find the documents by")
+    windows = Windows(data.train, args.context_length, args.seed, eot)
+    dtype, peak = choose_dtype(args, device)
+    config, flops = replace(model.config), model.flops_per_token(args.context_length)
+    if args.checkpoint_activations:
+        checkpoint_blocks(model)
+    mesh = make_mesh(args)
+    parallel = distributed.Parallel(model, mesh, args.parallel,
+                                    None if dtype == torch.float32 else dtype)
+    optimizers = make_optimizers(parallel.model, args)
+    if args.parallel == "zero1":
+        optimizers = [distributed.ShardedOptimizer(o.param_groups, type(o), mesh.group("dp", "cp"))
+                      for o in optimizers]
+    run = Run(args, parallel, config, optimizers, data, windows, device, dtype, peak, flops)
+    run.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
+    parallel.autocast = run.autocast
+    if resume_from:
+        restore(run, read_state(resume_from))
+    run.compiled = compile_blocks(run.model, optimizers, args, device)
+    return run
+
+
+def restore(run, state):
+    """Give a new run the step, the counters and each rank its part of the optimizers' state."""
+    run.step = state["iteration"]
+    for name in COUNTERS:
+        setattr(run, name, state[name])
+    run.parallel.take_state(state["optimizers"], run.optimizers)
+    for group in (g for optimizer in run.optimizers for g in optimizer.param_groups):
+        group["step"] = state["updates"]
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+
 def read_batch(run, step):
     """This rank's share of a step's windows: [(inputs, targets)], --micro-batch windows each."""
-    first = step * run.args.batch_size
-    mine = run.parallel.share(list(range(first, first + run.args.batch_size)))
-    parts = [mine[i:i + run.args.micro_batch] for i in range(0, len(mine), run.args.micro_batch)]
-    batch = [run.windows.batch(part, run.device) for part in parts]
+    size, micro = run.args.batch_size, run.args.micro_batch
+    mine = run.parallel.share(list(range(step * size, (step + 1) * size)))
+    batch = [run.windows.batch(mine[i:i + micro], run.device) for i in range(0, len(mine), micro)]
     largest = max((targets.max().item() for _, targets in batch), default=0)
     if largest >= run.args.vocab_size:
         raise ValueError(f"--data: token id {largest} is outside the vocabulary of "
@@ -1022,8 +1080,7 @@ def update(run, factor):
     """Every optimizer's step at `factor` of its full learning rate."""
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group.setdefault("full_lr", group["lr"])
-            group["lr"] = group["full_lr"] * factor
+            group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
         optimizer.step()
     if run.config.balance == "bias":  # experts balanced without a loss
         for experts in run.model.moes():
@@ -1043,32 +1100,39 @@ def train_step(run, step, stopping=False):
         clip = clip_grad_norm if run.parallel.copies_only else distributed.clip_grad_norm
         norm = clip(parameters, run.args.clip).item()
     loss, stop = all_reduce_sum([loss, float(stopping)], run.device)
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if run.dtype == torch.float16:
+    finite, fp16 = math.isfinite(loss + norm), run.dtype == torch.float16
+    if fp16:
         rescale(run, finite)
     with record_function("optimizer"):
         if finite:
             update(run, factor)
-        elif run.args.nonfinite == "stop" and (run.dtype != torch.float16 or run.loss_scale < 1):
-            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}")
+        elif run.args.nonfinite == "stop" and (not fp16 or run.loss_scale < 1):
+            kept = step_folders(run.args.out)
+            raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped; the "
+                             f"last good checkpoint is {kept[-1] if kept else 'none'}; try a lower"
+                             " --lr, or --nonfinite skip")
         run.model.zero_grad(set_to_none=True)
     run.skipped += not finite
     return loss, norm, factor, stop > 0
 
 
-class StopRequest:
-    """SIGTERM or Ctrl-C: finish the step, save, go. A second Ctrl-C goes at once."""
+@contextmanager
+def noting_signals():
+    """Yields a list into which SIGTERM or Ctrl-C puts its number; a second Ctrl-C acts at once.
 
-    def __init__(self):
-        self.signal = None
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+    The handlers are given back: who calls main() may go on, and fork processes that inherit them.
+    """
+    caught = []
 
-    def note(self, number, frame):
-        self.signal = number
+    def note(number, frame):
+        caught.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def restore(self):  # for who calls main() and goes on: processes it forks inherit the handlers
-        for number, handler in self.before.items():
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -1091,13 +1155,14 @@ def warm_up(run):
             say(f"{'memory':<12}full: micro-batches of {run.args.micro_batch} windows")
 
 
-def evaluate_and_log(run, log, step, max_tokens=None):
-    tokens = step * run.args.batch_size * run.args.context_length
+def evaluate_and_log(run, log, max_tokens=None):
     score = evaluate(run.parallel, run.data.val, run.args, run.device, run.data.tokenizer,
                      run.autocast, max_tokens)
-    log.write(step=step, tokens=tokens, val_loss=score.loss, bits_per_byte=score.bits_per_byte)
+    log.write(step=run.step, tokens=run.step * run.args.batch_size * run.args.context_length,
+              val_loss=score.loss, bits_per_byte=score.bits_per_byte)
     log.draw()
-    say(f"{step:>6}/{run.args.steps:<6} validation {score}")
+    say(f"{run.step:>6}/{run.args.steps:<6} validation loss {score.loss:.4f} nats/token, "
+        f"perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f} bits/byte")
 
 
 def report_spike(losses, loss, step):
@@ -1108,64 +1173,116 @@ def report_spike(losses, loss, step):
             "deviations above the 50 steps before")
 
 
-def train_loop(run, first_step, stop):
-    """Steps first_step .. --steps; returns (steps done, whether all of them)."""
-    args, log = run.args, Log(run.args, first_step)
-    tokens_per_step = args.batch_size * args.context_length
-    flops = run.flops_per_token * tokens_per_step
-    saves = {args.steps, decay_start(args)} | set(range(0, args.steps, args.save_every or 10**9))
+def log_line(run, loss, norm, factor, seconds, side_work):
+    """One line of COLUMNS; seconds and side_work (evaluation, saving) a step, for the time left."""
+    tokens = run.args.batch_size * run.args.context_length / seconds
+    mfu = tokens * run.flops_per_token / run.peak / WORLD_SIZE
+    left = clock((run.args.steps - run.step) * (seconds + side_work))
+    say(f"{run.step:>6}/{run.args.steps:<6} {loss:7.4f} {factor:6.3f} {norm:6.2f} {tokens:8,.0f} "
+        f"{mfu:5.1%} {memory_gb(run.device):5.2f} {left}"
+        + (f"  {run.skipped} skipped" if run.skipped else ""))
+
+
+def train_loop(run, caught):
+    """Steps until --steps, or until a signal was caught and the run saved."""
+    args, log, first = run.args, Log(run.args, run.step), run.step
     times, losses, side_work = deque(maxlen=50), deque(maxlen=50), 0.0
     say(COLUMNS)
-    for step in range(first_step, args.steps):
+    while run.step < args.steps:
         start = time.perf_counter()
-        loss, norm, factor, stopping = train_step(run, step, stop.signal is not None)
+        loss, norm, factor, stopping = train_step(run, run.step, bool(caught))
         times.append(time.perf_counter() - start)
-        done, seconds = step + 1, float(np.median(times))
-        log.write(step=done, tokens=done * tokens_per_step, loss=loss, gnorm=norm, lr=factor,
-                  seconds=round(times[-1], 4))
+        run.step = done = run.step + 1
+        log.write(step=done, tokens=done * args.batch_size * args.context_length, loss=loss,
+                  gnorm=norm, lr=factor, seconds=round(times[-1], 4))
         if math.isfinite(loss):
             report_spike(losses, loss, done)
             losses.append(loss)
         if done % args.log_every == 0 or done in (1, args.steps):
-            share = side_work / max(1, done - first_step)  # a step's share of the side work
-            say(f"{done:>6}/{args.steps:<6} {loss:7.4f} {factor:6.3f} {norm:6.2f} "
-                f"{tokens_per_step / seconds:8,.0f} {flops / seconds / run.peak / WORLD_SIZE:5.1%} "
-                f"{memory_gb(run.device):5.2f} {clock((args.steps - done) * (seconds + share))}"
-                + (f"  {run.skipped} skipped" if run.skipped else ""))
-        start = time.perf_counter()
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            evaluate_and_log(run, log, done, args.eval_tokens)
-        if args.sample_every and done % args.sample_every == 0 and done < args.steps:
+            side = side_work / max(1, done - 1 - first)
+            log_line(run, loss, norm, factor, float(np.median(times)), side)
+        start, last = time.perf_counter(), done == args.steps
+        if args.eval_every and done % args.eval_every == 0 and not last:
+            evaluate_and_log(run, log, EVAL_TOKENS)
+        if args.sample_every and done % args.sample_every == 0 and not last:
             show_samples(run)
-        if done in saves or stopping:
-            save_run(run, done)
+        if (last or stopping or done == decay_start(args)
+                or args.save_every and done % args.save_every == 0):
+            save_run(run)
         side_work += time.perf_counter() - start
-        if stopping and done < args.steps:
-            return done, False
-    evaluate_and_log(run, log, args.steps)
-    return args.steps, True
+        if stopping and not last:
+            return
+    evaluate_and_log(run, log)
 
 
-def decay_start(args):
-    """The last step at the full rate of a WSD run: its checkpoint is kept, to branch from."""
-    decay = args.decay if args.schedule == "wsd" else 1.0
-    return args.steps - int(decay * (args.steps - args.warmup))
+def describe(run, seconds_per_step):
+    """What is ahead, in aligned lines."""
+    args, c, tokens = run.args, run.config, run.args.batch_size * run.args.context_length
+    train, val = (sum(map(len, arrays)) for arrays in (run.data.train, run.data.val))
+    with torch.device("meta"):  # sizes without numbers
+        whole = model_py.Transformer(replace(c))
+    going_on = f"; going on from step {run.step}" if run.step else ""
+    rows = dict(
+        tokens=f"{train:,} to train on, {val:,} to validate, {c.vocab_size:,} ids",
+        model=f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, d_ff {c.d_ff}, "
+              f"{c.ffn}; {whole.num_parameters() / 1e6:.2f}M parameters, "
+              f"{whole.num_parameters(embeddings=False) / 1e6:.2f}M without tables",
+        device=f"{run.device.type} x {WORLD_SIZE}, {torch.get_num_threads()} threads each, "
+               f"{args.dtype} products, {run.peak / 1e12:.2f} TFLOP/s peak, {run.compiled}",
+        batch=f"{args.batch_size} windows of {args.context_length} = {tokens:,} tokens",
+        steps=f"{args.steps:,}, {args.steps * tokens / 1e6:.2f}M tokens, "
+              f"{args.steps * tokens / train:.2f} epochs, {args.recipe}: {args.optimizer}, "
+              f"{args.schedule}{going_on}",
+        expected=f"{(args.steps - run.step) * seconds_per_step * 1.1 / 60:.1f} minutes\n")
+    for name, text in rows.items():
+        say(f"{name:<12}{text}")
+
+
+def train(args):
+    """Begin the run that the flags describe, or go on with it."""
+    began, device = time.time(), init_distributed(args.device)
+    fill_defaults(args, device)
+    if args.bench:
+        return bench(args, device)
+    lock = lock_run(args.out)
+    data = prepare_data(args)
+    args.data_name = data.name
+    resume_from = None if args.restart else find_run(args)
+    run = build_run(args, device, data, resume_from)
+    if run.step >= args.steps:
+        say(f"--out {args.out}: finished, {run.step} steps; --steps {2 * run.step} goes on, "
+            "--restart begins again")
+        return
+    for folder in [] if resume_from or RANK else step_folders(args.out):
+        shutil.rmtree(folder)
+    describe(run, warm_up(run))
+    if args.profile or args.memory:
+        return profile_steps(run) if args.profile else report_memory(run)
+    with noting_signals() as caught:
+        train_loop(run, caught)
+    if run.step < args.steps:
+        say(f"stopped at step {run.step}, saved in {args.out}; the same command goes on")
+        return
+    show_samples(run)
+    say(f"\ndone in {clock(time.time() - began)}: {args.out}/model.safetensors, loss.png, log.jsonl"
+        f"\npython model.py generate --model {args.out} --prompt \"def \"")
+    del lock  # held until here
 
 
 # ---- where time and memory go ------------------------------------------------------------------
 
 
-def profile_steps(run, step, steps=10):
+def profile_steps(run, steps=10):
     """--profile: where a step's time goes, part by part and operator by operator, and a trace.
 
     The parts are record_function ranges; emit_nvtx makes them NVTX ranges for Nsight on CUDA.
     """
     cuda = run.device.type == "cuda"
-    train_step(run, step)  # compiles the optimizer
+    train_step(run, run.step)  # compiles the optimizer
     with torch.autograd.profiler.emit_nvtx(cuda), torch.profiler.profile() as profiler:
         start = time.perf_counter()
-        for i in range(step + 1, step + 1 + steps):
-            train_step(run, i)
+        for i in range(steps):
+            train_step(run, run.step + 1 + i)
         whole = (time.perf_counter() - start) / steps * 1e3
     events = {e.key: e for e in profiler.key_averages()}
     parts = [events.pop(p) for p in PARTS if p in events]
@@ -1182,234 +1299,93 @@ def profile_steps(run, step, steps=10):
     say(f"\n{trace}: open it in https://ui.perfetto.dev")
 
 
-@uncompiled
-def report_memory(run, step):
+@uncompiled()
+def report_memory(run):
     """--memory: the bytes that one micro-batch keeps for its backward pass, by part of the model.
 
     Every storage counts once, where it is kept first; parameters do not count.
     """
-    kept, where = {}, ["head and loss"]
+    kept, where = defaultdict(int), ["head and loss"]
     seen = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            kept[where[-1]] = kept.get(where[-1], 0) + storage.nbytes()
+            kept[where[-1]] += storage.nbytes()
         return tensor
 
     for i, layer in enumerate(run.model.layers):
         for name, module in layer.named_children():
             module.register_forward_pre_hook(lambda *_, n=f"layer {i} {name}": where.append(n))
             module.register_forward_hook(lambda *_: where.pop() and None)
-    if run.device.type == "cuda":
+    cuda = run.device.type == "cuda"
+    if cuda:
         torch.cuda.memory._record_memory_history()
-    inputs, targets = read_batch(run, step)[0]
+    inputs, targets = read_batch(run, run.step)[0]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), run.autocast():
         run.model.loss(inputs, targets).backward()
     for name, size in kept.items():
         say(f"{name:<24} {size / 2**20:>9.2f} MiB")
     say(f"{'in all':<24} {sum(kept.values()) / 2**20:>9.2f} MiB for {inputs.numel():,} tokens")
-    if run.device.type == "cuda":
+    if cuda:
         torch.cuda.memory._dump_snapshot(f"{run.args.out}/memory.pickle")
         say(f"{run.args.out}/memory.pickle: open it in https://pytorch.org/memory_viz")
 
 
-BENCHES = {  # by device: (d_model, num_layers, num_heads, d_ff, vocab_size, context_length, B)
+BENCH_FLAGS = ("d_model", "num_layers", "num_heads", "d_ff", "vocab_size", "context_length",
+               "batch_size")
+BENCHES = {  # by device
     "cuda": [(768, 12, 6, 2048, 50304, 1024, 32), (2048, 16, 16, 5632, 50304, 2048, 8)],
     "cpu": [(192, 4, 2, 512, 4096, 256, 16)],
 }
 
 
 def bench(args, device):
-    """--bench: whole steps on random tokens, ours and the same model with torch's own parts."""
-    names = ("d_model", "num_layers", "num_heads", "d_ff", "vocab_size", "context_length",
-             "batch_size")
-    say(f"{'parameters and batch':<24} {'ours':<6} {'tokens/s':>9} {'MFU':>6} {'GB':>6} "
-        f"{'plain':>9} ratio")
+    """--bench: whole steps on random tokens, and the optimizer's part of them, beside the same
+    model with torch's own: compiled as a whole, F.cross_entropy, fused torch.optim.AdamW."""
+    say("model   optimizer  tokens/s  torch's  ratio     MFU      GB  update ms  fused AdamW")
     for sizes in BENCHES[device.type]:
-        for name, value in zip(names, sizes):
-            setattr(args, name, value)
-        args.micro_batch, args.compile = args.batch_size, "on"
-        T, tokens = args.context_length, args.batch_size * args.context_length
+        vars(args).update(zip(BENCH_FLAGS, sizes), micro_batch=sizes[-1], compile="on")
+        tokens = args.batch_size * args.context_length
         ids = np.random.default_rng(0).integers(0, args.vocab_size, 2_000_000, np.uint16)
-        data = Data([ids], [ids], None, "random")
         for args.optimizer in ("adamw", "muon"):
-            model = build_model(args, data, None).to(device)
-            run = spread(args, model, data, Windows([ids], T, 0), device)
-            compile_blocks(run.model, run.optimizers, args, device)
-            ours, memory = median_seconds(partial(train_step, run)), memory_gb(device)
-            plain = median_seconds(plain_step(run))
+            run = build_run(args, device, Data([ids], [ids], None, "random"))
+            plain = model_py.Transformer(run.config).to(device)
+            fused = torch.optim.AdamW(plain.parameters(), fused=True)
+            ours, theirs = median_seconds(
+                partial(train_step, run, 0), partial(plain_step, run, torch.compile(plain), fused))
+            forward_backward(run, 0)
+            for mine, twin in zip(run.model.parameters(), plain.parameters()):
+                twin.grad = mine.grad.clone()
+            own, torchs = median_seconds(partial(update, run, 1.0), fused.step)
             mfu = run.flops_per_token * tokens / ours / run.peak
-            say(f"{model.num_parameters() / 1e6:>6.1f}M, {args.batch_size:>3} x {T:<9} "
-                f"{args.optimizer:<6} {tokens / ours:>9,.0f} {mfu:>6.1%} {memory:>6.2f} "
-                f"{tokens / plain:>9,.0f} {plain / ours:>5.2f}")
+            say(f"{plain.num_parameters() / 1e6:.1f}M".ljust(8) + f"{args.optimizer:<9} "
+                f"{tokens / ours:>8,.0f} {tokens / theirs:>8,.0f} {theirs / ours:>6.2f} "
+                f"{mfu:>7.1%} {memory_gb(device):>7.2f} {own * 1e3:>10.2f} {torchs * 1e3:>12.2f}")
 
 
-def plain_step(run):
-    """The peer of --bench: compiled as a whole, F.cross_entropy, fused torch.optim.AdamW."""
-    fresh = model_py.Transformer(run.config).to(run.device)
-    forward, optimizer = torch.compile(fresh), torch.optim.AdamW(fresh.parameters(), fused=True)
-
-    def step(i):
-        (inputs, targets), = read_batch(run, i)
-        with run.autocast():
-            logits = forward(inputs).flatten(0, 1)  # (B T, V)
-            loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-
-    return step
+def plain_step(run, forward, optimizer):
+    (inputs, targets), = read_batch(run, 0)
+    with run.autocast():
+        logits = forward(inputs).flatten(0, 1)  # (B T, V)
+        loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    loss.item()
 
 
-def median_seconds(step, count=12, warmup=4):
-    times = []
-    for i in range(count):
+def median_seconds(*calls, count=12, warmup=4):
+    """Of each call, in turns: what else the machine does holds up all of them."""
+    times = np.zeros((count, len(calls)))
+    for i, j in np.ndindex(*times.shape):
         start = time.perf_counter()
-        step(i)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[warmup:]))
-
-
-# ---- putting a run together --------------------------------------------------------------------
-
-
-def build_model(args, data, resume_from):
-    """A new model from the flags, or the weights of a checkpoint; sets the sizes in args."""
-    source = resume_from or args.init_from
-    if source:
-        model = model_py.Transformer.from_pretrained(source, dtype=torch.float32)
-        args.vocab_size = model.config.vocab_size
-    else:
-        args.vocab_size = data.tokenizer.vocab_size if data.tokenizer else args.vocab_size
-        names = {f.name for f in fields(model_py.ModelConfig)} & set(vars(args))
-        model = model_py.Transformer(model_py.ModelConfig(**{n: getattr(args, n) for n in names}))
-    if data.tokenizer and data.tokenizer.vocab_size > args.vocab_size:
-        raise ValueError(f"--init-from {source}: {args.vocab_size} ids, but the data's tokenizer "
-                         f"has {data.tokenizer.vocab_size}")
-    return model
-
-
-def describe(run, seconds_per_step, first_step):
-    """The decisions, in aligned lines."""
-    args, c, tok, T = run.args, run.config, run.data.tokenizer, run.args.context_length
-    train, val = (sum(map(len, arrays)) for arrays in (run.data.train, run.data.val))
-    tokens = args.steps * args.batch_size * T
-    ids = np.concatenate([a[:10**6] for a in run.data.val])
-    per_token = byte_lengths(tok, args.vocab_size)[ids.astype(np.int64)].sum() / len(ids)
-    say(f"{'tokenizer':<12}{args.vocab_size:,} ids, {per_token:.2f} bytes a token")
-    say(f"{'tokens':<12}{train:,} to train on, {val:,} to validate")
-    say(f"{'model':<12}{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, d_ff "
-        f"{c.d_ff}, {c.ffn}; {run.sizes}")
-    dtype = f"{str(run.dtype)[6:]} products, float32 weights"
-    say(f"{'device':<12}{run.device.type} x {WORLD_SIZE}, {torch.get_num_threads()} threads each, "
-        f"{dtype}, {run.peak / 1e12:.2f} TFLOP/s peak, {run.compiled}")
-    say(f"{'batch':<12}{args.batch_size} windows of {T} = {args.batch_size * T:,} tokens")
-    say(f"{'steps':<12}{args.steps:,}, {tokens / 1e6:.2f}M tokens, {tokens / train:.2f} epochs, "
-        f"{args.recipe}: {args.optimizer}, {args.schedule}"
-        + (f"; going on from step {first_step}" if first_step else ""))
-    left = (args.steps - first_step) * seconds_per_step * 1.1
-    say(f"{'expected':<12}{left / 60:.1f} minutes\n")
-
-
-def make_mesh(args):
-    """--tp, --cp, --pp and --ep ranks for those; all others share the data."""
-    split = {axis: getattr(args, axis) for axis in ("tp", "cp", "pp", "ep")}
-    count = math.prod(split.values())
-    if WORLD_SIZE % count:
-        product = " x ".join(f"--{axis} {n}" for axis, n in split.items() if n > 1)
-        raise ValueError(f"{product}: {WORLD_SIZE} ranks are not a multiple of {count}; see "
-                         "torchrun's --nproc-per-node")
-    data = WORLD_SIZE // count
-    if args.batch_size % (data * args.ep) and args.parallel == "fsdp" or (
-            args.batch_size < data * args.ep):
-        raise ValueError(f"--batch-size {args.batch_size}: {data * args.ep} ranks cannot share it")
-    return distributed.Mesh(**{"fsdp" if args.parallel == "fsdp" else "dp": data}, **split)
-
-
-def spread(args, model, data, windows, device):
-    """A Run: the model on the mesh of all ranks, and optimizers for this rank's part of it."""
-    dtype, peak = choose_dtype(args, device)
-    config, flops = replace(model.config), model.flops_per_token(args.context_length)
-    sizes = (f"{model.num_parameters() / 1e6:.2f}M parameters, "
-             f"{model.num_parameters(embeddings=False) / 1e6:.2f}M without tables")
-    if args.checkpoint_activations:
-        checkpoint_blocks(model)
-    mesh = make_mesh(args)
-    parallel = distributed.Parallel(model, mesh, args.parallel,
-                                    None if dtype == torch.float32 else dtype)
-    optimizers = make_optimizers(parallel.model, args)
-    if args.parallel == "zero1":
-        optimizers = [distributed.ShardedOptimizer(o.param_groups, type(o), mesh.group("dp", "cp"))
-                      for o in optimizers]
-    run = Run(args, parallel, config, optimizers, data, windows, device, dtype, peak, flops, sizes)
-    parallel.autocast = run.autocast
-    return run
-
-
-def build_run(args, device):
-    """Everything from --data to a model ready for its next step: (Run, first step)."""
-    data = prepare_data(args)
-    args.data_name = data.name
-    resume_from = None if args.restart else find_run(args)
-    torch.manual_seed(args.seed)
-    model = build_model(args, data, resume_from).to(device)
-    eot = data.tokenizer.eot_id if data.tokenizer and args.pack else None
-    if args.pack and eot is None:
-        raise ValueError("--pack: needs a tokenizer with <|endoftext|> to find the documents by")
-    windows = Windows(data.train, args.context_length, args.seed, eot)
-    run = spread(args, model, data, windows, device)
-    first_step = 0
-    if resume_from:
-        first_step = load_optimizers(run, resume_from / "train_state.pt")
-    elif RANK == 0:
-        for folder in step_folders(args.out):
-            shutil.rmtree(folder)
-    run.loss_scale = 2.0**16 if run.dtype == torch.float16 else 1.0
-    if resume_from:
-        state = torch.load(resume_from / "train_state.pt", weights_only=True, mmap=True)
-        run.loss_scale, run.good_steps, run.skipped = (
-            state[k] for k in ("loss_scale", "good_steps", "skipped"))
-    run.compiled = compile_blocks(run.model, run.optimizers, args, device)
-    return run, first_step
-
-
-def train(args):
-    """Begin the run that the flags describe, or go on with it."""
-    began = time.time()
-    device = init_distributed(args.device)
-    fill_defaults(args, device)
-    if args.bench:
-        return bench(args, device)
-    lock = lock_run(args.out)
-    run, first_step = build_run(args, device)
-    if first_step >= args.steps:
-        say(f"--out {args.out}: finished, {first_step} steps; --steps {2 * first_step} goes on, "
-            "--restart begins again")
-        return
-    describe(run, warm_up(run), first_step)
-    if args.profile or args.memory:
-        profile_steps(run, first_step) if args.profile else report_memory(run, first_step)
-        return
-    stop = StopRequest()
-    try:
-        steps, complete = train_loop(run, first_step, stop)
-    except FloatingPointError as error:
-        kept = step_folders(args.out)
-        raise ValueError(f"{error}: stopped; the last good checkpoint is "
-                         f"{kept[-1] if kept else 'none'}; try a lower --lr, or --nonfinite skip"
-                         ) from None
-    finally:
-        stop.restore()
-    if not complete:
-        say(f"stopped at step {steps}, saved in {args.out}; the same command goes on")
-        return
-    show_samples(run)
-    say(f"\ndone in {clock(time.time() - began)}: {args.out}/model.safetensors, loss.png, log.jsonl"
-        f"\npython model.py generate --model {args.out} --prompt \"def \"")
-    del lock  # held until here
+        calls[j]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times[i, j] = time.perf_counter() - start
+    return np.median(times[warmup:], 0)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -1417,17 +1393,15 @@ def train(args):
 # Flags whose default depends on the recipe or the device. Every one can be given by hand.
 RECIPES = {
     "speedrun": dict(optimizer="muon", schedule="wsd", decay=0.5, min_lr=0.0, warmup=20, lr=0.024,
-                     weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-10, clip=0.0, qk_norm=True,
-                     zero_init=True, tie_embeddings=False),
+                     weight_decay=0.0, clip=0.0, qk_norm=True, zero_init=True),
     "cs336": dict(optimizer="adamw", schedule="cosine", decay=0.0, min_lr=0.1, warmup=40, lr=0.002,
-                  weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip=1.0, qk_norm=False,
-                  zero_init=False, tie_embeddings=False),
+                  weight_decay=0.1, clip=1.0, qk_norm=False, zero_init=False),
 }
 SIZES = {
-    "cpu": dict(vocab_size=4096, context_length=256, d_model=192, num_layers=4, num_heads=2,
-                d_ff=512, batch_size=16, steps=1400, log_every=50, eval_every=350),
-    "cuda": dict(vocab_size=4096, context_length=512, d_model=512, num_layers=8, num_heads=4,
-                 d_ff=1408, batch_size=64, steps=1000, log_every=50, eval_every=250),
+    "cpu": dict(context_length=256, d_model=192, num_layers=4, num_heads=2, d_ff=512,
+                batch_size=16, steps=1400, eval_every=350),
+    "cuda": dict(context_length=512, d_model=512, num_layers=8, num_heads=4, d_ff=1408,
+                 batch_size=64, steps=1000, eval_every=250),
 }
 
 
@@ -1442,17 +1416,17 @@ def fill_defaults(args, device):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.warmup = min(args.warmup, args.steps // 4)
-    readers = max(1, WORLD_SIZE // max(1, args.tp * args.cp * args.pp))
-    args.micro_batch = args.micro_batch or -(-args.batch_size // readers)
-    if args.sample_prompts is None:
-        args.sample_prompts = [""] if args.data else [
-            "def read_file(path):", 'class Stack:\n    """', "    def close(self):"]
-    for name in ("steps", "batch_size", "context_length", "micro_batch", "keep", "log_every", "tp",
-                 "cp", "pp", "ep"):
+    for name in ("steps", "batch_size", "context_length", "keep", "log_every", "tp", "cp", "pp",
+                 "ep"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {getattr(args, name)}: must be at least 1")
+    args.warmup = min(args.warmup, args.steps // 4)
+    readers = max(1, WORLD_SIZE // (args.tp * args.cp * args.pp))
+    args.micro_batch = max(args.micro_batch, 0) or -(-args.batch_size // readers)
+    if args.sample_prompts is None:
+        args.sample_prompts = [""] if args.data else [
+            "def read_file(path):", 'class Stack:\n    """', "    def close(self):"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -1486,8 +1460,7 @@ def make_parser():
     add("data", None, "text (.txt, .jsonl, .gz, a folder, a glob) or token files (.npy, .bin); "
         "Python's own library without it", nargs="*")
     add("tokenizer", None, "tokenizer.json to use instead of training one")
-    add("vocab_size", None, "ids of the tokenizer to train")
-    add("val_fraction", 0.05, "share of the documents held out")
+    add("vocab_size", 4096, "ids of the tokenizer to train")
     add("cache", "data", "folder for tokenizers and tokens, by content")
     add("pack", False, "begin windows where documents begin", **yes_no)
     group = parser.add_argument_group("model")
@@ -1500,12 +1473,11 @@ def make_parser():
     add("d_ff", None, "width of the feed-forward layer")
     add("ffn", "swiglu", "feed-forward layer", choices=["swiglu", "silu", "gelu", "relu2"])
     add("norm", "pre", "place of the norms", choices=["pre", "post", "output", "none"])
-    add("norm_type", "rms", "kind of norm", choices=["rms", "layer"])
     add("position", "rope", "position information", choices=["rope", "learned", "none"])
     add("attention", "sdpa", "attention kernel", choices=["sdpa", "flash", "naive"])
     add("qk_norm", None, "normalise queries and keys", **yes_no)
     add("zero_init", None, "start output projections at zero", **yes_no)
-    add("tie_embeddings", None, "one table for embedding and head", **yes_no)
+    add("tie_embeddings", False, "one table for embedding and head", **yes_no)
     add("logit_softcap", 0.0, "cap * tanh(logits / cap), 0 for none")
     add("value_embeddings", 0, "token tables mixed into the values of layers i and -1-i")
     add("residual_scalars", False, "learned shortcut from the embedding to each block", **yes_no)
@@ -1518,11 +1490,9 @@ def make_parser():
     add("lr", None, "learning rate of AdamW or SGD")
     add("muon_lr", 0.03, "learning rate of Muon (the blocks' matrices)")
     add("weight_decay", None, "decay of matrices, per unit of learning rate")
-    add("cautious", False, "decay only where the update shrinks the weight too", **yes_no)
+    add("cautious", False, "Muon: decay only where the update shrinks the weight too", **yes_no)
     add("momentum", 0.95, "of Muon and SGD")
-    add("beta1", None, "AdamW's mean of gradients")
-    add("beta2", None, "AdamW's mean of squares")
-    add("eps", None, "AdamW's epsilon")
+    add("betas", [0.9, 0.95], "AdamW's means: of gradients, of squares", nargs=2, type=float)
     add("clip", None, "largest gradient norm, 0 for no clipping")
     add("schedule", None, "learning rate over time",
         choices=["wsd", "cosine", "linear", "constant"])
@@ -1547,9 +1517,8 @@ def make_parser():
     add("compile", "auto", "torch.compile", choices=["auto", "on", "off"])
     add("checkpoint_activations", False, "compute blocks again in the backward pass, for memory",
         **yes_no)
-    add("log_every", None, "steps between lines")
+    add("log_every", 50, "steps between lines")
     add("eval_every", None, "steps between validations, 0 for only the last")
-    add("eval_tokens", 50_000, "validation tokens between; the last validation uses all")
     add("save_every", 100, "steps between checkpoints, 0 for only the last")
     add("keep", 1, "checkpoints to keep")
     add("sample_every", 0, "steps between samples, 0 for only at the end")
