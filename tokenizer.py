@@ -163,26 +163,25 @@ def class_table():
     return classes
 
 
-def classify(text, raw):
-    """(bytes,) uint8: the class of the character that each byte of the text belongs to."""
-    classes = class_table()[:256].take(raw)
-    if not text.isascii():
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+def classify(data):
+    """(bytes,) uint8: the class of the character that each byte of UTF-8 belongs to."""
+    table = class_table()
+    classes = np.frombuffer(bytearray(data.translate(table[:256].tobytes())), np.uint8)
+    if not data.isascii():
+        points = np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
         points = points[points >= 0x80]
         width = 2 + (points >= 0x800) + (points >= 0x10000)  # bytes of the character in UTF-8
-        classes[raw >= 0x80] = np.repeat(class_table()[points], width)
+        classes[np.frombuffer(data, np.uint8) >= 0x80] = np.repeat(table[points], width)
     return classes
 
 
-def gpt2_starts(raw, classes, inside):
-    """(bytes,) bool: where GPT2_PATTERN starts a word.
-
-    raw, classes: (bytes,) uint8. inside: (bytes,) bool, not the first byte of its character.
-    """
+def gpt2_starts(raw, classes):
+    """(bytes,) bool: where GPT2_PATTERN starts a word. raw, classes: (bytes,) uint8."""
     around = np.pad(classes, 1, constant_values=EDGE)
     start = classes != around[:-2]
     start[1:] &= raw[:-1] != ord(" ")  # " ?": a blank belongs to the word behind it, and so
     start |= (classes == SPACE) & (around[2:] < SPACE)  # \s+(?!\S) leaves the last space alone
+    inside = (raw & 0xC0) == 0x80  # not the first byte of a character
     last = np.flatnonzero(start & inside)  # a space of several bytes was marked at its last one
     while last.size:
         start[last] = False
@@ -204,16 +203,17 @@ def split_contractions(raw, start):
     start[end[end < len(start)]] = True
 
 
-def regex_starts(parts, pattern, inside):
+def regex_starts(parts, pattern, size):
     """(bytes,) bool: where any other pattern starts a word, found by the regex module."""
-    lengths = []
+    words = []
     for text, special in parts:
-        found = [1] if special is not None else list(map(len, regex.findall(pattern, text)))
-        if sum(found) != len(text):
+        found = [text] if special is not None else regex.findall(pattern, text)
+        if sum(map(len, found)) != len(text):
             raise ValueError(r"--pattern does not match every character: append |[\s\S] to it")
-        lengths += found
-    start = np.zeros(len(inside), bool)
-    start[np.flatnonzero(~inside)[np.cumsum(lengths) - lengths]] = True
+        words += found
+    lengths = np.array([len(word.encode()) for word in words])
+    start = np.zeros(size, bool)
+    start[np.cumsum(lengths) - lengths] = True
     return start
 
 
@@ -223,22 +223,19 @@ def find_words(parts, pattern):
     parts: [(text, None) or ("\\0", special id)], as `split_text` makes them. data: bytes. starts,
     lengths: (words,) int64. special: indices of the words that stand for special tokens.
     """
-    text = "".join(part for part, _ in parts)
     try:
-        sizes = [len(part.encode()) for part, _ in parts]
+        pieces = [text.encode() for text, _ in parts]
     except UnicodeEncodeError as error:
         raise ValueError(f"the text holds {error.object[error.start]!r}, half a surrogate pair: no "
                          "valid Unicode; read the file with errors='replace'") from None
-    data = text.encode()
-    raw = np.frombuffer(data, np.uint8)
-    inside = (raw & 0xC0) == 0x80
+    data, sizes = b"".join(pieces), list(map(len, pieces))
     at = (np.cumsum(sizes) - 1)[[i is not None for _, i in parts]]  # bytes of the special tokens
     if pattern == GPT2_PATTERN:
-        classes = classify(text, raw)
+        classes = classify(data)
         classes[at] = EDGE
-        start = gpt2_starts(raw, classes, inside)
+        start = gpt2_starts(np.frombuffer(data, np.uint8), classes)
     else:
-        start = regex_starts(parts, pattern, inside)
+        start = regex_starts(parts, pattern, len(data))
     start[at] = True
     starts = np.flatnonzero(start)
     return data, starts, np.diff(starts, append=len(data)), np.searchsorted(starts, at)
@@ -282,7 +279,7 @@ class KeyTable:
 
 
 MAX_WORDS = 1 << 19  # distinct words remembered
-LONG = np.uint64(255) << np.uint64(56)  # second half of the key of a word of more than 15 bytes
+LONG = np.uint64(255 << 56)  # second half of the key of a word of more than 15 bytes
 
 
 class WordTable:
@@ -308,9 +305,11 @@ class WordTable:
         short = np.minimum(lengths, 15)
         first = eight[starts] & self.low[short]
         second = eight[starts + 8] & self.high[short] | short.astype(np.uint64) << np.uint64(56)
-        for i in np.flatnonzero(lengths > 15).tolist():
-            word = data[starts[i] : starts[i] + lengths[i]]
-            first[i], second[i] = self.long.setdefault(word, len(self.long)), LONG
+        long = np.flatnonzero(lengths > 15)
+        begin, size = starts[long], lengths[long]
+        words = [data[i:j] for i, j in zip(begin.tolist(), (begin + size).tolist())]
+        first[long] = [self.long.setdefault(word, len(self.long)) for word in words]
+        second[long] = LONG
         return self.table.find(first, second, insert=True)
 
     def take_new(self):
@@ -336,13 +335,15 @@ def ranges(starts, lengths):
 
 # ---- Merging a pair everywhere at once ----------------------------------------------------------
 
+FEW = 24  # places up to which a Python loop is faster than numpy's calls
+
 
 class Tape:
     """Many words in one array of ids, a boundary of -1 around each.
 
     A token of n bytes covers n places and writes its id on the first and on the last of them. So
     the token left of a place is read at place - 1, the next token starts n further on, and nothing
-    ever has to move.
+    ever has to move. Pairs of neighbours are known by their key left << 32 | right.
     """
 
     def __init__(self, ids, lengths, sizes, counts=None):
@@ -356,20 +357,34 @@ class Tape:
         self.weight = np.ones(len(self.ids), np.int64)  # how often the word of a place occurs
         if counts is not None:
             self.weight[place] = np.repeat(counts, lengths)
+        # The same memory again: a loop reads single numbers faster from a memoryview.
+        self.views = list(map(memoryview, (self.ids, self.sizes, self.is_start, self.weight)))
 
     def pairs(self):
-        """All pairs of neighbours: (keys left << 32 | right, places)."""
+        """(keys, places) of all pairs."""
         at = np.flatnonzero(self.is_start)
         left = self.ids[at]
         right = self.ids[at + self.sizes[left]]
         return (left << 32 | right)[right >= 0], at[right >= 0]
 
+    def count(self, at):
+        """How often a pair occurs that stands at a few places."""
+        weight = self.views[3]
+        return sum([weight[i] for i in at])
+
     def places(self, left, right, at):
-        """Those of the places `at` where the pair still stands."""
-        return at[(self.ids[at] == left) & (self.ids[at + self.sizes[left]] == right)]
+        """(those of the places `at` where the pair still stands, how often it occurs there)."""
+        if len(at) <= FEW:
+            ids, sizes, *_ = self.views
+            size = sizes[left]
+            at = [i for i in at if ids[i] == left and ids[i + size] == right]
+            return at, self.count(at)
+        at = np.asarray(at)
+        at = at[(self.ids[at] == left) & (self.ids[at + self.sizes[left]] == right)]
+        return at, int(self.weight[at].sum())
 
     def merge(self, left, right, at, new):
-        """Merge a pair. -> keys and places of the pairs the new token makes, as from `pairs`."""
+        """Merge a pair. -> (keys, places) of the pairs the new token makes; keys < 0 are none."""
         if left == right:  # of the overlapping places in "aaaa" the first, third, ... of each row
             at = np.sort(at)
             index, size = np.arange(len(at)), self.sizes[left]
@@ -385,19 +400,37 @@ class Tape:
         keys[len(at):][after < 0] = -1
         return keys, np.concatenate((at - self.sizes[before], at))
 
+    def merge_few(self, left, right, at, new):
+        """`merge`, place by place. -> {key: places}"""
+        ids, sizes, is_start, _ = self.views
+        skip, size, found = sizes[left], sizes[new], collections.defaultdict(list)
+        for i in sorted(at):
+            if ids[i] != left or ids[i + skip] != right:
+                continue  # the middle of "aaa", whose first two are merged
+            end = i + size
+            is_start[i + skip], ids[i + skip] = False, -2
+            ids[i] = ids[end - 1] = new
+            before, after = ids[i - 1], ids[end]
+            if before >= 0:
+                found[before << 32 | new].append(i - sizes[before])
+            if after >= 0:
+                found[new << 32 | after].append(i)
+        return found
 
-def group(keys, at, weight):
-    """Sort places by key. -> (distinct keys, places, first place of each key and their end, weight
-    of each key)"""
+
+def group(keys, at):
+    """Sort places by key. -> (distinct keys, places, first place of each key and their end)"""
     order = keys.argsort()
     keys, at = keys[order], at[order]
     edge = np.ones(len(keys) + 1, bool)
     np.not_equal(keys[1:], keys[:-1], out=edge[1:-1])
     first = edge.nonzero()[0]
-    return keys[first[:-1]], at, first, np.add.reduceat(weight[at], first[:-1])
+    return keys[first[:-1]], at, first
 
 
 # ---- Training -----------------------------------------------------------------------------------
+
+WAITING = 1500  # pairs put into the heap when it is empty
 
 
 def learn_merges(words, number):
@@ -415,38 +448,46 @@ def learn_merges(words, number):
     sizes = np.ones(256 + number + 2, np.int64)
     lengths, counts = list(map(len, words)), list(words.values())
     tape = Tape(np.frombuffer(b"".join(words), np.uint8), lengths, sizes, counts)
-    merges, heap, floor = [], [], 1 << 62
+    merges, heap, where, floor = [], [], {}, 1 << 62
 
-    def push(keys, at, first, count):
-        for i in (count >= floor).nonzero()[0].tolist():
-            if (key := int(keys[i])) >= 0:
-                where[key] = at[first[i] : first[i + 1]]
-                heapq.heappush(heap, (-int(count[i]), reverse[key >> 32],
-                                      reverse[key & 0xFFFFFFFF], key))
+    def push(key, at, count):
+        if count >= floor:
+            where[key] = at
+            heapq.heappush(heap, (-count, reverse[key >> 32], reverse[key & 0xFFFFFFFF], key))
+
+    def push_all(keys, at, first, count):
+        at = memoryview(at)
+        for i in np.flatnonzero((count >= floor) & (keys >= 0)).tolist():
+            push(int(keys[i]), at[first[i] : first[i + 1]], int(count[i]))
+
+    def grouped(keys, at):
+        keys, at, first = group(keys, at)
+        return keys, at, first, np.add.reduceat(tape.weight[at], first[:-1])
 
     while len(merges) < number:
         if not heap:
             keys, at = tape.pairs()
-            if floor == 1 or not len(keys):
+            if not len(keys):
                 break
-            where, grouped = {}, group(keys, at, tape.weight)
-            floor = max(1, min(floor, int(grouped[3].max())) // 6)
-            push(*grouped)
+            found = grouped(keys, at)
+            floor = np.sort(found[3])[-WAITING:][0]
+            push_all(*found)
             continue
-        bound, *tie, key = heapq.heappop(heap)
+        bound, *_, key = heapq.heappop(heap)
         left, right, new = key >> 32, key & 0xFFFFFFFF, len(tokens)
-        at = tape.places(left, right, where.pop(key))
-        count = int(tape.weight[at].sum())
+        at, count = tape.places(left, right, where.pop(key))
         if count < -bound:
-            if count >= floor:
-                where[key] = at
-                heapq.heappush(heap, (-count, *tie, key))
+            push(key, at, count)
             continue
         merges.append((tokens[left], tokens[right]))
         tokens.append(tokens[left] + tokens[right])
         reverse.append(reverse[left][:-1] + reverse[right])
         sizes[new] = len(tokens[new])
-        push(*group(*tape.merge(left, right, at, new), tape.weight))
+        if isinstance(at, list):
+            for key, at in tape.merge_few(left, right, at, new).items():
+                push(key, at, tape.count(at))
+        else:
+            push_all(*grouped(*tape.merge(left, right, at, new)))
     return merges
 
 
@@ -482,9 +523,9 @@ def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN
     if vocab_size < 256 + len(special_tokens):
         raise ValueError(f"--vocab-size {vocab_size}: must be at least {256 + len(special_tokens)}"
                          f", for 256 bytes and {len(special_tokens)} special tokens")
-    parts = split_text(read_input(input_path), dict.fromkeys(special_tokens, 0), pattern, 0)
+    chunks = split_text(read_input(input_path), dict.fromkeys(special_tokens, 0), pattern, 0)
     words = collections.Counter()
-    for some in parallel_map(partial(count_words, pattern=pattern), batches(parts), num_processes):
+    for some in parallel_map(partial(count_words, pattern=pattern), batches(chunks), num_processes):
         words.update(some)
     merges = learn_merges(words, vocab_size - 256 - len(special_tokens))
     return build_vocab(special_tokens, merges), merges
@@ -591,54 +632,50 @@ def read_input(source):
 
 
 def split_text(pieces, special_ids, pattern, separator=None):
-    """Cut pieces of text at special tokens and, for length, where a word surely starts.
+    """Cut pieces of text into chunks: lists of parts (text, None) or ("\\0", special id).
 
-    Yields (part, None), and ("\\0", id) for a special token. Pieces may end anywhere, within a
-    special token too: what could still change is held back. After a piece None, which ends a
-    document (an empty one is dropped), comes ("\\0", separator).
+    pieces: strings, which may end anywhere, within a special token too: what could still change is
+    held back; and None where a document ends, behind which comes ("\\0", separator). Chunks of
+    about CHUNK characters end where a word surely starts.
     """
     longest = max(map(len, special_ids), default=1)
-    rest, limit = "", CHUNK
+    chunk, size, rest, limit = [], 0, "", CHUNK
 
-    def parts(text):
+    def add(text):
         for i, part in enumerate(split_special(text, special_ids)):
             if part:
-                yield ("\0", special_ids[part]) if i % 2 else (part, None)
+                chunk.append(("\0", special_ids[part]) if i % 2 else (part, None))
 
     for piece in pieces:
-        if piece is None:
-            if rest:
-                yield from parts(rest)
-                yield "\0", separator
-            rest, limit = "", CHUNK
-            continue
-        for i in range(0, len(piece), CHUNK):
+        for i in range(0, len(piece or ""), CHUNK):
             rest += piece[i : i + CHUNK]
             if len(rest) < limit or pattern not in PATTERNS.values():  # of others no cut is sure
                 continue
             tail = split_special(rest, special_ids)[-1]
             if cut := CUT.search(tail, 0, max(0, len(tail) - longest)):
                 end = len(rest) - len(tail) + cut.start()
-                yield from parts(rest[:end])
-                rest, limit = rest[end:], CHUNK
+                add(rest[:end])
+                yield chunk
+                chunk, size, rest, limit = [], 0, rest[end:], CHUNK
             else:
                 limit = 2 * len(rest)
-    yield from parts(rest)
+        if piece is None and rest:
+            add(rest)
+            chunk.append(("\0", separator))
+            size, rest, limit = size + len(rest), "", CHUNK
+            if size > CHUNK:
+                yield chunk
+                chunk, size = [], 0
+    add(rest)
+    if chunk:
+        yield chunk
 
 
-def batches(parts, chunks=64):
-    """Lists of up to `chunks` chunks; a chunk is a list of parts, about CHUNK characters in all."""
-    batch, size = [[]], 0
-    for part in parts:
-        batch[-1].append(part)
-        size += len(part[0])
-        if size > CHUNK // 2:
-            batch, size = [*batch, []], 0
-            if len(batch) > chunks:
-                yield batch[:-1]
-                batch = [[]]
-    if any(batch):
-        yield list(filter(None, batch))
+def batches(chunks, size=64):
+    """Lists of up to `size` chunks."""
+    chunks = iter(chunks)
+    while batch := list(islice(chunks, size)):
+        yield batch
 
 
 def write_header(file, dtype, length):
@@ -647,11 +684,17 @@ def write_header(file, dtype, length):
         file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)})
 
 
+def write_json(path, content):
+    """Write beside it, then rename: the file is never half there."""
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+    os.replace(f"{path}.part", path)
+
+
 # ---- The tokenizer ------------------------------------------------------------------------------
 
 
 NO_MERGE = 1 << 24  # the rank of a pair that is never merged
-COUNT = (1 << 32) - 1
 SHORT = 1000  # characters up to which array operations do not pay
 
 
@@ -706,9 +749,10 @@ class Tokenizer:
         self._sizes = np.ones(self.vocab_size + 2, np.int64)  # bytes; 1 for the marks -1 and -2
         ids = np.fromiter(self.vocab, np.int64)
         self._sizes[ids] = lengths = np.array([len(token) for token in self.vocab.values()])
-        self._begin = np.full(self.vocab_size + 1, -1)  # where the bytes of an id are; -1: no such
+        self._begin = np.full(self.vocab_size, -1)  # where the bytes of an id are; -1: no such
         self._begin[ids] = np.cumsum(lengths) - lengths
         self._bytes = np.frombuffer(b"".join(self.vocab.values()), np.uint8)
+        self._ints = np.array(range(self.vocab_size), object)
 
     def _find_pair(self, left, right, insert=False):
         return self._pairs.find(left.astype(np.uint64), right.astype(np.uint64) + np.uint64(1),
@@ -727,11 +771,9 @@ class Tokenizer:
     def _learn_words(self):
         """Put the ids of words that are new in the word table into the pool."""
         number, words = self._words.take_new()
-        if not words:
-            return
-        lengths = np.array([len(word) for word in words])
+        lengths = np.array([len(word) for word in words], np.int64)
         pools, size = [self._pool], len(self._pool)
-        for low, high in ((0, 8), (8, 16), (16, 32), (32, 64), (64, 1 << 62)):
+        for low, high in ((0, 16), (16, 64), (64, 1 << 62)):
             some = np.flatnonzero((lengths > low) & (lengths <= high))
             if len(some):
                 raw = np.frombuffer(b"".join([words[i] for i in some.tolist()]), np.uint8)
@@ -744,37 +786,37 @@ class Tokenizer:
         self._pool = np.concatenate(pools)
         for n, word in zip(number.tolist(), words) if self.ignore_merges else ():
             if word in self.token_ids:
-                self._pool[self._words.value[n] >> 32] = self.token_ids[word]
-                self._words.value[n] += 1 - (self._words.value[n] & COUNT)
+                offset = self._words.value[n] >> 32
+                self._pool[offset] = self.token_ids[word]
+                self._words.value[n] = offset << 32 | 1
 
     def _merge_rounds(self, ids, lengths):
         """BPE of W words of at most 64 bytes: ids (bytes,), lengths (W,) -> ids, counts (W,).
 
-        In every round each word merges its leftmost pair of lowest rank. rank * 64 + position is
-        one integer, so a single minimum finds both.
+        A word is a column. As on a Tape, a token of n bytes covers n rows and writes its id on the
+        first and the last. In every round each word merges its leftmost pair of lowest rank:
+        rank * 64 + row is one integer, so a single minimum finds both.
         """
-        rows = np.full((lengths.max() + 1, len(lengths)), -1, np.int32)  # (L + 1, W), -1 behind
-        rows.T[np.arange(len(rows)) < lengths[:, None]] = ids
-        row = np.arange(len(rows), dtype=np.int32)[:, None]  # (L + 1, 1)
-        done, column = np.full_like(rows, -1), np.arange(len(lengths))
-        key = np.full_like(rows, NO_MERGE * 64)  # (L + 1, W) of the pair that starts there
-        key[:-1] = self._ranks(rows[:-1], rows[1:]) * 64 + row[:-1]
+        start = np.arange(lengths.max() + 1)[:, None] < lengths  # (L + 1, W): a token starts here
+        rows = np.full(start.shape, -1)  # row L, which is row -1 too, is the boundary
+        rows.T[start.T] = ids
+        key = np.full(start.shape, NO_MERGE * 64, np.int32)  # of the pair that starts there
+        key[:-1] = self._ranks(rows[:-1], rows[1:]) * 64 + np.arange(len(rows) - 1)[:, None]
         while True:
             best = key.min(0)
-            alive = best < NO_MERGE * 32
-            if not alive.all():
-                done[:, column[~alive]] = rows[:, ~alive]
-                rows, key, best, column = rows[:, alive], key[:, alive], best[alive], column[alive]
-            if not len(column):
-                return done.T[done.T >= 0], (done >= 0).sum(0)
-            at, new, word = best & 63, self._joined[best >> 6], np.arange(len(best))
-            behind = row[:-1] > at
-            rows[:-1] = np.where(behind, rows[1:], rows[:-1])  # close the gap
-            key[:-1] = np.where(behind, key[1:] - 1, key[:-1])
-            rows[at, word] = new
-            key[at, word] = self._ranks(new, rows[at + 1, word]) * 64 + at
-            at, word, new = at[at > 0] - 1, word[at > 0], new[at > 0]
-            key[at, word] = self._ranks(rows[at, word], new) * 64 + at
+            word = np.flatnonzero(best < NO_MERGE * 32)
+            if not len(word):
+                return rows.T[start.T], start.sum(0)
+            at, rank = best[word] & 63, best[word] >> 6
+            new, middle = self._joined[rank], at + self._sizes[self._left[rank]]
+            end = at + self._sizes[new]
+            start[middle, word] = False
+            key[middle, word] = NO_MERGE * 64
+            rows[at, word] = rows[end - 1, word] = new
+            before, after = rows[at - 1, word], rows[end, word]
+            key[at, word] = self._ranks(new, after) * 64 + at
+            at = at - self._sizes[before]
+            key[at, word] = self._ranks(before, new) * 64 + at
 
     def _merge_long(self, ids, lengths):
         """BPE of long words, rank by rank on a Tape: ids (bytes,), lengths (W,) -> ids, counts.
@@ -787,21 +829,19 @@ class Tokenizer:
 
         def push(keys, at):
             rank = self._ranks(keys >> 32, keys & 0xFFFFFFFF)
-            rank, at = rank[rank < NO_MERGE], at[rank < NO_MERGE]
-            if len(rank):
-                rank, at, first, _ = group(rank, at, tape.weight)
-                for r, places in zip(rank.tolist(), np.split(at, first[1:-1])):
-                    if r not in where:
-                        heapq.heappush(heap, r)
-                    where.setdefault(r, []).append(places)
+            rank, at, first = group(rank[rank < NO_MERGE], at[rank < NO_MERGE])
+            for r, places in zip(rank.tolist(), np.split(at, first[1:-1])):
+                if r not in where:
+                    heapq.heappush(heap, r)
+                where.setdefault(r, []).append(places)
 
         push(*tape.pairs())
         while heap:
             rank = heapq.heappop(heap)
             left, right = int(self._left[rank]), int(self._right[rank])
-            at = tape.places(left, right, np.concatenate(where.pop(rank)))
+            at, _ = tape.places(left, right, np.concatenate(where.pop(rank)))
             if len(at):
-                push(*tape.merge(left, right, at, int(self._joined[rank])))
+                push(*tape.merge(left, right, np.asarray(at), int(self._joined[rank])))
         words = np.cumsum(lengths + 1) - lengths  # first place of each
         return tape.ids[tape.is_start], np.add.reduceat(tape.is_start, words, dtype=np.int64)
 
@@ -817,8 +857,8 @@ class Tokenizer:
         allowed_special: the special tokens that count as such. Give () for text from users, in
         which "<|endoftext|>" should be nothing but these 13 characters.
         """
-        parts = split_text([text], self._allowed(allowed_special), self.pattern)
-        return self._join(map(self._encode_batch, batches(parts)))
+        chunks = split_text([text], self._allowed(allowed_special), self.pattern)
+        return self._join(map(self._encode_batch, batches(chunks)))
 
     def _join(self, arrays):
         return np.concatenate([np.zeros(0, self.dtype), *arrays])
@@ -845,8 +885,9 @@ class Tokenizer:
         self._learn_words()
         out = []
         for number, special, special_ids in chunks:
-            offset, count = np.divmod(self._words.value[number], 1 << 32)
-            ids = self._pool[ranges(offset, count)]
+            value = self._words.value[number]
+            count = value & 0xFFFFFFFF
+            ids = self._pool[ranges(value >> 32, count)]
             ids[np.cumsum(count)[special] - 1] = special_ids
             out.append(ids)
         return self._join(out)
@@ -854,7 +895,8 @@ class Tokenizer:
     def encode(self, text, allowed_special="all"):
         """List of the ids of a text; see `encode_numpy`."""
         if len(text) > SHORT or self.normalizer or any(t in text for t in self.special_tokens):
-            return self.encode_numpy(text, allowed_special).tolist()
+            ids = self.encode_numpy(text, allowed_special)
+            return self._ints[ids].tolist()  # twice as fast as to make every int anew
         ids, known = [], self._short
         for word in self._find(text):
             if word not in known:  # a word of more than 40 characters would take merge_word long
@@ -871,8 +913,8 @@ class Tokenizer:
 
     def encode_iterable(self, texts, allowed_special="all"):
         """Yield the ids of the joined texts, holding a few megabytes of them at a time."""
-        parts = split_text(texts, self._allowed(allowed_special), self.pattern)
-        for batch in batches(parts, chunks=4):
+        chunks = split_text(texts, self._allowed(allowed_special), self.pattern)
+        for batch in batches(chunks, 4):
             yield from self._encode_batch(batch).tolist()
 
     def encode_file(self, path, out, num_processes=None):
@@ -880,21 +922,20 @@ class Tokenizer:
 
         Killed and called again, it goes on where it was.
         """
-        files = list_files(path)
+        files, part, note = list_files(path), f"{out}.part", f"{out}.state"
         if self.eot_id is None:
             raise ValueError(f"the tokenizer has no {EOT} to put behind documents: train it with "
                              f"--special-tokens '{EOT}'")
         job = [[file, os.path.getsize(file), os.path.getmtime(file)] for file in files]
         job = hashlib.sha256(json.dumps([job, to_json(self)]).encode()).hexdigest()
-        part, note = f"{out}.part", f"{out}.state"
         state = {"job": job, "batches": 0, "ids": 0}
         if os.path.exists(part) and os.path.exists(note):
             with open(note) as file:
                 old = json.load(file)
             state = old if old["job"] == job else state
         pieces = (piece for file in files for piece in read_pieces(file))
-        parts = split_text(pieces, {}, self.pattern, self.eot_id)
-        todo = islice(batches(parts, 16), state["batches"], None)
+        chunks = split_text(pieces, {}, self.pattern, self.eot_id)
+        todo = islice(batches(chunks, 16), state["batches"], None)
         with open(part, "r+b" if state["batches"] else "w+b") as file:
             write_header(file, self.dtype, 0)
             file.seek(state["ids"] * np.dtype(self.dtype).itemsize, os.SEEK_CUR)
@@ -904,16 +945,16 @@ class Tokenizer:
                 file.flush()
                 state["batches"] += 1
                 state["ids"] += len(ids)
+                write_json(note, state)
                 if sys.stderr.isatty():
                     print(f"\r{state['ids']:,} tokens ", end="", file=sys.stderr)
-                with open(f"{note}.part", "w") as text:
-                    json.dump(state, text)
-                os.replace(f"{note}.part", note)
             file.seek(0)
             write_header(file, self.dtype, state["ids"])
         os.replace(part, out)
         os.remove(note)
         return state["ids"]
+
+    # -- decode
 
     def decode_bytes(self, ids):
         """The bytes of a list or array of ids; ValueError for an unknown one."""
@@ -924,14 +965,14 @@ class Tokenizer:
             ids = np.asarray(ids)
         out = []
         for i in range(0, len(ids), 1 << 14):  # blocks of a size that stays in the cache
-            block = ids[i : i + (1 << 14)].astype(np.uint64)  # negative ones become large
-            block = np.minimum(block, np.uint64(self.vocab_size)).astype(np.int64)
-            begin = self._begin[block]
-            if begin.min() < 0:
-                bad = ids[i + int(begin.argmin())]
-                raise ValueError(f"id {bad} is not in the vocabulary of {len(self.vocab)} tokens: "
-                                 "were these ids made by another tokenizer?")
-            out.append(self._bytes[ranges(begin, self._sizes[block])].tobytes())
+            block = ids[i : i + (1 << 14)].astype(np.int64)
+            known = (block >= 0) & (block < self.vocab_size)
+            known &= self._begin[block * known] >= 0
+            if not known.all():
+                raise ValueError(f"id {block[known.argmin()]} is not in the vocabulary of "
+                                 f"{len(self.vocab)} tokens: were these ids made by another "
+                                 "tokenizer?")
+            out.append(self._bytes[ranges(self._begin[block], self._sizes[block])].tobytes())
         return b"".join(out)
 
     def decode(self, ids):
@@ -970,18 +1011,14 @@ class Tokenizer:
         In a directory, tokenizer_config.json beside it keeps transformers from splitting words as
         the model's family does (Qwen 2's way for a model saved as Qwen 3).
         """
-        files = {path: to_json(self)}
         if not str(path).endswith(".json"):
             os.makedirs(path, exist_ok=True)
-            config = {"tokenizer_class": "PreTrainedTokenizerFast",
-                      "eos_token": EOT if self.eot_id is not None else None}
-            files = {os.path.join(path, "tokenizer.json"): to_json(self),
-                     os.path.join(path, "tokenizer_config.json"): config}
-        for name, content in files.items():
-            with open(f"{name}.part", "w", encoding="utf-8") as file:
-                json.dump(content, file, ensure_ascii=False, indent=1)
-            os.replace(f"{name}.part", name)
-        return next(iter(files))
+            write_json(os.path.join(path, "tokenizer_config.json"), {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": EOT if self.eot_id is not None else None})
+            path = os.path.join(path, "tokenizer.json")
+        write_json(path, to_json(self))
+        return path
 
     @classmethod
     def load(cls, path):
