@@ -29,12 +29,12 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import unicodedata
 from array import array
 from functools import lru_cache, partial
 from itertools import chain, islice
-from operator import itemgetter
 
 import numpy as np
 import regex
@@ -245,37 +245,45 @@ def find_words(parts, pattern):
 
 
 class KeyTable:
-    """A hash table of pairs of 64-bit integers that looks up whole arrays at once.
+    """A hash table of 64-bit integers, or of pairs of them, that looks up whole arrays at once.
 
     Open addressing with linear probing: a key lies in the slot its hash names, or in the next one
-    that was free. Both integers are compared, so no answer rests on a hash. The slot stands for the
-    key; callers keep their values in arrays by slot. A second integer of 0 means an empty slot.
+    that was free. Whole keys are compared, so no answer rests on a hash. The slot stands for the
+    key; callers keep their values in arrays by slot. A last integer of 0 means an empty slot.
     """
 
-    def __init__(self, capacity):
+    def __init__(self, capacity, width):
         self.size = 1 << (2 * capacity - 1).bit_length()  # at most half full: searches stay short
-        self.keys = np.zeros((2, self.size), np.uint64)
+        self.keys = np.zeros((width, self.size), np.uint64)
         self.used, self.new = 0, []  # arrays of slots taken since the caller last emptied this list
 
-    def find(self, first, second, insert=False):
-        """(n,) int64 slots of n keys; of an unknown one an empty slot, its own if `insert`."""
-        mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ second * np.uint64(0xC2B2AE3D27D4EB4F)
+    def find(self, *key, insert=False):
+        """Slots (n,) int64 of n keys; of an unknown one an empty slot, its own if `insert`.
+
+        key: (n,) uint64, or two of them.
+        """
+        mixed = key[0] * np.uint64(0x9E3779B97F4A7C15)
+        for more in key[1:]:
+            mixed ^= more * np.uint64(0xC2B2AE3D27D4EB4F)
         mixed ^= mixed >> np.uint64(29)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)  # the best mixed bits are the highest ones
         slot = (mixed >> np.uint64(65 - self.size.bit_length())).astype(np.int64)
-        ones, twos = self.keys
-        todo = np.flatnonzero((ones[slot] != first) | (twos[slot] != second))
+        todo = np.flatnonzero(self._differs(slot, key))
         while todo.size:
-            at, one, two = slot[todo], first[todo], second[todo]
+            at, some = slot[todo], [half[todo] for half in key]
             if insert:  # of several that want one slot, the last stays: numpy writes in order
-                free = twos[at] == 0
-                ones[at[free]], twos[at[free]] = one[free], two[free]
+                free = np.flatnonzero(self.keys[-1, at] == 0)
+                for column, half in zip(self.keys, some):
+                    column[at[free]] = half[free]
                 self.new.append(np.unique(at[free]))
                 self.used += len(self.new[-1])
-            other = (twos[at] != 0) & ((ones[at] != one) | (twos[at] != two))
-            todo = todo[other]
+            todo = todo[self._differs(at, some) & (self.keys[-1, at] != 0)]
             slot[todo] = (slot[todo] + 1) % self.size
         return slot
+
+    def _differs(self, slot, key):
+        differs = [column[slot] != half for column, half in zip(self.keys, key)]
+        return differs[0] | differs[-1]
 
 
 MAX_WORDS = 1 << 19  # distinct words remembered
@@ -290,7 +298,7 @@ class WordTable:
     """
 
     def __init__(self, words=0):
-        self.table, self.long = KeyTable(max(MAX_WORDS, words)), {}
+        self.table, self.long = KeyTable(max(MAX_WORDS, words), 2), {}
         self.value = np.zeros(self.table.size, np.int64)  # of each word, for the caller
         byte = np.arange(16) < np.arange(16)[:, None]  # (length, byte): which bytes count
         self.low, self.high = (byte * np.uint8(255)).view("<u8").T.copy()
@@ -484,8 +492,8 @@ def learn_merges(words, number):
         reverse.append(reverse[left][:-1] + reverse[right])
         sizes[new] = len(tokens[new])
         if isinstance(at, list):
-            for key, at in tape.merge_few(left, right, at, new).items():
-                push(key, at, tape.count(at))
+            for new_key, places in tape.merge_few(left, right, at, new).items():
+                push(new_key, places, tape.count(places))
         else:
             push_all(*grouped(*tape.merge(left, right, at, new)))
     return merges
@@ -561,7 +569,7 @@ def parallel_map(function, items, processes):
 
 # ---- Text in ------------------------------------------------------------------------------------
 
-CHUNK = 1 << 18  # characters handled by one round of array operations: they fit in the L2 cache
+CHUNK = 1 << 17  # characters handled by one round of array operations: they fit in the L2 cache
 CUT = regex.compile(r"(?r)(?<=\S) ")  # all named patterns start a word here; searched from the end
 
 
@@ -671,7 +679,7 @@ def split_text(pieces, special_ids, pattern, separator=None):
         yield chunk
 
 
-def batches(chunks, size=64):
+def batches(chunks, size=128):
     """Lists of up to `size` chunks."""
     chunks = iter(chunks)
     while batch := list(islice(chunks, size)):
@@ -695,6 +703,13 @@ def write_json(path, content):
 
 
 NO_MERGE = 1 << 24  # the rank of a pair that is never merged
+
+
+def pair_key(left, right):
+    """uint64, 0 for no pair of ids."""
+    return ((left.astype(np.int64) << 32 | right) + 1).astype(np.uint64)
+
+
 SHORT = 1000  # characters up to which array operations do not pay
 
 
@@ -732,7 +747,7 @@ class Tokenizer:
             raise ValueError(f"the vocabulary lacks {error.args[0]}, which byte-level BPE with "
                              "these merges needs") from None
         self._index_merges(merged.reshape(-1, 3).T)
-        self._reset_cache()
+        self.reset_cache()
 
     def normalize(self, text):
         return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
@@ -742,10 +757,12 @@ class Tokenizer:
     def _index_merges(self, merged):
         """merged: (3, merges) ids of left, right and joined token, by rank."""
         self._left, self._right, self._joined = merged.astype(np.int64)
-        self._pairs = KeyTable(2 * len(self._left))
-        slot = self._find_pair(self._left, self._right, insert=True)
+        self._pairs = KeyTable(2 * len(self._left), 1)
+        slot = self._pairs.find(pair_key(self._left, self._right), insert=True)
         self._rank = np.full(self._pairs.size, NO_MERGE, np.int32)
         self._rank[slot] = np.arange(len(slot))
+        byte = np.arange(1 << 16)
+        self._byte_ranks = self._ranks(self._byte_ids[byte >> 8], self._byte_ids[byte & 255])
         self._sizes = np.ones(self.vocab_size + 2, np.int64)  # bytes; 1 for the marks -1 and -2
         ids = np.fromiter(self.vocab, np.int64)
         self._sizes[ids] = lengths = np.array([len(token) for token in self.vocab.values()])
@@ -754,15 +771,11 @@ class Tokenizer:
         self._bytes = np.frombuffer(b"".join(self.vocab.values()), np.uint8)
         self._ints = np.array(range(self.vocab_size), object)
 
-    def _find_pair(self, left, right, insert=False):
-        return self._pairs.find(left.astype(np.uint64), right.astype(np.uint64) + np.uint64(1),
-                                insert)
-
     def _ranks(self, left, right):
-        """int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (a -1 is in none)."""
-        return self._rank[self._find_pair(left.ravel(), right.ravel())].reshape(left.shape)
+        """(n,) int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (-1 is in none)."""
+        return self._rank[self._pairs.find(pair_key(left, right))]
 
-    def _reset_cache(self, words=0):
+    def reset_cache(self, words=0):
         """Word n has the ids pool[offset : offset + count] where offset << 32 | count = value[n]"""
         self._words = WordTable(words)
         self._pool = np.zeros(0, self.dtype)
@@ -778,7 +791,7 @@ class Tokenizer:
             if len(some):
                 raw = np.frombuffer(b"".join([words[i] for i in some.tolist()]), np.uint8)
                 bpe = self._merge_rounds if high <= 64 else self._merge_long
-                ids, count = bpe(self._byte_ids[raw], lengths[some])
+                ids, count = bpe(raw, lengths[some])
                 offset = size + np.cumsum(count) - count
                 self._words.value[number[some]] = offset << 32 | count
                 size += len(ids)
@@ -790,41 +803,46 @@ class Tokenizer:
                 self._pool[offset] = self.token_ids[word]
                 self._words.value[n] = offset << 32 | 1
 
-    def _merge_rounds(self, ids, lengths):
-        """BPE of W words of at most 64 bytes: ids (bytes,), lengths (W,) -> ids, counts (W,).
+    def _merge_rounds(self, raw, lengths):
+        """BPE of W words of at most 64 bytes: raw (bytes,), lengths (W,) -> ids, counts (W,).
 
-        A word is a column. As on a Tape, a token of n bytes covers n rows and writes its id on the
-        first and the last. In every round each word merges its leftmost pair of lowest rank:
-        rank * 64 + row is one integer, so a single minimum finds both.
+        A word is a column of a matrix whose places are numbered row by row. As on a Tape, a token
+        of n bytes covers n places and writes its id on the first and the last. In every round each
+        word merges its leftmost pair of lowest rank: rank * 64 + row is one integer, so a single
+        minimum finds both.
         """
-        start = np.arange(lengths.max() + 1)[:, None] < lengths  # (L + 1, W): a token starts here
-        rows = np.full(start.shape, -1)  # row L, which is row -1 too, is the boundary
-        rows.T[start.T] = ids
-        key = np.full(start.shape, NO_MERGE * 64, np.int32)  # of the pair that starts there
-        key[:-1] = self._ranks(rows[:-1], rows[1:]) * 64 + np.arange(len(rows) - 1)[:, None]
+        row, width = np.arange(lengths.max() + 1)[:, None], len(lengths)
+        start = row < lengths  # (L + 1, W): a token starts here
+        ids = np.full(start.shape, -1, np.int32)  # row L is the boundary, and row -1 is row L
+        ids.T[start.T] = self._byte_ids[raw]
+        key = np.full(start.shape, NO_MERGE, np.int32)  # of the pair that starts there
+        key.T[start.T] = self._byte_ranks[raw * np.uint16(256) + np.append(raw[1:], 0)]
+        key[row == lengths - 1] = NO_MERGE
+        key = key * 64 + row.astype(np.int32)
+        flat_start, flat_ids, flat_key = start.ravel(), ids.ravel(), key.ravel()  # the same memory
+        step = self._sizes * width  # from a token to the next
         while True:
             best = key.min(0)
             word = np.flatnonzero(best < NO_MERGE * 32)
             if not len(word):
-                return rows.T[start.T], start.sum(0)
-            at, rank = best[word] & 63, best[word] >> 6
-            new, middle = self._joined[rank], at + self._sizes[self._left[rank]]
-            end = at + self._sizes[new]
-            start[middle, word] = False
-            key[middle, word] = NO_MERGE * 64
-            rows[at, word] = rows[end - 1, word] = new
-            before, after = rows[at - 1, word], rows[end, word]
-            key[at, word] = self._ranks(new, after) * 64 + at
-            at = at - self._sizes[before]
-            key[at, word] = self._ranks(before, new) * 64 + at
+                return ids.T[start.T], start.sum(0)
+            row, rank = best[word] & 63, best[word] >> 6
+            new, at = self._joined[rank], row * width + word
+            middle, end = at + step[self._left[rank]], at + step[new]
+            flat_start[middle] = False
+            flat_key[middle] = NO_MERGE * 64
+            flat_ids[at] = flat_ids[end - width] = new
+            before, after = flat_ids[at - width], flat_ids[end]
+            flat_key[at] = self._ranks(new, after) * 64 + row
+            flat_key[at - step[before]] = self._ranks(before, new) * 64 + row - self._sizes[before]
 
-    def _merge_long(self, ids, lengths):
-        """BPE of long words, rank by rank on a Tape: ids (bytes,), lengths (W,) -> ids, counts.
+    def _merge_long(self, raw, lengths):
+        """BPE of long words, rank by rank on a Tape: raw (bytes,), lengths (W,) -> ids, counts.
 
         A pair with a new token always ranks behind the merge that made the token, so every rank
         comes up once, for all words together.
         """
-        tape = Tape(ids, lengths, self._sizes)
+        tape = Tape(self._byte_ids[raw], lengths, self._sizes)
         where, heap = {}, []
 
         def push(keys, at):
@@ -872,7 +890,7 @@ class Tokenizer:
             data, starts, lengths, special = find_words(parts, self.pattern)
             if not self._words.has_room(len(starts)):  # forget all words
                 out, chunks = [*out, self._look_up(chunks)], []
-                self._reset_cache(len(starts))
+                self.reset_cache(len(starts))
             ids = np.array([i for _, i in parts if i is not None], self.dtype)
             chunks.append((self._words.add(data, starts, lengths), special, ids))
         return self._join([*out, self._look_up(chunks)])
@@ -914,7 +932,7 @@ class Tokenizer:
     def encode_iterable(self, texts, allowed_special="all"):
         """Yield the ids of the joined texts, holding a few megabytes of them at a time."""
         chunks = split_text(texts, self._allowed(allowed_special), self.pattern)
-        for batch in batches(chunks, 4):
+        for batch in batches(chunks, 8):
             yield from self._encode_batch(batch).tolist()
 
     def encode_file(self, path, out, num_processes=None):
@@ -935,7 +953,7 @@ class Tokenizer:
             state = old if old["job"] == job else state
         pieces = (piece for file in files for piece in read_pieces(file))
         chunks = split_text(pieces, {}, self.pattern, self.eot_id)
-        todo = islice(batches(chunks, 16), state["batches"], None)
+        todo = islice(batches(chunks, 32), state["batches"], None)
         with open(part, "r+b" if state["batches"] else "w+b") as file:
             write_header(file, self.dtype, 0)
             file.seek(state["ids"] * np.dtype(self.dtype).itemsize, os.SEEK_CUR)
@@ -1156,62 +1174,67 @@ def run_decode(args):
     sys.stdout.writelines(tokenizer.decode_stream(ids))
 
 
+def script_of(line):
+    """The script of most of a line's letters, as Unicode's names begin: "LATIN", "CJK", ..."""
+    names = collections.Counter(unicodedata.name(c, "?").split()[0] for c in line if c.isalpha())
+    return names.most_common(1)[0][0] if names else "no letters"
+
+
 def run_inspect(args):
     """Longest tokens, compression beside another tokenizer, by script, and tokens never used."""
     ours = Tokenizer.load(args.tokenizer)
-    others = {"ours": ours, **({args.beside: Tokenizer.load(args.beside)} if args.beside else {})}
+    others = {"ours": ours, **{path: Tokenizer.load(path) for path in args.beside}}
     longest = sorted(ours.token_ids, key=len, reverse=True)[:10]
     print(f"{len(ours.vocab)} tokens, the longest:",
           *(repr(token.decode(errors="replace")) for token in longest))
-    used, sizes = collections.Counter(), collections.Counter()  # by id; by (script, what)
-    for text in read_documents(args.data) if args.data else ():
+    used, sizes = collections.Counter(), collections.defaultdict(collections.Counter)  # by script
+    for text in read_documents(args.data):
         used.update(ours.encode(text, ()))
-        for line in text.splitlines(keepends=True):  # the script of most letters: "LATIN", ...
-            letters = (unicodedata.name(c, "?").split()[0] for c in line if c.isalpha())
-            script = max(collections.Counter(letters).items(), key=itemgetter(1),
-                         default=["no letters"])[0]
-            sizes[script, "bytes"] += len(line.encode())
-            sizes[script, "words"] += len(line.split())
-            for name, tokenizer in others.items():
-                sizes[script, name] += len(tokenizer.encode(line, ()))
-    for (script, what), size in sizes.most_common():
-        if what == "bytes":
-            print(f"{script:12}{size:>12} bytes", *(
-                f"| {name}: {size / sizes[script, name]:.2f} bytes a token, "
-                f"{sizes[script, name] / max(1, sizes[script, 'words']):.2f} tokens a word"
-                for name in others))
-    unused = [token for token, i in ours.token_ids.items() if not used[i]]
-    if used:
-        print(f"never used: {len(unused)} tokens, as", *unused[-10:])
+        for line in text.splitlines(keepends=True):
+            size = {name: len(tokenizer.encode(line, ())) for name, tokenizer in others.items()}
+            sizes[script_of(line)].update(size, bytes=len(line.encode()), words=len(line.split()))
+    for script, size in sorted(sizes.items(), key=lambda item: -item[1]["bytes"]):
+        print(f"{script:12}{size['bytes']:>12} bytes", *(
+            f"| {name}: {size['bytes'] / size[name]:.2f} bytes a token, "
+            f"{size[name] / max(1, size['words']):.2f} tokens a word" for name in others))
+    unused = [token for token, i in ours.token_ids.items() if i not in used]
+    print(f"never used: {len(unused)} tokens, as", *unused[-10:])
 
 
 def run_bench(args):
     """Rows of RESULTS.md: ours beside tiktoken, tokenizers and rustbpe, whichever is installed."""
     for path in list_files(args.data):
         text, times = "".join(read_documents([path])), collections.defaultdict(list)
-        for (work, who), job in bench_jobs(text, args.vocab_size, args.processes).items():
-            for _ in range(args.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = bench_jobs(text, args.vocab_size, args.processes, folder)
+            for key, job in [*jobs.items()] * args.repeats:  # in turns: noise hits all alike
                 begin = time.perf_counter()
                 job()
-                times[work, who].append(time.perf_counter() - begin)
+                times[key].append(time.perf_counter() - begin)
+        for work, who in jobs:
             size = len((text[:1_000_000] if "100" in work else text).encode()) / 1e6
-            median = statistics.median(times[work, who])
-            ratio = median / statistics.median(times[work, "ours"])
+            ours, median = (statistics.median(times[work, name]) for name in ("ours", who))
             print(f"| {work} | {os.path.basename(path)} | {who} | {size / median:.1f} MB/s | "
-                  f"ours is {ratio:.2f} x |", flush=True)
+                  f"ours is {median / ours:.2f} x |", flush=True)
 
 
-def bench_jobs(text, vocab_size, processes):
+def bench_jobs(text, vocab_size, processes, folder):
     """{(work, who): function} of the work both we and the installed libraries do."""
     ours = Tokenizer(*train_bpe([text[:2_000_000]], vocab_size, [EOT], num_processes=1), [EOT])
     warm = Tokenizer(ours.vocab, ours.merges, [EOT])  # its cache is never emptied
     pieces = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
     short, ids = [text[i : i + 100] for i in range(0, 1_000_000, 100)], warm.encode(text)
+    file = os.path.join(folder, "text.txt")
+    with open(file, "w", encoding="utf-8", newline="") as out:
+        out.write(text)
     warm.encode_batch(short)
+    work = f"encode_file, {processes} processes"
     jobs = {
         ("train", "ours"): lambda: train_bpe([text], vocab_size, num_processes=processes),
-        ("encode to numpy", "ours"): lambda: (ours._reset_cache(), ours.encode_numpy(text)),
-        ("encode to list", "ours"): lambda: (ours._reset_cache(), ours.encode(text)),
+        ("encode to numpy", "ours"): lambda: (ours.reset_cache(), ours.encode_numpy(text)),
+        ("encode to list", "ours"): lambda: (ours.reset_cache(), ours.encode(text)),
+        (work, "ours"): lambda: (
+            ours.reset_cache(), ours.encode_file(file, file + ".npy", processes)),
         ("encode 100 characters", "ours"): lambda: warm.encode_batch(short),
         ("decode", "ours"): lambda: ours.decode(ids)}
     with contextlib.suppress(ImportError):
@@ -1228,50 +1251,53 @@ def bench_jobs(text, vocab_size, processes):
                                 special_tokens=ours.special_tokens)
         jobs["encode to numpy", "tiktoken"] = lambda: tik.encode_to_numpy(text)
         jobs["encode to list", "tiktoken"] = lambda: tik.encode_ordinary(text)
+        jobs[work, "tiktoken"] = lambda: tik.encode_ordinary_batch(pieces, num_threads=processes)
         jobs["encode 100 characters", "tiktoken"] = lambda: list(map(tik.encode_ordinary, short))
         jobs["decode", "tiktoken"] = lambda: tik.decode(ids)
     with contextlib.suppress(ImportError):
         import tokenizers
 
-        fresh = tokenizers.Tokenizer.from_str(json.dumps(to_json(ours)))
+        fresh = json.dumps(to_json(ours))
         learner = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
         jobs["train", "tokenizers"] = lambda: tokenizers.Tokenizer.from_str(
-            fresh.to_str()).train_from_iterator(pieces, learner)
-        jobs["encode to list", "tokenizers"] = lambda: fresh.encode_batch_fast(pieces)
+            fresh).train_from_iterator(pieces, learner)
+        theirs = tokenizers.Tokenizer.from_str(fresh)
+        jobs["encode to list", "tokenizers"] = lambda: theirs.encode_batch_fast(pieces)
     return jobs
+
+
+FLAGS = {
+    "data": {"nargs": "+", "help": "files, directories, globs of text"},
+    "tokens": {"help": ".npy file of ids, or ids: 5,9,12"},
+    "--tokenizer": {"default": "tokenizer", "help": "tokenizer.json or its directory; .tiktoken"},
+    "--processes": {"type": int, "help": "worker processes (None: one a core)"},
+    "--vocab-size": {"type": int, "default": 32000, "help": "tokens in all"},
+    "--special-tokens": {"nargs": "*", "default": [EOT], "help": "texts kept whole"},
+    "--pattern": {"default": "gpt2", "help": f"{', '.join(PATTERNS)} or a regular expression"},
+    "--out": {"default": "tokenizer", "help": "directory for tokenizer.json; file for the ids"},
+    "--beside": {"nargs": "*", "default": [], "help": "others to compare with, as GPT-2's"},
+    "--repeats": {"type": int, "default": 3, "help": "runs a row; their median is printed"}}
+COMMANDS = {
+    run_train: ("learn a vocabulary from text",
+                "data --vocab-size --special-tokens --pattern --processes --out"),
+    run_encode: ("turn text into a file of token ids", "data --tokenizer --processes --out"),
+    run_decode: ("turn token ids into text", "tokens --tokenizer"),
+    run_inspect: ("print what a tokenizer does to texts", "data --tokenizer --beside"),
+    run_bench: ("time this file beside tiktoken, tokenizers and rustbpe",
+                "data --vocab-size --processes --repeats")}
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(run, help, **arguments):
-        sub = commands.add_parser(run.__name__[4:], help=help, description=help,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
-        for name, options in arguments.items():
-            sub.add_argument(name if name in ("data", "tokens") else
-                             f"--{name.replace('_', '-')}", **options)
-
-    data = {"nargs": "+", "help": "files, directories, globs of text"}
-    tokenizer = {"default": "tokenizer", "help": "tokenizer.json or its directory; .tiktoken"}
-    processes = {"type": int, "help": "worker processes (None: one a core)"}
-    command(run_train, "learn a vocabulary from text", data=data, processes=processes,
-            vocab_size={"type": int, "default": 32000, "help": "tokens in all"},
-            special_tokens={"nargs": "*", "default": [EOT], "help": "texts kept whole"},
-            pattern={"default": "gpt2", "help": f"{', '.join(PATTERNS)} or a regular expression"},
-            out={"default": "tokenizer", "help": "directory for tokenizer.json"})
-    command(run_encode, "turn text into a file of token ids", data=data, tokenizer=tokenizer,
-            out={"default": "tokens.npy", "help": "file for the ids, uint16 or uint32"},
-            processes=processes)
-    command(run_decode, "turn token ids into text", tokenizer=tokenizer,
-            tokens={"help": ".npy file of ids, or ids: 5,9,12"})
-    command(run_inspect, "print what a tokenizer does to texts", tokenizer=tokenizer,
-            data={**data, "nargs": "*"}, beside={"help": "another one to compare, as GPT-2's"})
-    command(run_bench, "time this file beside tiktoken, tokenizers and rustbpe", data=data,
-            vocab_size={"type": int, "default": 10000, "help": "tokens to train"},
-            repeats={"type": int, "default": 3, "help": "runs a row; their median is printed"},
-            processes={"type": int, "default": 1, "help": "worker processes to train with"})
+    for run, (what, flags) in COMMANDS.items():
+        command = commands.add_parser(run.__name__[4:], help=what, description=what,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        for flag in flags.split():
+            command.add_argument(flag, **FLAGS[flag])
+    commands.choices["encode"].set_defaults(out="tokens.npy")
+    commands.choices["bench"].set_defaults(processes=1, vocab_size=10000)
     return parser
 
 
