@@ -255,7 +255,7 @@ class KeyTable:
     def __init__(self, capacity, width):
         self.size = 1 << (2 * capacity - 1).bit_length()  # at most half full: searches stay short
         self.keys = np.zeros((width, self.size), np.uint64)
-        self.used, self.new = 0, []  # arrays of slots taken since the caller last emptied this list
+        self.used, self.new = 0, []  # slots taken: how many; which, until the caller empties this
 
     def find(self, *key, insert=False):
         """Slots (n,) int64 of n keys; of an unknown one an empty slot, its own if `insert`.
@@ -263,8 +263,8 @@ class KeyTable:
         key: (n,) uint64, or two of them.
         """
         mixed = key[0] * np.uint64(0x9E3779B97F4A7C15)
-        for more in key[1:]:
-            mixed ^= more * np.uint64(0xC2B2AE3D27D4EB4F)
+        if len(key) == 2:
+            mixed ^= key[1] * np.uint64(0xC2B2AE3D27D4EB4F)
         mixed ^= mixed >> np.uint64(29)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)  # the best mixed bits are the highest ones
         slot = (mixed >> np.uint64(65 - self.size.bit_length())).astype(np.int64)
@@ -290,21 +290,21 @@ MAX_WORDS = 1 << 19  # distinct words remembered
 LONG = np.uint64(255 << 56)  # second half of the key of a word of more than 15 bytes
 
 
-class WordTable:
-    """Numbers distinct words: the number of a word is the slot of its key in a KeyTable.
+class WordTable(KeyTable):
+    """Numbers distinct words: the number of a word is the slot of its key.
 
     A word of up to 15 bytes and its length are exactly two 64-bit integers; a longer one is
     numbered by a dict, and that number is the first half of its key.
     """
 
     def __init__(self, words=0):
-        self.table, self.long = KeyTable(max(MAX_WORDS, words), 2), {}
-        self.value = np.zeros(self.table.size, np.int64)  # of each word, for the caller
+        super().__init__(max(MAX_WORDS, words), 2)
+        self.long, self.value = {}, np.zeros(self.size, np.int64)  # of each word, for the caller
         byte = np.arange(16) < np.arange(16)[:, None]  # (length, byte): which bytes count
         self.low, self.high = (byte * np.uint8(255)).view("<u8").T.copy()
 
     def has_room(self, number):
-        return self.table.used + number <= self.table.size // 2
+        return self.used + number <= self.size // 2
 
     def add(self, data, starts, lengths):
         """(n,) int64 numbers of the words at `starts` of the bytes `data`."""
@@ -318,13 +318,13 @@ class WordTable:
         words = [data[i:j] for i, j in zip(begin.tolist(), (begin + size).tolist())]
         first[long] = [self.long.setdefault(word, len(self.long)) for word in words]
         second[long] = LONG
-        return self.table.find(first, second, insert=True)
+        return self.find(first, second, insert=True)
 
     def take_new(self):
         """(numbers (n,) int64, [bytes]) of the words added since the last call."""
-        number = np.concatenate([np.zeros(0, np.int64), *self.table.new])
-        self.table.new, long = [], list(self.long)
-        first, second = self.table.keys[:, number]
+        number = np.concatenate([np.zeros(0, np.int64), *self.new])
+        self.new, long = [], list(self.long)
+        first, second = self.keys[:, number]
         data = np.stack((first, second), 1).astype("<u8").tobytes()  # 16 bytes a word
         words = [long[one] if size == 255 else data[i : i + size] for i, one, size in zip(
             range(0, len(data), 16), first.tolist(), (second >> np.uint64(56)).tolist())]
@@ -375,18 +375,13 @@ class Tape:
         right = self.ids[at + self.sizes[left]]
         return (left << 32 | right)[right >= 0], at[right >= 0]
 
-    def count(self, at):
-        """How often a pair occurs that stands at a few places."""
-        weight = self.views[3]
-        return sum([weight[i] for i in at])
-
     def places(self, left, right, at):
         """(those of the places `at` where the pair still stands, how often it occurs there)."""
         if len(at) <= FEW:
-            ids, sizes, *_ = self.views
+            ids, sizes, _, weight = self.views
             size = sizes[left]
             at = [i for i in at if ids[i] == left and ids[i + size] == right]
-            return at, self.count(at)
+            return at, sum([weight[i] for i in at])
         at = np.asarray(at)
         at = at[(self.ids[at] == left) & (self.ids[at + self.sizes[left]] == right)]
         return at, int(self.weight[at].sum())
@@ -409,8 +404,8 @@ class Tape:
         return keys, np.concatenate((at - self.sizes[before], at))
 
     def merge_few(self, left, right, at, new):
-        """`merge`, place by place. -> {key: places}"""
-        ids, sizes, is_start, _ = self.views
+        """`merge`, place by place: yields (key, places, how often the pair occurs there)."""
+        ids, sizes, is_start, weight = self.views
         skip, size, found = sizes[left], sizes[new], collections.defaultdict(list)
         for i in sorted(at):
             if ids[i] != left or ids[i + skip] != right:
@@ -423,7 +418,8 @@ class Tape:
                 found[before << 32 | new].append(i - sizes[before])
             if after >= 0:
                 found[new << 32 | after].append(i)
-        return found
+        for key, at in found.items():
+            yield key, at, sum([weight[i] for i in at])
 
 
 def group(keys, at):
@@ -446,8 +442,8 @@ def learn_merges(words, number):
 
     A heap holds the frequent pairs. Counts only ever fall: all pairs with a new token appear when
     the token does, later merges can but take some away. So a heap entry is an upper bound; recount
-    when it comes up, and put it back if it was too high. Pairs rarer than `floor` are left out
-    until no others remain: most never come up.
+    when it comes up, and put it back if it was too high. Of all pairs only the most frequent are
+    put in; those rarer than `floor` stay out until the heap is empty: most never come up.
     """
     tokens = [bytes([byte]) for byte in range(256)]
     # A heap pops the smallest, ties go to the greatest bytes: turn byte b into character 255 - b,
@@ -463,23 +459,20 @@ def learn_merges(words, number):
             where[key] = at
             heapq.heappush(heap, (-count, reverse[key >> 32], reverse[key & 0xFFFFFFFF], key))
 
-    def push_all(keys, at, first, count):
-        at = memoryview(at)
+    def push_all(keys, at, most=None):
+        nonlocal floor
+        keys, at, first = group(keys, at)
+        count = np.add.reduceat(tape.weight[at], first[:-1])
+        floor, at = np.sort(count)[-most:][0] if most else floor, memoryview(at)
         for i in np.flatnonzero((count >= floor) & (keys >= 0)).tolist():
             push(int(keys[i]), at[first[i] : first[i + 1]], int(count[i]))
-
-    def grouped(keys, at):
-        keys, at, first = group(keys, at)
-        return keys, at, first, np.add.reduceat(tape.weight[at], first[:-1])
 
     while len(merges) < number:
         if not heap:
             keys, at = tape.pairs()
             if not len(keys):
                 break
-            found = grouped(keys, at)
-            floor = np.sort(found[3])[-WAITING:][0]
-            push_all(*found)
+            push_all(keys, at, most=WAITING)
             continue
         bound, *_, key = heapq.heappop(heap)
         left, right, new = key >> 32, key & 0xFFFFFFFF, len(tokens)
@@ -492,10 +485,10 @@ def learn_merges(words, number):
         reverse.append(reverse[left][:-1] + reverse[right])
         sizes[new] = len(tokens[new])
         if isinstance(at, list):
-            for new_key, places in tape.merge_few(left, right, at, new).items():
-                push(new_key, places, tape.count(places))
+            for pair in tape.merge_few(left, right, at, new):
+                push(*pair)
         else:
-            push_all(*grouped(*tape.merge(left, right, at, new)))
+            push_all(*tape.merge(left, right, at, new))
     return merges
 
 
@@ -621,22 +614,18 @@ def read_documents(files):
     for path in list_files(files):
         parts = []
         for text in read_pieces(path):
-            if text is not None:
-                parts.append(text)
-                continue
-            if any(parts):
+            if text is None and any(parts):
                 yield "".join(parts)
-            parts = []
+            parts = [] if text is None else [*parts, text]
 
 
 def read_input(source):
     """Pieces as of `read_pieces`, of files or of an iterable of texts."""
-    paths = isinstance(source, (str, os.PathLike))
-    if not paths and isinstance(source, (list, tuple)) and source:
-        paths = isinstance(source[0], os.PathLike) or os.path.exists(source[0][:4096])
-    if not paths:
-        return (piece for text in source for piece in (text, None))
-    return (piece for path in list_files(source) for piece in read_pieces(path))
+    first = source[0] if isinstance(source, (list, tuple)) and source else source
+    if isinstance(source, str) or isinstance(first, os.PathLike) or (
+            isinstance(first, str) and os.path.exists(first[:4096])):
+        return chain.from_iterable(map(read_pieces, list_files(source)))
+    return (piece for text in source for piece in (text, None))
 
 
 def split_text(pieces, special_ids, pattern, separator=None):
@@ -769,7 +758,7 @@ class Tokenizer:
         self._begin = np.full(self.vocab_size, -1)  # where the bytes of an id are; -1: no such
         self._begin[ids] = np.cumsum(lengths) - lengths
         self._bytes = np.frombuffer(b"".join(self.vocab.values()), np.uint8)
-        self._ints = np.array(range(self.vocab_size), object)
+        self._ints = np.array(range(self.vocab_size), object)  # a list of these is soon made
 
     def _ranks(self, left, right):
         """(n,) int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (-1 is in none)."""
@@ -913,8 +902,7 @@ class Tokenizer:
     def encode(self, text, allowed_special="all"):
         """List of the ids of a text; see `encode_numpy`."""
         if len(text) > SHORT or self.normalizer or any(t in text for t in self.special_tokens):
-            ids = self.encode_numpy(text, allowed_special)
-            return self._ints[ids].tolist()  # twice as fast as to make every int anew
+            return self._ints[self.encode_numpy(text, allowed_special)].tolist()
         ids, known = [], self._short
         for word in self._find(text):
             if word not in known:  # a word of more than 40 characters would take merge_word long
@@ -951,7 +939,7 @@ class Tokenizer:
             with open(note) as file:
                 old = json.load(file)
             state = old if old["job"] == job else state
-        pieces = (piece for file in files for piece in read_pieces(file))
+        pieces = chain.from_iterable(map(read_pieces, files))
         chunks = split_text(pieces, {}, self.pattern, self.eot_id)
         todo = islice(batches(chunks, 32), state["batches"], None)
         with open(part, "r+b" if state["batches"] else "w+b") as file:
@@ -977,20 +965,19 @@ class Tokenizer:
     def decode_bytes(self, ids):
         """The bytes of a list or array of ids; ValueError for an unknown one."""
         if not isinstance(ids, np.ndarray):
-            ids = list(ids)
+            ids = ids if isinstance(ids, list) else list(ids)
             with contextlib.suppress(OverflowError):  # of a negative id: it is reported below
                 ids = array("I", ids)  # three times as fast as np.array
             ids = np.asarray(ids)
         out = []
         for i in range(0, len(ids), 1 << 14):  # blocks of a size that stays in the cache
             block = ids[i : i + (1 << 14)].astype(np.int64)
-            known = (block >= 0) & (block < self.vocab_size)
-            known &= self._begin[block * known] >= 0
-            if not known.all():
-                raise ValueError(f"id {block[known.argmin()]} is not in the vocabulary of "
-                                 f"{len(self.vocab)} tokens: were these ids made by another "
-                                 "tokenizer?")
-            out.append(self._bytes[ranges(self._begin[block], self._sizes[block])].tobytes())
+            begin = self._begin.take(block, mode="clip")
+            if block.min() < 0 or block.max() >= self.vocab_size or begin.min() < 0:
+                bad = next(i for i in block.tolist() if i not in self.vocab)
+                raise ValueError(f"id {bad} is not in the vocabulary of {len(self.vocab)} tokens: "
+                                 "were these ids made by another tokenizer?")
+            out.append(self._bytes[ranges(begin, self._sizes[block])].tobytes())
         return b"".join(out)
 
     def decode(self, ids):
