@@ -29,12 +29,12 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import unicodedata
 from array import array
 from functools import lru_cache, partial
 from itertools import chain, islice
-from operator import itemgetter
 
 import numpy as np
 import regex
@@ -163,26 +163,25 @@ def class_table():
     return classes
 
 
-def classify(text, raw):
-    """(bytes,) uint8: the class of the character that each byte of the text belongs to."""
-    classes = class_table()[:256].take(raw)
-    if not text.isascii():
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+def classify(data):
+    """(bytes,) uint8: the class of the character that each byte of UTF-8 belongs to."""
+    table = class_table()
+    classes = np.frombuffer(bytearray(data.translate(table[:256].tobytes())), np.uint8)
+    if not data.isascii():
+        points = np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
         points = points[points >= 0x80]
         width = 2 + (points >= 0x800) + (points >= 0x10000)  # bytes of the character in UTF-8
-        classes[raw >= 0x80] = np.repeat(class_table()[points], width)
+        classes[np.frombuffer(data, np.uint8) >= 0x80] = np.repeat(table[points], width)
     return classes
 
 
-def gpt2_starts(raw, classes, inside):
-    """(bytes,) bool: where GPT2_PATTERN starts a word.
-
-    raw, classes: (bytes,) uint8. inside: (bytes,) bool, not the first byte of its character.
-    """
+def gpt2_starts(raw, classes):
+    """(bytes,) bool: where GPT2_PATTERN starts a word. raw, classes: (bytes,) uint8."""
     around = np.pad(classes, 1, constant_values=EDGE)
     start = classes != around[:-2]
     start[1:] &= raw[:-1] != ord(" ")  # " ?": a blank belongs to the word behind it, and so
     start |= (classes == SPACE) & (around[2:] < SPACE)  # \s+(?!\S) leaves the last space alone
+    inside = (raw & 0xC0) == 0x80  # not the first byte of a character
     last = np.flatnonzero(start & inside)  # a space of several bytes was marked at its last one
     while last.size:
         start[last] = False
@@ -204,16 +203,17 @@ def split_contractions(raw, start):
     start[end[end < len(start)]] = True
 
 
-def regex_starts(parts, pattern, inside):
+def regex_starts(parts, pattern, size):
     """(bytes,) bool: where any other pattern starts a word, found by the regex module."""
-    lengths = []
+    words = []
     for text, special in parts:
-        found = [1] if special is not None else list(map(len, regex.findall(pattern, text)))
-        if sum(found) != len(text):
+        found = [text] if special is not None else regex.findall(pattern, text)
+        if sum(map(len, found)) != len(text):
             raise ValueError(r"--pattern does not match every character: append |[\s\S] to it")
-        lengths += found
-    start = np.zeros(len(inside), bool)
-    start[np.flatnonzero(~inside)[np.cumsum(lengths) - lengths]] = True
+        words += found
+    lengths = np.array([len(word.encode()) for word in words])
+    start = np.zeros(size, bool)
+    start[np.cumsum(lengths) - lengths] = True
     return start
 
 
@@ -223,22 +223,19 @@ def find_words(parts, pattern):
     parts: [(text, None) or ("\\0", special id)], as `split_text` makes them. data: bytes. starts,
     lengths: (words,) int64. special: indices of the words that stand for special tokens.
     """
-    text = "".join(part for part, _ in parts)
     try:
-        sizes = [len(part.encode()) for part, _ in parts]
+        pieces = [text.encode() for text, _ in parts]
     except UnicodeEncodeError as error:
         raise ValueError(f"the text holds {error.object[error.start]!r}, half a surrogate pair: no "
                          "valid Unicode; read the file with errors='replace'") from None
-    data = text.encode()
-    raw = np.frombuffer(data, np.uint8)
-    inside = (raw & 0xC0) == 0x80
+    data, sizes = b"".join(pieces), list(map(len, pieces))
     at = (np.cumsum(sizes) - 1)[[i is not None for _, i in parts]]  # bytes of the special tokens
     if pattern == GPT2_PATTERN:
-        classes = classify(text, raw)
+        classes = classify(data)
         classes[at] = EDGE
-        start = gpt2_starts(raw, classes, inside)
+        start = gpt2_starts(np.frombuffer(data, np.uint8), classes)
     else:
-        start = regex_starts(parts, pattern, inside)
+        start = regex_starts(parts, pattern, len(data))
     start[at] = True
     starts = np.flatnonzero(start)
     return data, starts, np.diff(starts, append=len(data)), np.searchsorted(starts, at)
@@ -248,58 +245,66 @@ def find_words(parts, pattern):
 
 
 class KeyTable:
-    """A hash table of pairs of 64-bit integers that looks up whole arrays at once.
+    """A hash table of 64-bit integers, or of pairs of them, that looks up whole arrays at once.
 
     Open addressing with linear probing: a key lies in the slot its hash names, or in the next one
-    that was free. Both integers are compared, so no answer rests on a hash. The slot stands for the
-    key; callers keep their values in arrays by slot. A second integer of 0 means an empty slot.
+    that was free. Whole keys are compared, so no answer rests on a hash. The slot stands for the
+    key; callers keep their values in arrays by slot. A last integer of 0 means an empty slot.
     """
 
-    def __init__(self, capacity):
+    def __init__(self, capacity, width):
         self.size = 1 << (2 * capacity - 1).bit_length()  # at most half full: searches stay short
-        self.keys = np.zeros((2, self.size), np.uint64)
-        self.used, self.new = 0, []  # arrays of slots taken since the caller last emptied this list
+        self.keys = np.zeros((width, self.size), np.uint64)
+        self.used, self.new = 0, []  # slots taken: how many; which, until the caller empties this
 
-    def find(self, first, second, insert=False):
-        """(n,) int64 slots of n keys; of an unknown one an empty slot, its own if `insert`."""
-        mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ second * np.uint64(0xC2B2AE3D27D4EB4F)
+    def find(self, *key, insert=False):
+        """Slots (n,) int64 of n keys; of an unknown one an empty slot, its own if `insert`.
+
+        key: (n,) uint64, or two of them.
+        """
+        mixed = key[0] * np.uint64(0x9E3779B97F4A7C15)
+        if len(key) == 2:
+            mixed ^= key[1] * np.uint64(0xC2B2AE3D27D4EB4F)
         mixed ^= mixed >> np.uint64(29)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)  # the best mixed bits are the highest ones
         slot = (mixed >> np.uint64(65 - self.size.bit_length())).astype(np.int64)
-        ones, twos = self.keys
-        todo = np.flatnonzero((ones[slot] != first) | (twos[slot] != second))
+        todo = np.flatnonzero(self._differs(slot, key))
         while todo.size:
-            at, one, two = slot[todo], first[todo], second[todo]
+            at, some = slot[todo], [half[todo] for half in key]
             if insert:  # of several that want one slot, the last stays: numpy writes in order
-                free = twos[at] == 0
-                ones[at[free]], twos[at[free]] = one[free], two[free]
+                free = np.flatnonzero(self.keys[-1, at] == 0)
+                for column, half in zip(self.keys, some):
+                    column[at[free]] = half[free]
                 self.new.append(np.unique(at[free]))
                 self.used += len(self.new[-1])
-            other = (twos[at] != 0) & ((ones[at] != one) | (twos[at] != two))
-            todo = todo[other]
+            todo = todo[self._differs(at, some) & (self.keys[-1, at] != 0)]
             slot[todo] = (slot[todo] + 1) % self.size
         return slot
 
+    def _differs(self, slot, key):
+        differs = [column[slot] != half for column, half in zip(self.keys, key)]
+        return differs[0] | differs[-1]
+
 
 MAX_WORDS = 1 << 19  # distinct words remembered
-LONG = np.uint64(255) << np.uint64(56)  # second half of the key of a word of more than 15 bytes
+LONG = np.uint64(255 << 56)  # second half of the key of a word of more than 15 bytes
 
 
-class WordTable:
-    """Numbers distinct words: the number of a word is the slot of its key in a KeyTable.
+class WordTable(KeyTable):
+    """Numbers distinct words: the number of a word is the slot of its key.
 
     A word of up to 15 bytes and its length are exactly two 64-bit integers; a longer one is
     numbered by a dict, and that number is the first half of its key.
     """
 
     def __init__(self, words=0):
-        self.table, self.long = KeyTable(max(MAX_WORDS, words)), {}
-        self.value = np.zeros(self.table.size, np.int64)  # of each word, for the caller
+        super().__init__(max(MAX_WORDS, words), 2)
+        self.long, self.value = {}, np.zeros(self.size, np.int64)  # of each word, for the caller
         byte = np.arange(16) < np.arange(16)[:, None]  # (length, byte): which bytes count
         self.low, self.high = (byte * np.uint8(255)).view("<u8").T.copy()
 
     def has_room(self, number):
-        return self.table.used + number <= self.table.size // 2
+        return self.used + number <= self.size // 2
 
     def add(self, data, starts, lengths):
         """(n,) int64 numbers of the words at `starts` of the bytes `data`."""
@@ -308,16 +313,18 @@ class WordTable:
         short = np.minimum(lengths, 15)
         first = eight[starts] & self.low[short]
         second = eight[starts + 8] & self.high[short] | short.astype(np.uint64) << np.uint64(56)
-        for i in np.flatnonzero(lengths > 15).tolist():
-            word = data[starts[i] : starts[i] + lengths[i]]
-            first[i], second[i] = self.long.setdefault(word, len(self.long)), LONG
-        return self.table.find(first, second, insert=True)
+        long = np.flatnonzero(lengths > 15)
+        begin, size = starts[long], lengths[long]
+        words = [data[i:j] for i, j in zip(begin.tolist(), (begin + size).tolist())]
+        first[long] = [self.long.setdefault(word, len(self.long)) for word in words]
+        second[long] = LONG
+        return self.find(first, second, insert=True)
 
     def take_new(self):
         """(numbers (n,) int64, [bytes]) of the words added since the last call."""
-        number = np.concatenate([np.zeros(0, np.int64), *self.table.new])
-        self.table.new, long = [], list(self.long)
-        first, second = self.table.keys[:, number]
+        number = np.concatenate([np.zeros(0, np.int64), *self.new])
+        self.new, long = [], list(self.long)
+        first, second = self.keys[:, number]
         data = np.stack((first, second), 1).astype("<u8").tobytes()  # 16 bytes a word
         words = [long[one] if size == 255 else data[i : i + size] for i, one, size in zip(
             range(0, len(data), 16), first.tolist(), (second >> np.uint64(56)).tolist())]
@@ -336,13 +343,15 @@ def ranges(starts, lengths):
 
 # ---- Merging a pair everywhere at once ----------------------------------------------------------
 
+FEW = 24  # places up to which a Python loop is faster than numpy's calls
+
 
 class Tape:
     """Many words in one array of ids, a boundary of -1 around each.
 
     A token of n bytes covers n places and writes its id on the first and on the last of them. So
     the token left of a place is read at place - 1, the next token starts n further on, and nothing
-    ever has to move.
+    ever has to move. Pairs of neighbours are known by their key left << 32 | right.
     """
 
     def __init__(self, ids, lengths, sizes, counts=None):
@@ -356,20 +365,29 @@ class Tape:
         self.weight = np.ones(len(self.ids), np.int64)  # how often the word of a place occurs
         if counts is not None:
             self.weight[place] = np.repeat(counts, lengths)
+        # The same memory again: a loop reads single numbers faster from a memoryview.
+        self.views = list(map(memoryview, (self.ids, self.sizes, self.is_start, self.weight)))
 
     def pairs(self):
-        """All pairs of neighbours: (keys left << 32 | right, places)."""
+        """(keys, places) of all pairs."""
         at = np.flatnonzero(self.is_start)
         left = self.ids[at]
         right = self.ids[at + self.sizes[left]]
         return (left << 32 | right)[right >= 0], at[right >= 0]
 
     def places(self, left, right, at):
-        """Those of the places `at` where the pair still stands."""
-        return at[(self.ids[at] == left) & (self.ids[at + self.sizes[left]] == right)]
+        """(those of the places `at` where the pair still stands, how often it occurs there)."""
+        if len(at) <= FEW:
+            ids, sizes, _, weight = self.views
+            size = sizes[left]
+            at = [i for i in at if ids[i] == left and ids[i + size] == right]
+            return at, sum([weight[i] for i in at])
+        at = np.asarray(at)
+        at = at[(self.ids[at] == left) & (self.ids[at + self.sizes[left]] == right)]
+        return at, int(self.weight[at].sum())
 
     def merge(self, left, right, at, new):
-        """Merge a pair. -> keys and places of the pairs the new token makes, as from `pairs`."""
+        """Merge a pair. -> (keys, places) of the pairs the new token makes; keys < 0 are none."""
         if left == right:  # of the overlapping places in "aaaa" the first, third, ... of each row
             at = np.sort(at)
             index, size = np.arange(len(at)), self.sizes[left]
@@ -385,19 +403,38 @@ class Tape:
         keys[len(at):][after < 0] = -1
         return keys, np.concatenate((at - self.sizes[before], at))
 
+    def merge_few(self, left, right, at, new):
+        """`merge`, place by place: yields (key, places, how often the pair occurs there)."""
+        ids, sizes, is_start, weight = self.views
+        skip, size, found = sizes[left], sizes[new], collections.defaultdict(list)
+        for i in sorted(at):
+            if ids[i] != left or ids[i + skip] != right:
+                continue  # the middle of "aaa", whose first two are merged
+            end = i + size
+            is_start[i + skip], ids[i + skip] = False, -2
+            ids[i] = ids[end - 1] = new
+            before, after = ids[i - 1], ids[end]
+            if before >= 0:
+                found[before << 32 | new].append(i - sizes[before])
+            if after >= 0:
+                found[new << 32 | after].append(i)
+        for key, at in found.items():
+            yield key, at, sum([weight[i] for i in at])
 
-def group(keys, at, weight):
-    """Sort places by key. -> (distinct keys, places, first place of each key and their end, weight
-    of each key)"""
+
+def group(keys, at):
+    """Sort places by key. -> (distinct keys, places, first place of each key and their end)"""
     order = keys.argsort()
     keys, at = keys[order], at[order]
     edge = np.ones(len(keys) + 1, bool)
     np.not_equal(keys[1:], keys[:-1], out=edge[1:-1])
     first = edge.nonzero()[0]
-    return keys[first[:-1]], at, first, np.add.reduceat(weight[at], first[:-1])
+    return keys[first[:-1]], at, first
 
 
 # ---- Training -----------------------------------------------------------------------------------
+
+WAITING = 1500  # pairs put into the heap when it is empty
 
 
 def learn_merges(words, number):
@@ -405,8 +442,8 @@ def learn_merges(words, number):
 
     A heap holds the frequent pairs. Counts only ever fall: all pairs with a new token appear when
     the token does, later merges can but take some away. So a heap entry is an upper bound; recount
-    when it comes up, and put it back if it was too high. Pairs rarer than `floor` are left out
-    until no others remain: most never come up.
+    when it comes up, and put it back if it was too high. Of all pairs only the most frequent are
+    put in; those rarer than `floor` stay out until the heap is empty: most never come up.
     """
     tokens = [bytes([byte]) for byte in range(256)]
     # A heap pops the smallest, ties go to the greatest bytes: turn byte b into character 255 - b,
@@ -415,38 +452,43 @@ def learn_merges(words, number):
     sizes = np.ones(256 + number + 2, np.int64)
     lengths, counts = list(map(len, words)), list(words.values())
     tape = Tape(np.frombuffer(b"".join(words), np.uint8), lengths, sizes, counts)
-    merges, heap, floor = [], [], 1 << 62
+    merges, heap, where, floor = [], [], {}, 1 << 62
 
-    def push(keys, at, first, count):
-        for i in (count >= floor).nonzero()[0].tolist():
-            if (key := int(keys[i])) >= 0:
-                where[key] = at[first[i] : first[i + 1]]
-                heapq.heappush(heap, (-int(count[i]), reverse[key >> 32],
-                                      reverse[key & 0xFFFFFFFF], key))
+    def push(key, at, count):
+        if count >= floor:
+            where[key] = at
+            heapq.heappush(heap, (-count, reverse[key >> 32], reverse[key & 0xFFFFFFFF], key))
+
+    def push_all(keys, at, most=None):
+        nonlocal floor
+        keys, at, first = group(keys, at)
+        count = np.add.reduceat(tape.weight[at], first[:-1])
+        floor, at = np.sort(count)[-most:][0] if most else floor, memoryview(at)
+        for i in np.flatnonzero((count >= floor) & (keys >= 0)).tolist():
+            push(int(keys[i]), at[first[i] : first[i + 1]], int(count[i]))
 
     while len(merges) < number:
         if not heap:
             keys, at = tape.pairs()
-            if floor == 1 or not len(keys):
+            if not len(keys):
                 break
-            where, grouped = {}, group(keys, at, tape.weight)
-            floor = max(1, min(floor, int(grouped[3].max())) // 6)
-            push(*grouped)
+            push_all(keys, at, most=WAITING)
             continue
-        bound, *tie, key = heapq.heappop(heap)
+        bound, *_, key = heapq.heappop(heap)
         left, right, new = key >> 32, key & 0xFFFFFFFF, len(tokens)
-        at = tape.places(left, right, where.pop(key))
-        count = int(tape.weight[at].sum())
+        at, count = tape.places(left, right, where.pop(key))
         if count < -bound:
-            if count >= floor:
-                where[key] = at
-                heapq.heappush(heap, (-count, *tie, key))
+            push(key, at, count)
             continue
         merges.append((tokens[left], tokens[right]))
         tokens.append(tokens[left] + tokens[right])
         reverse.append(reverse[left][:-1] + reverse[right])
         sizes[new] = len(tokens[new])
-        push(*group(*tape.merge(left, right, at, new), tape.weight))
+        if isinstance(at, list):
+            for pair in tape.merge_few(left, right, at, new):
+                push(*pair)
+        else:
+            push_all(*tape.merge(left, right, at, new))
     return merges
 
 
@@ -482,9 +524,9 @@ def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN
     if vocab_size < 256 + len(special_tokens):
         raise ValueError(f"--vocab-size {vocab_size}: must be at least {256 + len(special_tokens)}"
                          f", for 256 bytes and {len(special_tokens)} special tokens")
-    parts = split_text(read_input(input_path), dict.fromkeys(special_tokens, 0), pattern, 0)
+    chunks = split_text(read_input(input_path), dict.fromkeys(special_tokens, 0), pattern, 0)
     words = collections.Counter()
-    for some in parallel_map(partial(count_words, pattern=pattern), batches(parts), num_processes):
+    for some in parallel_map(partial(count_words, pattern=pattern), batches(chunks), num_processes):
         words.update(some)
     merges = learn_merges(words, vocab_size - 256 - len(special_tokens))
     return build_vocab(special_tokens, merges), merges
@@ -520,7 +562,7 @@ def parallel_map(function, items, processes):
 
 # ---- Text in ------------------------------------------------------------------------------------
 
-CHUNK = 1 << 18  # characters handled by one round of array operations: they fit in the L2 cache
+CHUNK = 1 << 17  # characters handled by one round of array operations: they fit in the L2 cache
 CUT = regex.compile(r"(?r)(?<=\S) ")  # all named patterns start a word here; searched from the end
 
 
@@ -572,73 +614,65 @@ def read_documents(files):
     for path in list_files(files):
         parts = []
         for text in read_pieces(path):
-            if text is not None:
-                parts.append(text)
-                continue
-            if any(parts):
+            if text is None and any(parts):
                 yield "".join(parts)
-            parts = []
+            parts = [] if text is None else [*parts, text]
 
 
 def read_input(source):
     """Pieces as of `read_pieces`, of files or of an iterable of texts."""
-    paths = isinstance(source, (str, os.PathLike))
-    if not paths and isinstance(source, (list, tuple)) and source:
-        paths = isinstance(source[0], os.PathLike) or os.path.exists(source[0][:4096])
-    if not paths:
-        return (piece for text in source for piece in (text, None))
-    return (piece for path in list_files(source) for piece in read_pieces(path))
+    first = source[0] if isinstance(source, (list, tuple)) and source else source
+    if isinstance(source, str) or isinstance(first, os.PathLike) or (
+            isinstance(first, str) and os.path.exists(first[:4096])):
+        return chain.from_iterable(map(read_pieces, list_files(source)))
+    return (piece for text in source for piece in (text, None))
 
 
 def split_text(pieces, special_ids, pattern, separator=None):
-    """Cut pieces of text at special tokens and, for length, where a word surely starts.
+    """Cut pieces of text into chunks: lists of parts (text, None) or ("\\0", special id).
 
-    Yields (part, None), and ("\\0", id) for a special token. Pieces may end anywhere, within a
-    special token too: what could still change is held back. After a piece None, which ends a
-    document (an empty one is dropped), comes ("\\0", separator).
+    pieces: strings, which may end anywhere, within a special token too: what could still change is
+    held back; and None where a document ends, behind which comes ("\\0", separator). Chunks of
+    about CHUNK characters end where a word surely starts.
     """
     longest = max(map(len, special_ids), default=1)
-    rest, limit = "", CHUNK
+    chunk, size, rest, limit = [], 0, "", CHUNK
 
-    def parts(text):
+    def add(text):
         for i, part in enumerate(split_special(text, special_ids)):
             if part:
-                yield ("\0", special_ids[part]) if i % 2 else (part, None)
+                chunk.append(("\0", special_ids[part]) if i % 2 else (part, None))
 
     for piece in pieces:
-        if piece is None:
-            if rest:
-                yield from parts(rest)
-                yield "\0", separator
-            rest, limit = "", CHUNK
-            continue
-        for i in range(0, len(piece), CHUNK):
+        for i in range(0, len(piece or ""), CHUNK):
             rest += piece[i : i + CHUNK]
             if len(rest) < limit or pattern not in PATTERNS.values():  # of others no cut is sure
                 continue
             tail = split_special(rest, special_ids)[-1]
             if cut := CUT.search(tail, 0, max(0, len(tail) - longest)):
                 end = len(rest) - len(tail) + cut.start()
-                yield from parts(rest[:end])
-                rest, limit = rest[end:], CHUNK
+                add(rest[:end])
+                yield chunk
+                chunk, size, rest, limit = [], 0, rest[end:], CHUNK
             else:
                 limit = 2 * len(rest)
-    yield from parts(rest)
+        if piece is None and rest:
+            add(rest)
+            chunk.append(("\0", separator))
+            size, rest, limit = size + len(rest), "", CHUNK
+            if size > CHUNK:
+                yield chunk
+                chunk, size = [], 0
+    add(rest)
+    if chunk:
+        yield chunk
 
 
-def batches(parts, chunks=64):
-    """Lists of up to `chunks` chunks; a chunk is a list of parts, about CHUNK characters in all."""
-    batch, size = [[]], 0
-    for part in parts:
-        batch[-1].append(part)
-        size += len(part[0])
-        if size > CHUNK // 2:
-            batch, size = [*batch, []], 0
-            if len(batch) > chunks:
-                yield batch[:-1]
-                batch = [[]]
-    if any(batch):
-        yield list(filter(None, batch))
+def batches(chunks, size=128):
+    """Lists of up to `size` chunks."""
+    chunks = iter(chunks)
+    while batch := list(islice(chunks, size)):
+        yield batch
 
 
 def write_header(file, dtype, length):
@@ -647,11 +681,24 @@ def write_header(file, dtype, length):
         file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)})
 
 
+def write_json(path, content):
+    """Write beside it, then rename: the file is never half there."""
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+    os.replace(f"{path}.part", path)
+
+
 # ---- The tokenizer ------------------------------------------------------------------------------
 
 
 NO_MERGE = 1 << 24  # the rank of a pair that is never merged
-COUNT = (1 << 32) - 1
+
+
+def pair_key(left, right):
+    """uint64, 0 for no pair of ids."""
+    return ((left.astype(np.int64) << 32 | right) + 1).astype(np.uint64)
+
+
 SHORT = 1000  # characters up to which array operations do not pay
 
 
@@ -689,7 +736,7 @@ class Tokenizer:
             raise ValueError(f"the vocabulary lacks {error.args[0]}, which byte-level BPE with "
                              "these merges needs") from None
         self._index_merges(merged.reshape(-1, 3).T)
-        self._reset_cache()
+        self.reset_cache()
 
     def normalize(self, text):
         return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
@@ -699,26 +746,25 @@ class Tokenizer:
     def _index_merges(self, merged):
         """merged: (3, merges) ids of left, right and joined token, by rank."""
         self._left, self._right, self._joined = merged.astype(np.int64)
-        self._pairs = KeyTable(2 * len(self._left))
-        slot = self._find_pair(self._left, self._right, insert=True)
+        self._pairs = KeyTable(2 * len(self._left), 1)
+        slot = self._pairs.find(pair_key(self._left, self._right), insert=True)
         self._rank = np.full(self._pairs.size, NO_MERGE, np.int32)
         self._rank[slot] = np.arange(len(slot))
+        byte = np.arange(1 << 16)
+        self._byte_ranks = self._ranks(self._byte_ids[byte >> 8], self._byte_ids[byte & 255])
         self._sizes = np.ones(self.vocab_size + 2, np.int64)  # bytes; 1 for the marks -1 and -2
         ids = np.fromiter(self.vocab, np.int64)
         self._sizes[ids] = lengths = np.array([len(token) for token in self.vocab.values()])
-        self._begin = np.full(self.vocab_size + 1, -1)  # where the bytes of an id are; -1: no such
+        self._begin = np.full(self.vocab_size, -1)  # where the bytes of an id are; -1: no such
         self._begin[ids] = np.cumsum(lengths) - lengths
         self._bytes = np.frombuffer(b"".join(self.vocab.values()), np.uint8)
-
-    def _find_pair(self, left, right, insert=False):
-        return self._pairs.find(left.astype(np.uint64), right.astype(np.uint64) + np.uint64(1),
-                                insert)
+        self._ints = np.array(range(self.vocab_size), object)  # a list of these is soon made
 
     def _ranks(self, left, right):
-        """int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (a -1 is in none)."""
-        return self._rank[self._find_pair(left.ravel(), right.ravel())].reshape(left.shape)
+        """(n,) int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (-1 is in none)."""
+        return self._rank[self._pairs.find(pair_key(left, right))]
 
-    def _reset_cache(self, words=0):
+    def reset_cache(self, words=0):
         """Word n has the ids pool[offset : offset + count] where offset << 32 | count = value[n]"""
         self._words = WordTable(words)
         self._pool = np.zeros(0, self.dtype)
@@ -727,16 +773,14 @@ class Tokenizer:
     def _learn_words(self):
         """Put the ids of words that are new in the word table into the pool."""
         number, words = self._words.take_new()
-        if not words:
-            return
-        lengths = np.array([len(word) for word in words])
+        lengths = np.array([len(word) for word in words], np.int64)
         pools, size = [self._pool], len(self._pool)
-        for low, high in ((0, 8), (8, 16), (16, 32), (32, 64), (64, 1 << 62)):
+        for low, high in ((0, 16), (16, 64), (64, 1 << 62)):
             some = np.flatnonzero((lengths > low) & (lengths <= high))
             if len(some):
                 raw = np.frombuffer(b"".join([words[i] for i in some.tolist()]), np.uint8)
                 bpe = self._merge_rounds if high <= 64 else self._merge_long
-                ids, count = bpe(self._byte_ids[raw], lengths[some])
+                ids, count = bpe(raw, lengths[some])
                 offset = size + np.cumsum(count) - count
                 self._words.value[number[some]] = offset << 32 | count
                 size += len(ids)
@@ -744,64 +788,67 @@ class Tokenizer:
         self._pool = np.concatenate(pools)
         for n, word in zip(number.tolist(), words) if self.ignore_merges else ():
             if word in self.token_ids:
-                self._pool[self._words.value[n] >> 32] = self.token_ids[word]
-                self._words.value[n] += 1 - (self._words.value[n] & COUNT)
+                offset = self._words.value[n] >> 32
+                self._pool[offset] = self.token_ids[word]
+                self._words.value[n] = offset << 32 | 1
 
-    def _merge_rounds(self, ids, lengths):
-        """BPE of W words of at most 64 bytes: ids (bytes,), lengths (W,) -> ids, counts (W,).
+    def _merge_rounds(self, raw, lengths):
+        """BPE of W words of at most 64 bytes: raw (bytes,), lengths (W,) -> ids, counts (W,).
 
-        In every round each word merges its leftmost pair of lowest rank. rank * 64 + position is
-        one integer, so a single minimum finds both.
+        A word is a column of a matrix whose places are numbered row by row. As on a Tape, a token
+        of n bytes covers n places and writes its id on the first and the last. In every round each
+        word merges its leftmost pair of lowest rank: rank * 64 + row is one integer, so a single
+        minimum finds both.
         """
-        rows = np.full((lengths.max() + 1, len(lengths)), -1, np.int32)  # (L + 1, W), -1 behind
-        rows.T[np.arange(len(rows)) < lengths[:, None]] = ids
-        row = np.arange(len(rows), dtype=np.int32)[:, None]  # (L + 1, 1)
-        done, column = np.full_like(rows, -1), np.arange(len(lengths))
-        key = np.full_like(rows, NO_MERGE * 64)  # (L + 1, W) of the pair that starts there
-        key[:-1] = self._ranks(rows[:-1], rows[1:]) * 64 + row[:-1]
+        row, width = np.arange(lengths.max() + 1)[:, None], len(lengths)
+        start = row < lengths  # (L + 1, W): a token starts here
+        ids = np.full(start.shape, -1, np.int32)  # row L is the boundary, and row -1 is row L
+        ids.T[start.T] = self._byte_ids[raw]
+        key = np.full(start.shape, NO_MERGE, np.int32)  # of the pair that starts there
+        key.T[start.T] = self._byte_ranks[raw * np.uint16(256) + np.append(raw[1:], 0)]
+        key[row == lengths - 1] = NO_MERGE
+        key = key * 64 + row.astype(np.int32)
+        flat_start, flat_ids, flat_key = start.ravel(), ids.ravel(), key.ravel()  # the same memory
+        step = self._sizes * width  # from a token to the next
         while True:
             best = key.min(0)
-            alive = best < NO_MERGE * 32
-            if not alive.all():
-                done[:, column[~alive]] = rows[:, ~alive]
-                rows, key, best, column = rows[:, alive], key[:, alive], best[alive], column[alive]
-            if not len(column):
-                return done.T[done.T >= 0], (done >= 0).sum(0)
-            at, new, word = best & 63, self._joined[best >> 6], np.arange(len(best))
-            behind = row[:-1] > at
-            rows[:-1] = np.where(behind, rows[1:], rows[:-1])  # close the gap
-            key[:-1] = np.where(behind, key[1:] - 1, key[:-1])
-            rows[at, word] = new
-            key[at, word] = self._ranks(new, rows[at + 1, word]) * 64 + at
-            at, word, new = at[at > 0] - 1, word[at > 0], new[at > 0]
-            key[at, word] = self._ranks(rows[at, word], new) * 64 + at
+            word = np.flatnonzero(best < NO_MERGE * 32)
+            if not len(word):
+                return ids.T[start.T], start.sum(0)
+            row, rank = best[word] & 63, best[word] >> 6
+            new, at = self._joined[rank], row * width + word
+            middle, end = at + step[self._left[rank]], at + step[new]
+            flat_start[middle] = False
+            flat_key[middle] = NO_MERGE * 64
+            flat_ids[at] = flat_ids[end - width] = new
+            before, after = flat_ids[at - width], flat_ids[end]
+            flat_key[at] = self._ranks(new, after) * 64 + row
+            flat_key[at - step[before]] = self._ranks(before, new) * 64 + row - self._sizes[before]
 
-    def _merge_long(self, ids, lengths):
-        """BPE of long words, rank by rank on a Tape: ids (bytes,), lengths (W,) -> ids, counts.
+    def _merge_long(self, raw, lengths):
+        """BPE of long words, rank by rank on a Tape: raw (bytes,), lengths (W,) -> ids, counts.
 
         A pair with a new token always ranks behind the merge that made the token, so every rank
         comes up once, for all words together.
         """
-        tape = Tape(ids, lengths, self._sizes)
+        tape = Tape(self._byte_ids[raw], lengths, self._sizes)
         where, heap = {}, []
 
         def push(keys, at):
             rank = self._ranks(keys >> 32, keys & 0xFFFFFFFF)
-            rank, at = rank[rank < NO_MERGE], at[rank < NO_MERGE]
-            if len(rank):
-                rank, at, first, _ = group(rank, at, tape.weight)
-                for r, places in zip(rank.tolist(), np.split(at, first[1:-1])):
-                    if r not in where:
-                        heapq.heappush(heap, r)
-                    where.setdefault(r, []).append(places)
+            rank, at, first = group(rank[rank < NO_MERGE], at[rank < NO_MERGE])
+            for r, places in zip(rank.tolist(), np.split(at, first[1:-1])):
+                if r not in where:
+                    heapq.heappush(heap, r)
+                where.setdefault(r, []).append(places)
 
         push(*tape.pairs())
         while heap:
             rank = heapq.heappop(heap)
             left, right = int(self._left[rank]), int(self._right[rank])
-            at = tape.places(left, right, np.concatenate(where.pop(rank)))
+            at, _ = tape.places(left, right, np.concatenate(where.pop(rank)))
             if len(at):
-                push(*tape.merge(left, right, at, int(self._joined[rank])))
+                push(*tape.merge(left, right, np.asarray(at), int(self._joined[rank])))
         words = np.cumsum(lengths + 1) - lengths  # first place of each
         return tape.ids[tape.is_start], np.add.reduceat(tape.is_start, words, dtype=np.int64)
 
@@ -817,8 +864,8 @@ class Tokenizer:
         allowed_special: the special tokens that count as such. Give () for text from users, in
         which "<|endoftext|>" should be nothing but these 13 characters.
         """
-        parts = split_text([text], self._allowed(allowed_special), self.pattern)
-        return self._join(map(self._encode_batch, batches(parts)))
+        chunks = split_text([text], self._allowed(allowed_special), self.pattern)
+        return self._join(map(self._encode_batch, batches(chunks)))
 
     def _join(self, arrays):
         return np.concatenate([np.zeros(0, self.dtype), *arrays])
@@ -832,7 +879,7 @@ class Tokenizer:
             data, starts, lengths, special = find_words(parts, self.pattern)
             if not self._words.has_room(len(starts)):  # forget all words
                 out, chunks = [*out, self._look_up(chunks)], []
-                self._reset_cache(len(starts))
+                self.reset_cache(len(starts))
             ids = np.array([i for _, i in parts if i is not None], self.dtype)
             chunks.append((self._words.add(data, starts, lengths), special, ids))
         return self._join([*out, self._look_up(chunks)])
@@ -845,8 +892,9 @@ class Tokenizer:
         self._learn_words()
         out = []
         for number, special, special_ids in chunks:
-            offset, count = np.divmod(self._words.value[number], 1 << 32)
-            ids = self._pool[ranges(offset, count)]
+            value = self._words.value[number]
+            count = value & 0xFFFFFFFF
+            ids = self._pool[ranges(value >> 32, count)]
             ids[np.cumsum(count)[special] - 1] = special_ids
             out.append(ids)
         return self._join(out)
@@ -854,7 +902,7 @@ class Tokenizer:
     def encode(self, text, allowed_special="all"):
         """List of the ids of a text; see `encode_numpy`."""
         if len(text) > SHORT or self.normalizer or any(t in text for t in self.special_tokens):
-            return self.encode_numpy(text, allowed_special).tolist()
+            return self._ints[self.encode_numpy(text, allowed_special)].tolist()
         ids, known = [], self._short
         for word in self._find(text):
             if word not in known:  # a word of more than 40 characters would take merge_word long
@@ -871,8 +919,8 @@ class Tokenizer:
 
     def encode_iterable(self, texts, allowed_special="all"):
         """Yield the ids of the joined texts, holding a few megabytes of them at a time."""
-        parts = split_text(texts, self._allowed(allowed_special), self.pattern)
-        for batch in batches(parts, chunks=4):
+        chunks = split_text(texts, self._allowed(allowed_special), self.pattern)
+        for batch in batches(chunks, 8):
             yield from self._encode_batch(batch).tolist()
 
     def encode_file(self, path, out, num_processes=None):
@@ -880,21 +928,20 @@ class Tokenizer:
 
         Killed and called again, it goes on where it was.
         """
-        files = list_files(path)
+        files, part, note = list_files(path), f"{out}.part", f"{out}.state"
         if self.eot_id is None:
             raise ValueError(f"the tokenizer has no {EOT} to put behind documents: train it with "
                              f"--special-tokens '{EOT}'")
         job = [[file, os.path.getsize(file), os.path.getmtime(file)] for file in files]
         job = hashlib.sha256(json.dumps([job, to_json(self)]).encode()).hexdigest()
-        part, note = f"{out}.part", f"{out}.state"
         state = {"job": job, "batches": 0, "ids": 0}
         if os.path.exists(part) and os.path.exists(note):
             with open(note) as file:
                 old = json.load(file)
             state = old if old["job"] == job else state
-        pieces = (piece for file in files for piece in read_pieces(file))
-        parts = split_text(pieces, {}, self.pattern, self.eot_id)
-        todo = islice(batches(parts, 16), state["batches"], None)
+        pieces = chain.from_iterable(map(read_pieces, files))
+        chunks = split_text(pieces, {}, self.pattern, self.eot_id)
+        todo = islice(batches(chunks, 32), state["batches"], None)
         with open(part, "r+b" if state["batches"] else "w+b") as file:
             write_header(file, self.dtype, 0)
             file.seek(state["ids"] * np.dtype(self.dtype).itemsize, os.SEEK_CUR)
@@ -904,31 +951,30 @@ class Tokenizer:
                 file.flush()
                 state["batches"] += 1
                 state["ids"] += len(ids)
+                write_json(note, state)
                 if sys.stderr.isatty():
                     print(f"\r{state['ids']:,} tokens ", end="", file=sys.stderr)
-                with open(f"{note}.part", "w") as text:
-                    json.dump(state, text)
-                os.replace(f"{note}.part", note)
             file.seek(0)
             write_header(file, self.dtype, state["ids"])
         os.replace(part, out)
         os.remove(note)
         return state["ids"]
 
+    # -- decode
+
     def decode_bytes(self, ids):
         """The bytes of a list or array of ids; ValueError for an unknown one."""
         if not isinstance(ids, np.ndarray):
-            ids = list(ids)
+            ids = ids if isinstance(ids, list) else list(ids)
             with contextlib.suppress(OverflowError):  # of a negative id: it is reported below
                 ids = array("I", ids)  # three times as fast as np.array
             ids = np.asarray(ids)
         out = []
         for i in range(0, len(ids), 1 << 14):  # blocks of a size that stays in the cache
-            block = ids[i : i + (1 << 14)].astype(np.uint64)  # negative ones become large
-            block = np.minimum(block, np.uint64(self.vocab_size)).astype(np.int64)
-            begin = self._begin[block]
-            if begin.min() < 0:
-                bad = ids[i + int(begin.argmin())]
+            block = ids[i : i + (1 << 14)].astype(np.int64)
+            begin = self._begin.take(block, mode="clip")
+            if block.min() < 0 or block.max() >= self.vocab_size or begin.min() < 0:
+                bad = next(i for i in block.tolist() if i not in self.vocab)
                 raise ValueError(f"id {bad} is not in the vocabulary of {len(self.vocab)} tokens: "
                                  "were these ids made by another tokenizer?")
             out.append(self._bytes[ranges(begin, self._sizes[block])].tobytes())
@@ -970,18 +1016,14 @@ class Tokenizer:
         In a directory, tokenizer_config.json beside it keeps transformers from splitting words as
         the model's family does (Qwen 2's way for a model saved as Qwen 3).
         """
-        files = {path: to_json(self)}
         if not str(path).endswith(".json"):
             os.makedirs(path, exist_ok=True)
-            config = {"tokenizer_class": "PreTrainedTokenizerFast",
-                      "eos_token": EOT if self.eot_id is not None else None}
-            files = {os.path.join(path, "tokenizer.json"): to_json(self),
-                     os.path.join(path, "tokenizer_config.json"): config}
-        for name, content in files.items():
-            with open(f"{name}.part", "w", encoding="utf-8") as file:
-                json.dump(content, file, ensure_ascii=False, indent=1)
-            os.replace(f"{name}.part", name)
-        return next(iter(files))
+            write_json(os.path.join(path, "tokenizer_config.json"), {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": EOT if self.eot_id is not None else None})
+            path = os.path.join(path, "tokenizer.json")
+        write_json(path, to_json(self))
+        return path
 
     @classmethod
     def load(cls, path):
@@ -1119,62 +1161,67 @@ def run_decode(args):
     sys.stdout.writelines(tokenizer.decode_stream(ids))
 
 
+def script_of(line):
+    """The script of most of a line's letters, as Unicode's names begin: "LATIN", "CJK", ..."""
+    names = collections.Counter(unicodedata.name(c, "?").split()[0] for c in line if c.isalpha())
+    return names.most_common(1)[0][0] if names else "no letters"
+
+
 def run_inspect(args):
     """Longest tokens, compression beside another tokenizer, by script, and tokens never used."""
     ours = Tokenizer.load(args.tokenizer)
-    others = {"ours": ours, **({args.beside: Tokenizer.load(args.beside)} if args.beside else {})}
+    others = {"ours": ours, **{path: Tokenizer.load(path) for path in args.beside}}
     longest = sorted(ours.token_ids, key=len, reverse=True)[:10]
     print(f"{len(ours.vocab)} tokens, the longest:",
           *(repr(token.decode(errors="replace")) for token in longest))
-    used, sizes = collections.Counter(), collections.Counter()  # by id; by (script, what)
-    for text in read_documents(args.data) if args.data else ():
+    used, sizes = collections.Counter(), collections.defaultdict(collections.Counter)  # by script
+    for text in read_documents(args.data):
         used.update(ours.encode(text, ()))
-        for line in text.splitlines(keepends=True):  # the script of most letters: "LATIN", ...
-            letters = (unicodedata.name(c, "?").split()[0] for c in line if c.isalpha())
-            script = max(collections.Counter(letters).items(), key=itemgetter(1),
-                         default=["no letters"])[0]
-            sizes[script, "bytes"] += len(line.encode())
-            sizes[script, "words"] += len(line.split())
-            for name, tokenizer in others.items():
-                sizes[script, name] += len(tokenizer.encode(line, ()))
-    for (script, what), size in sizes.most_common():
-        if what == "bytes":
-            print(f"{script:12}{size:>12} bytes", *(
-                f"| {name}: {size / sizes[script, name]:.2f} bytes a token, "
-                f"{sizes[script, name] / max(1, sizes[script, 'words']):.2f} tokens a word"
-                for name in others))
-    unused = [token for token, i in ours.token_ids.items() if not used[i]]
-    if used:
-        print(f"never used: {len(unused)} tokens, as", *unused[-10:])
+        for line in text.splitlines(keepends=True):
+            size = {name: len(tokenizer.encode(line, ())) for name, tokenizer in others.items()}
+            sizes[script_of(line)].update(size, bytes=len(line.encode()), words=len(line.split()))
+    for script, size in sorted(sizes.items(), key=lambda item: -item[1]["bytes"]):
+        print(f"{script:12}{size['bytes']:>12} bytes", *(
+            f"| {name}: {size['bytes'] / size[name]:.2f} bytes a token, "
+            f"{size[name] / max(1, size['words']):.2f} tokens a word" for name in others))
+    unused = [token for token, i in ours.token_ids.items() if i not in used]
+    print(f"never used: {len(unused)} tokens, as", *unused[-10:])
 
 
 def run_bench(args):
     """Rows of RESULTS.md: ours beside tiktoken, tokenizers and rustbpe, whichever is installed."""
     for path in list_files(args.data):
         text, times = "".join(read_documents([path])), collections.defaultdict(list)
-        for (work, who), job in bench_jobs(text, args.vocab_size, args.processes).items():
-            for _ in range(args.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = bench_jobs(text, args.vocab_size, args.processes, folder)
+            for key, job in [*jobs.items()] * args.repeats:  # in turns: noise hits all alike
                 begin = time.perf_counter()
                 job()
-                times[work, who].append(time.perf_counter() - begin)
+                times[key].append(time.perf_counter() - begin)
+        for work, who in jobs:
             size = len((text[:1_000_000] if "100" in work else text).encode()) / 1e6
-            median = statistics.median(times[work, who])
-            ratio = median / statistics.median(times[work, "ours"])
+            ours, median = (statistics.median(times[work, name]) for name in ("ours", who))
             print(f"| {work} | {os.path.basename(path)} | {who} | {size / median:.1f} MB/s | "
-                  f"ours is {ratio:.2f} x |", flush=True)
+                  f"ours is {median / ours:.2f} x |", flush=True)
 
 
-def bench_jobs(text, vocab_size, processes):
+def bench_jobs(text, vocab_size, processes, folder):
     """{(work, who): function} of the work both we and the installed libraries do."""
     ours = Tokenizer(*train_bpe([text[:2_000_000]], vocab_size, [EOT], num_processes=1), [EOT])
     warm = Tokenizer(ours.vocab, ours.merges, [EOT])  # its cache is never emptied
     pieces = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
     short, ids = [text[i : i + 100] for i in range(0, 1_000_000, 100)], warm.encode(text)
+    file = os.path.join(folder, "text.txt")
+    with open(file, "w", encoding="utf-8", newline="") as out:
+        out.write(text)
     warm.encode_batch(short)
+    work = f"encode_file, {processes} processes"
     jobs = {
         ("train", "ours"): lambda: train_bpe([text], vocab_size, num_processes=processes),
-        ("encode to numpy", "ours"): lambda: (ours._reset_cache(), ours.encode_numpy(text)),
-        ("encode to list", "ours"): lambda: (ours._reset_cache(), ours.encode(text)),
+        ("encode to numpy", "ours"): lambda: (ours.reset_cache(), ours.encode_numpy(text)),
+        ("encode to list", "ours"): lambda: (ours.reset_cache(), ours.encode(text)),
+        (work, "ours"): lambda: (
+            ours.reset_cache(), ours.encode_file(file, file + ".npy", processes)),
         ("encode 100 characters", "ours"): lambda: warm.encode_batch(short),
         ("decode", "ours"): lambda: ours.decode(ids)}
     with contextlib.suppress(ImportError):
@@ -1191,50 +1238,53 @@ def bench_jobs(text, vocab_size, processes):
                                 special_tokens=ours.special_tokens)
         jobs["encode to numpy", "tiktoken"] = lambda: tik.encode_to_numpy(text)
         jobs["encode to list", "tiktoken"] = lambda: tik.encode_ordinary(text)
+        jobs[work, "tiktoken"] = lambda: tik.encode_ordinary_batch(pieces, num_threads=processes)
         jobs["encode 100 characters", "tiktoken"] = lambda: list(map(tik.encode_ordinary, short))
         jobs["decode", "tiktoken"] = lambda: tik.decode(ids)
     with contextlib.suppress(ImportError):
         import tokenizers
 
-        fresh = tokenizers.Tokenizer.from_str(json.dumps(to_json(ours)))
+        fresh = json.dumps(to_json(ours))
         learner = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
         jobs["train", "tokenizers"] = lambda: tokenizers.Tokenizer.from_str(
-            fresh.to_str()).train_from_iterator(pieces, learner)
-        jobs["encode to list", "tokenizers"] = lambda: fresh.encode_batch_fast(pieces)
+            fresh).train_from_iterator(pieces, learner)
+        theirs = tokenizers.Tokenizer.from_str(fresh)
+        jobs["encode to list", "tokenizers"] = lambda: theirs.encode_batch_fast(pieces)
     return jobs
+
+
+FLAGS = {
+    "data": {"nargs": "+", "help": "files, directories, globs of text"},
+    "tokens": {"help": ".npy file of ids, or ids: 5,9,12"},
+    "--tokenizer": {"default": "tokenizer", "help": "tokenizer.json or its directory; .tiktoken"},
+    "--processes": {"type": int, "help": "worker processes (None: one a core)"},
+    "--vocab-size": {"type": int, "default": 32000, "help": "tokens in all"},
+    "--special-tokens": {"nargs": "*", "default": [EOT], "help": "texts kept whole"},
+    "--pattern": {"default": "gpt2", "help": f"{', '.join(PATTERNS)} or a regular expression"},
+    "--out": {"default": "tokenizer", "help": "directory for tokenizer.json; file for the ids"},
+    "--beside": {"nargs": "*", "default": [], "help": "others to compare with, as GPT-2's"},
+    "--repeats": {"type": int, "default": 3, "help": "runs a row; their median is printed"}}
+COMMANDS = {
+    run_train: ("learn a vocabulary from text",
+                "data --vocab-size --special-tokens --pattern --processes --out"),
+    run_encode: ("turn text into a file of token ids", "data --tokenizer --processes --out"),
+    run_decode: ("turn token ids into text", "tokens --tokenizer"),
+    run_inspect: ("print what a tokenizer does to texts", "data --tokenizer --beside"),
+    run_bench: ("time this file beside tiktoken, tokenizers and rustbpe",
+                "data --vocab-size --processes --repeats")}
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(run, help, **arguments):
-        sub = commands.add_parser(run.__name__[4:], help=help, description=help,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
-        for name, options in arguments.items():
-            sub.add_argument(name if name in ("data", "tokens") else
-                             f"--{name.replace('_', '-')}", **options)
-
-    data = {"nargs": "+", "help": "files, directories, globs of text"}
-    tokenizer = {"default": "tokenizer", "help": "tokenizer.json or its directory; .tiktoken"}
-    processes = {"type": int, "help": "worker processes (None: one a core)"}
-    command(run_train, "learn a vocabulary from text", data=data, processes=processes,
-            vocab_size={"type": int, "default": 32000, "help": "tokens in all"},
-            special_tokens={"nargs": "*", "default": [EOT], "help": "texts kept whole"},
-            pattern={"default": "gpt2", "help": f"{', '.join(PATTERNS)} or a regular expression"},
-            out={"default": "tokenizer", "help": "directory for tokenizer.json"})
-    command(run_encode, "turn text into a file of token ids", data=data, tokenizer=tokenizer,
-            out={"default": "tokens.npy", "help": "file for the ids, uint16 or uint32"},
-            processes=processes)
-    command(run_decode, "turn token ids into text", tokenizer=tokenizer,
-            tokens={"help": ".npy file of ids, or ids: 5,9,12"})
-    command(run_inspect, "print what a tokenizer does to texts", tokenizer=tokenizer,
-            data={**data, "nargs": "*"}, beside={"help": "another one to compare, as GPT-2's"})
-    command(run_bench, "time this file beside tiktoken, tokenizers and rustbpe", data=data,
-            vocab_size={"type": int, "default": 10000, "help": "tokens to train"},
-            repeats={"type": int, "default": 3, "help": "runs a row; their median is printed"},
-            processes={"type": int, "default": 1, "help": "worker processes to train with"})
+    for run, (what, flags) in COMMANDS.items():
+        command = commands.add_parser(run.__name__[4:], help=what, description=what,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        for flag in flags.split():
+            command.add_argument(flag, **FLAGS[flag])
+    commands.choices["encode"].set_defaults(out="tokens.npy")
+    commands.choices["bench"].set_defaults(processes=1, vocab_size=10000)
     return parser
 
 
