@@ -533,8 +533,9 @@ def print_law(runs, budgets, fit, fits):
           f"{scatter(runs, kaplan):.2%}")
 
 
+@np.errstate(all="ignore")  # a form that does not fit at all may overflow
 def scatter(runs, fit):
-    """Standard deviation of the runs' log losses about the fit: noise, and what it cannot follow"""
+    """Deviation of the runs' log losses from the fit: noise, and what the form cannot follow."""
     return np.std(np.log(runs.L / predict_loss(fit, runs.N, runs.D)))
 
 
