@@ -1433,7 +1433,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one-line errors that name the nearest right flag."""
 
     def error(self, message):
-        for word in message.split():
+        for word in message.replace(":", " ").split():
             near = difflib.get_close_matches(word, self._option_string_actions, 1, 0.6)
             if word.startswith("--") and word not in self._option_string_actions and near:
                 message += f"; did you mean {near[0]}?"
