@@ -1262,7 +1262,7 @@ FLAGS = {
     "--special-tokens": {"nargs": "*", "default": [EOT], "help": "texts kept whole"},
     "--pattern": {"default": "gpt2", "help": f"{', '.join(PATTERNS)} or a regular expression"},
     "--out": {"default": "tokenizer", "help": "directory for tokenizer.json; file for the ids"},
-    "--beside": {"nargs": "*", "default": [], "help": "others to compare with, as GPT-2's"},
+    "--beside": {"action": "append", "default": [], "help": "another to compare, as GPT-2's"},
     "--repeats": {"type": int, "default": 3, "help": "runs a row; their median is printed"}}
 COMMANDS = {
     run_train: ("learn a vocabulary from text",
