@@ -1183,10 +1183,11 @@ def log_line(run, loss, norm, factor, seconds, side_work):
         + (f"  {run.skipped} skipped" if run.skipped else ""))
 
 
-def train_loop(run, caught):
+def train_loop(run, caught, seconds_per_step):
     """Steps until --steps, or until a signal was caught and the run saved."""
     args, log, first = run.args, Log(run.args, run.step), run.step
-    times, losses, side_work = deque(maxlen=50), deque(maxlen=50), 0.0
+    times = deque(2 * [seconds_per_step], maxlen=50)  # the first step compiles the optimizer
+    losses, side_work = deque(maxlen=50), 0.0
     say(COLUMNS)
     while run.step < args.steps:
         start = time.perf_counter()
@@ -1255,11 +1256,12 @@ def train(args):
         return
     for folder in [] if resume_from or RANK else step_folders(args.out):
         shutil.rmtree(folder)
-    describe(run, warm_up(run))
+    seconds_per_step = warm_up(run)
+    describe(run, seconds_per_step)
     if args.profile or args.memory:
         return profile_steps(run) if args.profile else report_memory(run)
     with noting_signals() as caught:
-        train_loop(run, caught)
+        train_loop(run, caught, seconds_per_step)
     if run.step < args.steps:
         say(f"stopped at step {run.step}, saved in {args.out}; the same command goes on")
         return
