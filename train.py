@@ -161,8 +161,9 @@ def tokenize_corpus(files, folder, vocab_size, tokenizer_path):
             documents = (d for d, held_out in split_documents(files) if held_out == wanted)
             write_tokens(work / f"{name}.npy", documents, tok)
         say(f"{'tokenized':<12}in {time.time() - start:.1f} s")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(work, folder)
+        if not (folder / "val.npy").exists():  # another run may have been faster, and reads it now
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -474,7 +475,7 @@ def make_optimizers(model, args):
     inside = {id(p) for p in model.layers.parameters() if p.ndim == 2}
     matrices = [p for p in model.parameters() if id(p) in inside]
     others = [p for p in model.parameters() if id(p) not in inside]
-    adam = dict(lr=args.lr, betas=args.betas, eps=1e-10)
+    adam = dict(lr=args.lr, betas=args.betas, eps=args.eps)
     groups = [dict(params=others, weight_decay=0.0)]
     if args.optimizer == "adamw":
         return [AdamW([dict(params=matrices, weight_decay=args.weight_decay), *groups], **adam)]
@@ -632,11 +633,12 @@ def load_checkpoint(src, model, optimizer):
 
 # What a run is: to go on under other values would be a different run.
 MODEL_FLAGS = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff",
-               "ffn", "norm", "position", "qk_norm", "zero_init", "tie_embeddings",
+               "ffn", "norm", "norm_type", "position", "qk_norm", "zero_init", "tie_embeddings",
                "logit_softcap", "value_embeddings", "residual_scalars")
 IDENTITY = MODEL_FLAGS + (
     "recipe", "optimizer", "batch_size", "schedule", "warmup", "decay", "min_lr", "lr", "muon_lr",
-    "weight_decay", "cautious", "momentum", "betas", "clip", "seed", "data_name", "pack", "dtype")
+    "weight_decay", "cautious", "momentum", "betas", "eps", "clip", "seed", "data_name", "pack",
+    "dtype")
 COUNTERS = ("loss_scale", "good_steps", "skipped")  # of a Run
 FORMAT = 2  # of train_state.pt: optimizer state by the parameters' names
 
@@ -1395,9 +1397,9 @@ def median_seconds(*calls, count=12, warmup=4):
 # Flags whose default depends on the recipe or the device. Every one can be given by hand.
 RECIPES = {
     "speedrun": dict(optimizer="muon", schedule="wsd", decay=0.5, min_lr=0.0, warmup=20, lr=0.024,
-                     weight_decay=0.0, clip=0.0, qk_norm=True, zero_init=True),
+                     weight_decay=0.0, eps=1e-10, clip=0.0, qk_norm=True, zero_init=True),
     "cs336": dict(optimizer="adamw", schedule="cosine", decay=0.0, min_lr=0.1, warmup=40, lr=0.002,
-                  weight_decay=0.1, clip=1.0, qk_norm=False, zero_init=False),
+                  weight_decay=0.1, eps=1e-8, clip=1.0, qk_norm=False, zero_init=False),
 }
 SIZES = {
     "cpu": dict(context_length=256, d_model=192, num_layers=4, num_heads=2, d_ff=512,
@@ -1475,6 +1477,7 @@ def make_parser():
     add("d_ff", None, "width of the feed-forward layer")
     add("ffn", "swiglu", "feed-forward layer", choices=["swiglu", "silu", "gelu", "relu2"])
     add("norm", "pre", "place of the norms", choices=["pre", "post", "output", "none"])
+    add("norm_type", "rms", "kind of norm", choices=["rms", "layer"])
     add("position", "rope", "position information", choices=["rope", "learned", "none"])
     add("attention", "sdpa", "attention kernel", choices=["sdpa", "flash", "naive"])
     add("qk_norm", None, "normalise queries and keys", **yes_no)
@@ -1495,6 +1498,7 @@ def make_parser():
     add("cautious", False, "Muon: decay only where the update shrinks the weight too", **yes_no)
     add("momentum", 0.95, "of Muon and SGD")
     add("betas", [0.9, 0.95], "AdamW's means: of gradients, of squares", nargs=2, type=float)
+    add("eps", None, "what AdamW adds to the root of its mean of squares")
     add("clip", None, "largest gradient norm, 0 for no clipping")
     add("schedule", None, "learning rate over time",
         choices=["wsd", "cosine", "linear", "constant"])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -486,7 +487,10 @@ if rank == 0:
 def test_two_ranks_count_tokens_together(tmp_path):
     """Rows of unequal length, an odd number of them: the weights must be those of one rank."""
     weights = []
-    for n, port in ((1, 29613), (2, 29614)):
+    for n in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         out = str(tmp_path / f"ranks{n}")
         runs = [subprocess.Popen(
             [sys.executable, "-c", RANKS, out], cwd=Path(align.__file__).parent,

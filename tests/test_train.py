@@ -349,6 +349,16 @@ def test_more_steps_branch_off_where_the_rate_was_full(corpus, tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+def test_tokens_another_run_has_written_meanwhile_are_kept(corpus, tmp_path):
+    """Two runs may tokenise the same text at once: the first may read its files already."""
+    files = sorted(map(str, corpus.glob("*.txt")))
+    seen = []
+    for _ in range(2):
+        train.tokenize_corpus(files, tmp_path / "cache", 300, None)
+        seen.append([f.stat().st_ino for f in sorted((tmp_path / "cache").iterdir())])
+    assert seen[0] == seen[1] and len(list(tmp_path.iterdir())) == 1
+
+
 def test_another_shape_or_format_of_the_run_is_refused(corpus, undisturbed, tmp_path):
     done = run(corpus, undisturbed, "--d-ff", "96", steps=24, check=False)
     assert done.returncode == 2 and "--d-ff 64" in done.stderr
