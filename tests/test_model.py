@@ -64,6 +64,16 @@ def test_rmsnorm_adds_up_in_fp32():
     torch.testing.assert_close(M.RMSNorm(4096).half()(x), torch.ones_like(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rmsnorm_is_the_same_without_gradients(dtype):
+    norm, x = M.RMSNorm(6, 0.3).to(dtype), double(2, 3, 6).to(dtype)
+    norm.weight.data = double(6, seed=1).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(norm(x), M.ScaleByRMS.apply(x, norm.weight, 0.3, dtype))
+        torch.testing.assert_close(norm(x.double()),
+                                   F.rms_norm(x.double(), (6,), norm.weight.double(), 0.3))
+
+
 def test_linear_embedding_swiglu_and_mlp():
     x, ids = double(2, 3, 6), torch.tensor([[0, 4], [4, 1]])
     linear = M.Linear(6, 4).double()
