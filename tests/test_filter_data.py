@@ -900,13 +900,15 @@ def test_candidates_below_the_threshold_are_kept(tmp_path):
 
 def test_similar_to_datasketch():
     datasketch = pytest.importorskip("datasketch")
-    texts, true = pairs_of_similarity(0.8, 20, 100, seed=1)
+    texts, true = pairs_of_similarity(0.8, 200, 100, seed=1)
     theirs = [datasketch.MinHash(112) for _ in texts]
     for minhash, text in zip(theirs, texts):
         minhash.update_batch([word.encode() for word in text.split()])
     estimate = np.mean([a.jaccard(b) for a, b in zip(theirs[::2], theirs[1::2])])
     signatures = fd.minhash_signatures(texts, 112, 1)
-    assert (signatures[::2] == signatures[1::2]).mean() == pytest.approx(estimate, abs=0.03)
+    assert (signatures[::2] == signatures[1::2]).mean() == pytest.approx(
+        estimate, abs=0.015
+    )  # four deviations: with 20 pairs and 0.03 they were two and a half
 
 
 def test_decontamination(tmp_path):
