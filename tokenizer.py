@@ -32,9 +32,9 @@ import sys
 import tempfile
 import time
 import unicodedata
-from array import array
 from functools import lru_cache, partial
 from itertools import chain, islice
+from operator import itemgetter
 
 import numpy as np
 import regex
@@ -57,16 +57,19 @@ PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K_PATTERN, "o200k": O200K_PATTE
 # ---- The plain tokenizer ------------------------------------------------------------------------
 
 
+def special_regex(special_tokens):
+    """Any of the tokens, the longest first where they overlap."""
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return "(" + "|".join(map(regex.escape, longest_first)) + ")"
+
+
 def split_special(text, special_tokens):
-    """[text, special token, text, ...]: cut at special tokens, longest first where they overlap.
+    """[text, special token, text, ...]
 
     >>> split_special("a<|endoftext|>b", ["<|endoftext|>"])
     ['a', '<|endoftext|>', 'b']
     """
-    if not special_tokens:
-        return [text]
-    longest_first = sorted(special_tokens, key=len, reverse=True)
-    return regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text)
+    return regex.split(special_regex(special_tokens), text) if special_tokens else [text]
 
 
 def merge_pair(tokens, pair, new):
@@ -168,19 +171,20 @@ def classify(data):
     table = class_table()
     classes = np.frombuffer(bytearray(data.translate(table[:256].tobytes())), np.uint8)
     if not data.isascii():
-        points = np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
-        points = points[points >= 0x80]
+        raw = np.frombuffer(data, np.uint8)
+        at = np.flatnonzero(raw >= 0x80)  # the bytes of the other characters, UTF-8 by themselves
+        points = np.frombuffer(raw[at].tobytes().decode().encode("utf-32-le"), np.uint32)
         width = 2 + (points >= 0x800) + (points >= 0x10000)  # bytes of the character in UTF-8
-        classes[np.frombuffer(data, np.uint8) >= 0x80] = np.repeat(table[points], width)
+        classes[at] = np.repeat(table[points], width)
     return classes
 
 
 def gpt2_starts(raw, classes):
     """(bytes,) bool: where GPT2_PATTERN starts a word. raw, classes: (bytes,) uint8."""
-    around = np.pad(classes, 1, constant_values=EDGE)
-    start = classes != around[:-2]
+    start = np.ones(len(raw), bool)
+    start[1:] = classes[1:] != classes[:-1]
     start[1:] &= raw[:-1] != ord(" ")  # " ?": a blank belongs to the word behind it, and so
-    start |= (classes == SPACE) & (around[2:] < SPACE)  # \s+(?!\S) leaves the last space alone
+    start[:-1] |= (classes[:-1] == SPACE) & (classes[1:] < SPACE)  # \s+(?!\S) leaves the last one
     inside = (raw & 0xC0) == 0x80  # not the first byte of a character
     last = np.flatnonzero(start & inside)  # a space of several bytes was marked at its last one
     while last.size:
@@ -192,13 +196,18 @@ def gpt2_starts(raw, classes):
     return start
 
 
+# By the two bytes behind a quote: how many of them make 's 't 'd 'm 'll 've 're of it.
+CONTRACTED = np.zeros((256, 256), np.int64)
+CONTRACTED[list(b"sdmt")] = 1
+CONTRACTED[list(b"lvr"), list(b"lee")] = 2
+
+
 def split_contractions(raw, start):
-    """'s 't 'd 'm 'll 've 're behind a word: no word starts after the quote, one after the rest."""
+    """Behind a word 's and the like are a word: none starts after the quote, one after the rest."""
     quote = np.flatnonzero(start & (raw == ord("'")))
-    one, two = np.pad(raw, (0, 2))[quote + [[1], [2]]].astype(np.int64)  # bytes behind each quote
-    single = np.isin(one, list(b"sdmt"))
-    double = np.isin(one * 256 + two, [ord(a) * 256 + ord(b) for a, b in ("ll", "ve", "re")])
-    quote, end = quote[single | double], (quote + 3 - single)[single | double]
+    behind = np.append(raw[1:], np.zeros(2, np.uint8))
+    letters = CONTRACTED[behind[quote], behind[quote + 1]]
+    quote, end = quote[letters > 0], (quote + letters + 1)[letters > 0]
     start[quote + 1] = False
     start[end[end < len(start)]] = True
 
@@ -206,7 +215,8 @@ def split_contractions(raw, start):
 def regex_starts(parts, pattern, size):
     """(bytes,) bool: where any other pattern starts a word, found by the regex module."""
     words = []
-    for text, special in parts:
+    for data, special in parts:
+        text = data.decode()
         found = [text] if special is not None else regex.findall(pattern, text)
         if sum(map(len, found)) != len(text):
             raise ValueError(r"--pattern does not match every character: append |[\s\S] to it")
@@ -220,16 +230,12 @@ def regex_starts(parts, pattern, size):
 def find_words(parts, pattern):
     """Cut a chunk into words. -> (data, starts, lengths, special)
 
-    parts: [(text, None) or ("\\0", special id)], as `split_text` makes them. data: bytes. starts,
-    lengths: (words,) int64. special: indices of the words that stand for special tokens.
+    parts: [(bytes, None) or (b"\\0", special id)], as `split_text` makes them. data: their bytes.
+    starts, lengths: (words,) int64. special: indices of the words that stand for special tokens.
     """
-    try:
-        pieces = [text.encode() for text, _ in parts]
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds {error.object[error.start]!r}, half a surrogate pair: no "
-                         "valid Unicode; read the file with errors='replace'") from None
-    data, sizes = b"".join(pieces), list(map(len, pieces))
-    at = (np.cumsum(sizes) - 1)[[i is not None for _, i in parts]]  # bytes of the special tokens
+    data = b"".join([part for part, _ in parts])
+    at = np.cumsum([len(part) for part, _ in parts]) - 1
+    at = at[[i is not None for _, i in parts]]  # the bytes that stand for special tokens
     if pattern == GPT2_PATTERN:
         classes = classify(data)
         classes[at] = EDGE
@@ -242,93 +248,106 @@ def find_words(parts, pattern):
 
 
 # ---- Numbering distinct words -------------------------------------------------------------------
+# numpy's array.take(index) does what array[index] does, in a third of the time.
 
 
-class KeyTable:
-    """A hash table of 64-bit integers, or of pairs of them, that looks up whole arrays at once.
+class Numbers:
+    """Numbers distinct keys 1, 2, 3, ... and looks up whole arrays of keys at once.
 
-    Open addressing with linear probing: a key lies in the slot its hash names, or in the next one
-    that was free. Whole keys are compared, so no answer rests on a hash. The slot stands for the
-    key; callers keep their values in arrays by slot. A last integer of 0 means an empty slot.
+    A key is two uint64, not both 0. A hash table with open addressing and linear probing: the
+    number of a key lies in the slot its hash names, or in the next one that was free, where 0 means
+    free. Whole keys are compared, so no answer rests on a hash.
     """
 
-    def __init__(self, capacity, width):
-        self.size = 1 << (2 * capacity - 1).bit_length()  # at most half full: searches stay short
-        self.keys = np.zeros((width, self.size), np.uint64)
-        self.used, self.new = 0, []  # slots taken: how many; which, until the caller empties this
+    def __init__(self, slots=1 << 18):
+        self.count, self.slots = 0, np.zeros(slots, np.int64)
+        self.keys = np.zeros((2, slots // 4), np.uint64)  # (half, number); of number 0 it is 0, 0
 
-    def find(self, *key, insert=False):
-        """Slots (n,) int64 of n keys; of an unknown one an empty slot, its own if `insert`.
-
-        key: (n,) uint64, or two of them.
-        """
-        mixed = key[0] * np.uint64(0x9E3779B97F4A7C15)
-        if len(key) == 2:
-            mixed ^= key[1] * np.uint64(0xC2B2AE3D27D4EB4F)
+    def find(self, first, second, insert=False):
+        """(n,) int64 numbers of n keys; an unknown key has 0, or with `insert` the next number."""
+        while insert and self.count + len(first) >= self.keys.shape[1]:
+            self._grow()  # a quarter full at most: searches stay short
+        mixed = first * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= second * np.uint64(0xC2B2AE3D27D4EB4F)
         mixed ^= mixed >> np.uint64(29)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)  # the best mixed bits are the highest ones
-        slot = (mixed >> np.uint64(65 - self.size.bit_length())).astype(np.int64)
-        todo = np.flatnonzero(self._differs(slot, key))
+        slot = (mixed >> np.uint64(65 - len(self.slots).bit_length())).astype(np.int64)
+        number = self.slots.take(slot)
+        todo = np.flatnonzero(self._differs(number, first, second))
         while todo.size:
-            at, some = slot[todo], [half[todo] for half in key]
-            if insert:  # of several that want one slot, the last stays: numpy writes in order
-                free = np.flatnonzero(self.keys[-1, at] == 0)
-                for column, half in zip(self.keys, some):
-                    column[at[free]] = half[free]
-                self.new.append(np.unique(at[free]))
-                self.used += len(self.new[-1])
-            todo = todo[self._differs(at, some) & (self.keys[-1, at] != 0)]
-            slot[todo] = (slot[todo] + 1) % self.size
-        return slot
+            at, key = slot[todo], (first[todo], second[todo])
+            if insert:
+                self._fill(at, key)
+            number[todo] = found = self.slots[at]
+            todo = todo[self._differs(found, *key) & (found > 0)]
+            slot[todo] = (slot[todo] + 1) % len(self.slots)
+        return number
 
-    def _differs(self, slot, key):
-        differs = [column[slot] != half for column, half in zip(self.keys, key)]
-        return differs[0] | differs[-1]
+    def _differs(self, number, first, second):
+        return (self.keys[0].take(number) != first) | (self.keys[1].take(number) != second)
+
+    def _fill(self, at, key):
+        """Number those of the keys whose slots are free."""
+        free = np.flatnonzero(self.slots[at] == 0)
+        self.slots[at[free]] = free  # of several for one slot the last stays
+        slot, begin = np.unique(at[free]), self.count + 1
+        self.count += len(slot)
+        self.keys[:, begin : self.count + 1] = np.array(key)[:, self.slots[slot]]
+        self.slots[slot] = np.arange(begin, self.count + 1)
+
+    def _grow(self):
+        """Take twice the slots; every key keeps its number."""
+        keys = self.keys[:, 1 : self.count + 1]
+        self.__init__(2 * len(self.slots))
+        number = self.find(*keys, insert=True)
+        old = np.zeros(len(number) + 1, np.int64)
+        old[number] = np.arange(1, len(number) + 1)
+        self.slots = old[self.slots]
+        self.keys[:, 1 : len(number) + 1] = keys
 
 
-MAX_WORDS = 1 << 19  # distinct words remembered
-LONG = np.uint64(255 << 56)  # second half of the key of a word of more than 15 bytes
+class Words:
+    """Numbers distinct words 1, 2, 3, ...
 
-
-class WordTable(KeyTable):
-    """Numbers distinct words: the number of a word is the slot of its key.
-
-    A word of up to 15 bytes and its length are exactly two 64-bit integers; a longer one is
-    numbered by a dict, and that number is the first half of its key.
+    A word of up to 15 bytes and its length are exactly two 64-bit integers, its key; a longer one
+    is numbered by a dict, and that number is the first half of its key.
     """
 
-    def __init__(self, words=0):
-        super().__init__(max(MAX_WORDS, words), 2)
-        self.long, self.value = {}, np.zeros(self.size, np.int64)  # of each word, for the caller
-        byte = np.arange(16) < np.arange(16)[:, None]  # (length, byte): which bytes count
-        self.low, self.high = (byte * np.uint8(255)).view("<u8").T.copy()
+    # What counts of the first and of the last 8 bytes by length, and the length as the last byte.
+    MASK = np.where(np.arange(16) < np.arange(17)[:, None] % 16, 255, 0).astype(np.uint8)
+    LOW, HIGH = MASK.view("<u8").T.copy()
+    LENGTH = np.array([*range(16), 255], np.uint64) << np.uint64(56)
 
-    def has_room(self, number):
-        return self.used + number <= self.size // 2
+    def __init__(self):
+        self.numbers, self.long = Numbers(), {}
 
-    def add(self, data, starts, lengths):
+    def find(self, data, starts, lengths):
         """(n,) int64 numbers of the words at `starts` of the bytes `data`."""
         raw = np.frombuffer(data + bytes(16), np.uint8)
         eight = np.ndarray(len(raw) - 7, "<u8", raw, strides=(1,)).copy()  # read at every byte
-        short = np.minimum(lengths, 15)
-        first = eight[starts] & self.low[short]
-        second = eight[starts + 8] & self.high[short] | short.astype(np.uint64) << np.uint64(56)
-        long = np.flatnonzero(lengths > 15)
-        begin, size = starts[long], lengths[long]
-        words = [data[i:j] for i, j in zip(begin.tolist(), (begin + size).tolist())]
-        first[long] = [self.long.setdefault(word, len(self.long)) for word in words]
-        second[long] = LONG
-        return self.find(first, second, insert=True)
+        first = eight.take(starts) & self.LOW.take(lengths, mode="clip")  # of 16 and more the last
+        second = eight.take(starts + 8) & self.HIGH.take(lengths, mode="clip")
+        second |= self.LENGTH.take(lengths, mode="clip")
+        at = np.flatnonzero(lengths > 15)
+        for i, begin, size in zip(at.tolist(), starts[at].tolist(), lengths[at].tolist()):
+            first[i] = self.long.setdefault(data[begin : begin + size], len(self.long))
+        return self.numbers.find(first, second, insert=True)
 
-    def take_new(self):
-        """(numbers (n,) int64, [bytes]) of the words added since the last call."""
-        number = np.concatenate([np.zeros(0, np.int64), *self.new])
-        self.new, long = [], list(self.long)
-        first, second = self.keys[:, number]
-        data = np.stack((first, second), 1).astype("<u8").tobytes()  # 16 bytes a word
-        words = [long[one] if size == 255 else data[i : i + size] for i, one, size in zip(
-            range(0, len(data), 16), first.tolist(), (second >> np.uint64(56)).tolist())]
-        return number, words
+    def spell(self, begin=0):
+        """The words numbered begin + 1 and up: (numbers, lengths, raw) of the short, of the long.
+
+        numbers, lengths: (n,) int64. raw: (bytes,) uint8, all bytes of these words in a row.
+        """
+        number = np.arange(begin + 1, self.numbers.count + 1)
+        keys = self.numbers.keys[:, number].T
+        is_long = keys[:, 1] == self.LENGTH[16]
+        short, every = keys[~is_long].astype("<u8"), list(self.long)
+        long = [every[i] for i in keys[is_long, 0].tolist()]
+        lengths = (short[:, 1] >> np.uint64(56)).astype(np.int64)
+        raw = short.view(np.uint8)[np.arange(16) < lengths[:, None]]
+        return ((number[~is_long], lengths, raw),
+                (number[is_long], np.array([len(word) for word in long], np.int64),
+                 np.frombuffer(b"".join(long), np.uint8)))
 
 
 def ranges(starts, lengths):
@@ -339,6 +358,12 @@ def ranges(starts, lengths):
     """
     ends = np.cumsum(lengths)
     return np.repeat(starts + lengths - ends, lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def cut(raw, lengths):
+    """[bytes]: pieces of these lengths."""
+    data, ends = raw.tobytes(), np.cumsum(lengths)
+    return [data[i:j] for i, j in zip((ends - lengths).tolist(), ends.tolist())]
 
 
 # ---- Merging a pair everywhere at once ----------------------------------------------------------
@@ -493,22 +518,15 @@ def learn_merges(words, number):
 
 
 def count_words(batch, pattern):
-    """Counter {word: how often it occurs} of a batch of chunks."""
-    total, table = collections.Counter(), WordTable()
-
-    def counts():
-        number, words = table.take_new()
-        return dict(zip(words, table.value[number].tolist()))
-
+    """{word: how often it occurs} in a batch of chunks."""
+    words, numbers, counts = Words(), [], {}
     for parts in batch:
         data, starts, lengths, special = find_words(parts, pattern)
-        if not table.has_room(len(starts)):
-            total.update(counts())
-            table = WordTable(len(starts))
-        number = table.add(data, np.delete(starts, special), np.delete(lengths, special))
-        np.add.at(table.value, number, 1)
-    total.update(counts())
-    return total
+        numbers.append(words.find(data, np.delete(starts, special), np.delete(lengths, special)))
+    times = np.bincount(np.concatenate(numbers), minlength=words.numbers.count + 1)
+    for number, lengths, raw in words.spell():
+        counts.update(zip(cut(raw, lengths), times[number].tolist()))
+    return counts
 
 
 def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN,
@@ -526,8 +544,9 @@ def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN
                          f", for 256 bytes and {len(special_tokens)} special tokens")
     chunks = split_text(read_input(input_path), dict.fromkeys(special_tokens, 0), pattern, 0)
     words = collections.Counter()
-    for some in parallel_map(partial(count_words, pattern=pattern), batches(chunks), num_processes):
-        words.update(some)
+    for counts in parallel_map(partial(count_words, pattern=pattern), batches(chunks, 64),
+                               num_processes):
+        words.update(counts)
     merges = learn_merges(words, vocab_size - 256 - len(special_tokens))
     return build_vocab(special_tokens, merges), merges
 
@@ -562,8 +581,8 @@ def parallel_map(function, items, processes):
 
 # ---- Text in ------------------------------------------------------------------------------------
 
-CHUNK = 1 << 17  # characters handled by one round of array operations: they fit in the L2 cache
-CUT = regex.compile(r"(?r)(?<=\S) ")  # all named patterns start a word here; searched from the end
+CHUNK = 1 << 17  # bytes handled by one round of array operations: they fit in the L2 cache
+CUT = regex.compile(rb"(?r)(?<=[!-~]) ")  # all named patterns start a word here; the last is found
 
 
 def list_files(spec):
@@ -628,47 +647,66 @@ def read_input(source):
     return (piece for text in source for piece in (text, None))
 
 
-def split_text(pieces, special_ids, pattern, separator=None):
-    """Cut pieces of text into chunks: lists of parts (text, None) or ("\\0", special id).
+def cut_parts(pieces, special_ids, pattern, separator=None):
+    """Yield parts (bytes, None) or (b"\\0", special id) of text that comes in pieces.
 
     pieces: strings, which may end anywhere, within a special token too: what could still change is
-    held back; and None where a document ends, behind which comes ("\\0", separator). Chunks of
-    about CHUNK characters end where a word surely starts.
+    held back; and None where a document ends, for which comes (b"\\0", separator). Parts have about
+    CHUNK bytes at most, and end where a word surely does.
     """
+    special = regex.compile(special_regex(special_ids).encode())
+    special_ids = {token.encode(): i for token, i in special_ids.items()}
     longest = max(map(len, special_ids), default=1)
-    chunk, size, rest, limit = [], 0, "", CHUNK
+    rest, limit = b"", CHUNK
 
-    def add(text):
-        for i, part in enumerate(split_special(text, special_ids)):
+    def split(data):  # the regex is slow, and most texts have no special tokens
+        return special.split(data) if any(token in data for token in special_ids) else [data]
+
+    def numbered(parts):
+        for i, part in enumerate(parts):
             if part:
-                chunk.append(("\0", special_ids[part]) if i % 2 else (part, None))
+                yield (b"\0", special_ids[part]) if i % 2 else (part, None)
 
     for piece in pieces:
         for i in range(0, len(piece or ""), CHUNK):
-            rest += piece[i : i + CHUNK]
-            if len(rest) < limit or pattern not in PATTERNS.values():  # of others no cut is sure
+            rest += to_utf8(piece[i : i + CHUNK])
+            if len(rest) < limit:
                 continue
-            tail = split_special(rest, special_ids)[-1]
-            if cut := CUT.search(tail, 0, max(0, len(tail) - longest)):
-                end = len(rest) - len(tail) + cut.start()
-                add(rest[:end])
-                yield chunk
-                chunk, size, rest, limit = [], 0, rest[end:], CHUNK
-            else:
-                limit = 2 * len(rest)
+            *before, tail = split(rest)
+            sure = pattern in PATTERNS.values() and CUT.search(tail, 0, max(0, len(tail) - longest))
+            if sure:
+                yield from numbered([*before, tail[: sure.start()]])
+                rest = tail[sure.start() :]
+            limit = max(CHUNK, 2 * len(rest))
         if piece is None and rest:
-            add(rest)
-            chunk.append(("\0", separator))
-            size, rest, limit = size + len(rest), "", CHUNK
-            if size > CHUNK:
-                yield chunk
-                chunk, size = [], 0
-    add(rest)
+            yield from numbered(split(rest))
+            yield b"\0", separator
+            rest, limit = b"", CHUNK
+    yield from numbered(split(rest))
+
+
+def to_utf8(text):
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds {error.object[error.start]!r}, half a surrogate pair: no "
+                         "valid Unicode; read the file with errors='replace'") from None
+
+
+def split_text(pieces, special_ids, pattern, separator=None):
+    """Yield chunks: lists of parts, of about CHUNK bytes together."""
+    chunk, size = [], 0
+    for part in cut_parts(pieces, special_ids, pattern, separator):
+        chunk.append(part)
+        size += len(part[0])
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
     if chunk:
         yield chunk
 
 
-def batches(chunks, size=128):
+def batches(chunks, size=32):
     """Lists of up to `size` chunks."""
     chunks = iter(chunks)
     while batch := list(islice(chunks, size)):
@@ -694,11 +732,15 @@ def write_json(path, content):
 NO_MERGE = 1 << 24  # the rank of a pair that is never merged
 
 
-def pair_key(left, right):
-    """uint64, 0 for no pair of ids."""
-    return ((left.astype(np.int64) << 32 | right) + 1).astype(np.uint64)
+def append(array, size, values):
+    """array[:size] and the values behind it, in twice the room where they do not fit."""
+    if size + len(values) > len(array):
+        array = np.concatenate((array[:size], np.zeros(size + 2 * len(values), array.dtype)))
+    array[size : size + len(values)] = values
+    return array
 
 
+MAX_WORDS = 1 << 19  # distinct words remembered
 SHORT = 1000  # characters up to which array operations do not pay
 
 
@@ -746,51 +788,50 @@ class Tokenizer:
     def _index_merges(self, merged):
         """merged: (3, merges) ids of left, right and joined token, by rank."""
         self._left, self._right, self._joined = merged.astype(np.int64)
-        self._pairs = KeyTable(2 * len(self._left), 1)
-        slot = self._pairs.find(pair_key(self._left, self._right), insert=True)
-        self._rank = np.full(self._pairs.size, NO_MERGE, np.int32)
-        self._rank[slot] = np.arange(len(slot))
+        self._pairs = Numbers()
+        number = self._pairs.find(*self._pair_key(self._left, self._right), insert=True)
+        self._rank = np.full(len(self._left) + 1, NO_MERGE, np.int32)
+        self._rank[number] = np.arange(len(number))
         byte = np.arange(1 << 16)
         self._byte_ranks = self._ranks(self._byte_ids[byte >> 8], self._byte_ids[byte & 255])
         self._sizes = np.ones(self.vocab_size + 2, np.int64)  # bytes; 1 for the marks -1 and -2
         ids = np.fromiter(self.vocab, np.int64)
-        self._sizes[ids] = lengths = np.array([len(token) for token in self.vocab.values()])
-        self._begin = np.full(self.vocab_size, -1)  # where the bytes of an id are; -1: no such
-        self._begin[ids] = np.cumsum(lengths) - lengths
-        self._bytes = np.frombuffer(b"".join(self.vocab.values()), np.uint8)
+        self._sizes[ids] = [len(token) for token in self.vocab.values()]
         self._ints = np.array(range(self.vocab_size), object)  # a list of these is soon made
+
+    def _pair_key(self, left, right):
+        return (left + 1).astype(np.uint64), (right + 1).astype(np.uint64)
 
     def _ranks(self, left, right):
         """(n,) int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (-1 is in none)."""
-        return self._rank[self._pairs.find(pair_key(left, right))]
+        return self._rank.take(self._pairs.find(*self._pair_key(left, right)))
 
-    def reset_cache(self, words=0):
+    def reset_cache(self):
         """Word n has the ids pool[offset : offset + count] where offset << 32 | count = value[n]"""
-        self._words = WordTable(words)
-        self._pool = np.zeros(0, self.dtype)
+        self._words, self._known = Words(), 0
+        self._value, self._pool, self._pooled = np.zeros(1, np.int64), np.zeros(0, self.dtype), 0
         self._short = {}  # str -> list of ids, for short texts
 
     def _learn_words(self):
-        """Put the ids of words that are new in the word table into the pool."""
-        number, words = self._words.take_new()
-        lengths = np.array([len(word) for word in words], np.int64)
-        pools, size = [self._pool], len(self._pool)
-        for low, high in ((0, 16), (16, 64), (64, 1 << 62)):
-            some = np.flatnonzero((lengths > low) & (lengths <= high))
-            if len(some):
-                raw = np.frombuffer(b"".join([words[i] for i in some.tolist()]), np.uint8)
-                bpe = self._merge_rounds if high <= 64 else self._merge_long
-                ids, count = bpe(raw, lengths[some])
-                offset = size + np.cumsum(count) - count
-                self._words.value[number[some]] = offset << 32 | count
-                size += len(ids)
-                pools.append(ids.astype(self.dtype))
-        self._pool = np.concatenate(pools)
-        for n, word in zip(number.tolist(), words) if self.ignore_merges else ():
-            if word in self.token_ids:
-                offset = self._words.value[n] >> 32
-                self._pool[offset] = self.token_ids[word]
-                self._words.value[n] = offset << 32 | 1
+        """Put the ids of the words that are new into the pool."""
+        begin, end = self._known, self._words.numbers.count
+        if begin == end:
+            return
+        value, self._known = np.zeros(end - begin, np.int64), end
+        for number, lengths, raw in self._words.spell(begin):
+            for some, bpe in ((lengths <= 64, self._merge_rounds), (lengths > 64, self._merge_long)):
+                if some.any():
+                    ids, count = bpe(raw[np.repeat(some, lengths)], lengths[some])
+                    self._pool = append(self._pool, self._pooled, ids)
+                    first = self._pooled + np.cumsum(count) - count
+                    value[number[some] - begin - 1] = first << 32 | count
+                    self._pooled += len(ids)
+            for n, word in zip(number, cut(raw, lengths)) if self.ignore_merges else ():
+                if word in self.token_ids:
+                    first = value[n - begin - 1] >> 32
+                    self._pool[first] = self.token_ids[word]
+                    value[n - begin - 1] = first << 32 | 1
+        self._value = append(self._value, begin + 1, value)
 
     def _merge_rounds(self, raw, lengths):
         """BPE of W words of at most 64 bytes: raw (bytes,), lengths (W,) -> ids, counts (W,).
@@ -872,37 +913,33 @@ class Tokenizer:
 
     def _encode_batch(self, batch):
         """Ids of a batch of chunks: number all words, learn the new ones, look up all ids."""
-        out, chunks = [], []
+        if self._known > MAX_WORDS:
+            self.reset_cache()
+        chunks = []
         for parts in batch:
             if self.normalizer:
-                parts = [(self.normalize(text), i) for text, i in parts]
+                parts = [(self.normalize(part.decode()).encode(), i) for part, i in parts]
             data, starts, lengths, special = find_words(parts, self.pattern)
-            if not self._words.has_room(len(starts)):  # forget all words
-                out, chunks = [*out, self._look_up(chunks)], []
-                self.reset_cache(len(starts))
-            ids = np.array([i for _, i in parts if i is not None], self.dtype)
-            chunks.append((self._words.add(data, starts, lengths), special, ids))
-        return self._join([*out, self._look_up(chunks)])
+            ids = [i for _, i in parts if i is not None]
+            chunks.append((self._words.find(data, starts, lengths), special, ids))
+        self._learn_words()
+        return self._join(self._look_up(*chunk) for chunk in chunks)
 
-    def _look_up(self, chunks):
-        """Ids of chunks (word numbers, indices of those that are special tokens, their ids).
+    def _look_up(self, number, special, special_ids):
+        """Ids of a chunk's words; special: indices of those that stand for special tokens.
 
         The word "\\0" in a special token's place is one id, which gives way to that of the token.
         """
-        self._learn_words()
-        out = []
-        for number, special, special_ids in chunks:
-            value = self._words.value[number]
-            count = value & 0xFFFFFFFF
-            ids = self._pool[ranges(value >> 32, count)]
-            ids[np.cumsum(count)[special] - 1] = special_ids
-            out.append(ids)
-        return self._join(out)
+        value = self._value.take(number)
+        count = value & 0xFFFFFFFF
+        ids = self._pool.take(ranges(value >> 32, count))
+        ids[np.cumsum(count)[special] - 1] = special_ids
+        return ids
 
     def encode(self, text, allowed_special="all"):
         """List of the ids of a text; see `encode_numpy`."""
         if len(text) > SHORT or self.normalizer or any(t in text for t in self.special_tokens):
-            return self._ints[self.encode_numpy(text, allowed_special)].tolist()
+            return self._ints.take(self.encode_numpy(text, allowed_special)).tolist()
         ids, known = [], self._short
         for word in self._find(text):
             if word not in known:  # a word of more than 40 characters would take merge_word long
@@ -941,7 +978,7 @@ class Tokenizer:
             state = old if old["job"] == job else state
         pieces = chain.from_iterable(map(read_pieces, files))
         chunks = split_text(pieces, {}, self.pattern, self.eot_id)
-        todo = islice(batches(chunks, 32), state["batches"], None)
+        todo = islice(batches(chunks), state["batches"], None)
         with open(part, "r+b" if state["batches"] else "w+b") as file:
             write_header(file, self.dtype, 0)
             file.seek(state["ids"] * np.dtype(self.dtype).itemsize, os.SEEK_CUR)
@@ -964,21 +1001,13 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """The bytes of a list or array of ids; ValueError for an unknown one."""
-        if not isinstance(ids, np.ndarray):
-            ids = ids if isinstance(ids, list) else list(ids)
-            with contextlib.suppress(OverflowError):  # of a negative id: it is reported below
-                ids = array("I", ids)  # three times as fast as np.array
-            ids = np.asarray(ids)
-        out = []
-        for i in range(0, len(ids), 1 << 14):  # blocks of a size that stays in the cache
-            block = ids[i : i + (1 << 14)].astype(np.int64)
-            begin = self._begin.take(block, mode="clip")
-            if block.min() < 0 or block.max() >= self.vocab_size or begin.min() < 0:
-                bad = next(i for i in block.tolist() if i not in self.vocab)
-                raise ValueError(f"id {bad} is not in the vocabulary of {len(self.vocab)} tokens: "
-                                 "were these ids made by another tokenizer?")
-            out.append(self._bytes[ranges(begin, self._sizes[block])].tobytes())
-        return b"".join(out)
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        try:
+            return b"".join([b"".join(itemgetter(*ids[i : i + 8192], ids[0])(self.vocab)[:-1])
+                             for i in range(0, len(ids), 8192)])
+        except KeyError as error:
+            raise ValueError(f"id {error} is not in the vocabulary of {len(self.vocab)} tokens: "
+                             "were these ids made by another tokenizer?") from None
 
     def decode(self, ids):
         """The text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""

@@ -169,7 +169,7 @@ def test_word_starts_equal_the_regex():
     texts += ["".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
                       for _ in range(2000)) for _ in range(20)]
     for text in texts:
-        data, starts, lengths, _ = tk.find_words([(text, None)], tk.GPT2_PATTERN)
+        data, starts, lengths, _ = tk.find_words([(text.encode(), None)], tk.GPT2_PATTERN)
         words = [data[s : s + n].decode() for s, n in zip(starts, lengths)]
         assert words == regex.findall(tk.GPT2_PATTERN, text)
 
@@ -264,7 +264,7 @@ def test_cache_is_bounded(small, monkeypatch):
         text = " ".join(f"{i}0{j}".translate(letters) for j in range(300))
         small.encode(text[:900])
         assert small.encode(text) == tk.encode_plain(small, text)
-        assert small._words.used <= 600
+        assert small._words.numbers.count <= 600
     for i in range(30):  # short texts alone, which have a cache of their own
         small.encode(" ".join(f"{i}1{j}".translate(letters) for j in range(150)))
         assert len(small._short) <= 400
