@@ -32,9 +32,9 @@ import sys
 import tempfile
 import time
 import unicodedata
+from array import array
 from functools import lru_cache, partial
 from itertools import chain, islice
-from operator import itemgetter
 
 import numpy as np
 import regex
@@ -797,6 +797,7 @@ class Tokenizer:
         self._sizes = np.ones(self.vocab_size + 2, np.int64)  # bytes; 1 for the marks -1 and -2
         ids = np.fromiter(self.vocab, np.int64)
         self._sizes[ids] = [len(token) for token in self.vocab.values()]
+        self._bytes = np.array([self.vocab.get(i) for i in range(self.vocab_size)], object)
         self._ints = np.array(range(self.vocab_size), object)  # a list of these is soon made
 
     def _pair_key(self, left, right):
@@ -819,7 +820,8 @@ class Tokenizer:
             return
         value, self._known = np.zeros(end - begin, np.int64), end
         for number, lengths, raw in self._words.spell(begin):
-            for some, bpe in ((lengths <= 64, self._merge_rounds), (lengths > 64, self._merge_long)):
+            is_long = lengths > 64
+            for some, bpe in ((~is_long, self._merge_rounds), (is_long, self._merge_long)):
                 if some.any():
                     ids, count = bpe(raw[np.repeat(some, lengths)], lengths[some])
                     self._pool = append(self._pool, self._pooled, ids)
@@ -1003,10 +1005,12 @@ class Tokenizer:
         """The bytes of a list or array of ids; ValueError for an unknown one."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         try:
-            return b"".join([b"".join(itemgetter(*ids[i : i + 8192], ids[0])(self.vocab)[:-1])
+            numbers = np.frombuffer(array("I", ids), "u4")  # three times as fast as np.array(ids)
+            return b"".join([b"".join(self._bytes.take(numbers[i : i + 8192]).tolist())
                              for i in range(0, len(ids), 8192)])
-        except KeyError as error:
-            raise ValueError(f"id {error} is not in the vocabulary of {len(self.vocab)} tokens: "
+        except (OverflowError, IndexError, TypeError):
+            bad = next(i for i in ids if i not in self.vocab)
+            raise ValueError(f"id {bad} is not in the vocabulary of {len(self.vocab)} tokens: "
                              "were these ids made by another tokenizer?") from None
 
     def decode(self, ids):
