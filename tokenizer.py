@@ -726,10 +726,128 @@ def write_json(path, content):
     os.replace(f"{path}.part", path)
 
 
-# ---- The tokenizer ------------------------------------------------------------------------------
-
+# ---- BPE of many words at once ------------------------------------------------------------------
 
 NO_MERGE = 1 << 24  # the rank of a pair that is never merged
+
+
+class BPE:
+    """The ids of words: all words that are new in a batch are worked out together, and kept.
+
+    token_ids: {bytes: id}. merges: [(bytes, bytes)]. ignore_merges: see `Tokenizer`. KeyError for a
+    byte or a merge that is no token.
+    """
+
+    def __init__(self, token_ids, merges, ignore_merges=False):
+        self.token_ids, self.ignore_merges = token_ids, ignore_merges
+        self.byte_ids = np.array([token_ids[bytes([byte])] for byte in range(256)], np.int32)
+        merged = [(token_ids[a], token_ids[b], token_ids[a + b]) for a, b in merges]
+        self.left, self.right, self.joined = np.array(merged, np.int64).reshape(-1, 3).T
+        self.pairs = Numbers()
+        number = self.find_pairs(self.left, self.right, insert=True)
+        self.rank_of = np.full(len(merged) + 1, NO_MERGE, np.int32)  # by number of the pair
+        self.rank_of[number] = np.arange(len(merged))
+        byte = np.arange(1 << 16)
+        self.byte_ranks = self.ranks(self.byte_ids[byte >> 8], self.byte_ids[byte & 255])
+        self.sizes = np.ones(max(token_ids.values()) + 3, np.int64)  # 1 for the marks -1 and -2
+        self.sizes[list(token_ids.values())] = list(map(len, token_ids))  # bytes of each token
+        self.forget()
+
+    def find_pairs(self, left, right, insert=False):
+        return self.pairs.find((left + 1).astype(np.uint64), (right + 1).astype(np.uint64), insert)
+
+    def ranks(self, left, right):
+        """(n,) int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (-1 is in none)."""
+        return self.rank_of.take(self.find_pairs(left, right))
+
+    def forget(self):
+        """Start with no words. Word n has the ids pool[first[n] : first[n] + count[n]]."""
+        self.words, self.known, self.pooled = Words(), 0, 0
+        self.first, self.count, self.pool = np.zeros((3, 1), np.int64)
+
+    def learn(self):
+        """Put the ids of the words that are new into the pool."""
+        begin, self.known = self.known, self.words.numbers.count
+        first, count = np.zeros((2, self.known - begin), np.int64)
+        for number, lengths, raw in self.words.spell(begin) if len(first) else ():
+            index, is_long = number - begin - 1, lengths > 64
+            for some, bpe in ((~is_long, self.merge_rounds), (is_long, self.merge_long)):
+                if some.any():
+                    ids, size = bpe(raw[np.repeat(some, lengths)], lengths[some])
+                    first[index[some]] = self.pooled + np.cumsum(size) - size
+                    count[index[some]] = size
+                    self.pool = append(self.pool, self.pooled, ids)
+                    self.pooled += len(ids)
+            for i, word in zip(index, cut(raw, lengths)) if self.ignore_merges else ():
+                if word in self.token_ids:
+                    self.pool[first[i]], count[i] = self.token_ids[word], 1
+        self.first = append(self.first, begin + 1, first)
+        self.count = append(self.count, begin + 1, count)
+
+    def look_up(self, number):
+        """(ids of the words with these numbers in a row, how many of each): int64 both."""
+        count = self.count.take(number)
+        return self.pool.take(ranges(self.first.take(number), count)), count
+
+    def merge_rounds(self, raw, lengths):
+        """BPE of W words of at most 64 bytes: raw (bytes,), lengths (W,) -> ids, counts (W,).
+
+        A word is a column of a matrix whose places are numbered row by row. As on a Tape, a token
+        of n bytes covers n places and writes its id on the first and the last. In every round each
+        word merges its leftmost pair of lowest rank: rank * 64 + row is one integer, so a single
+        minimum finds both.
+        """
+        row, width = np.arange(lengths.max() + 1)[:, None], len(lengths)
+        start = row < lengths  # (L + 1, W): a token starts here
+        ids = np.full(start.shape, -1, np.int32)  # row L is the boundary, and row -1 is row L
+        ids.T[start.T] = self.byte_ids[raw]
+        key = np.full(start.shape, NO_MERGE, np.int32)  # of the pair that starts there
+        key.T[start.T] = self.byte_ranks[raw * np.uint16(256) + np.append(raw[1:], 0)]
+        key[row == lengths - 1] = NO_MERGE
+        key = key * 64 + row.astype(np.int32)
+        flat_start, flat_ids, flat_key = start.ravel(), ids.ravel(), key.ravel()  # the same memory
+        step = self.sizes * width  # from a token to the next
+        while True:
+            best = key.min(0)
+            word = np.flatnonzero(best < NO_MERGE * 32)
+            if not len(word):
+                return ids.T[start.T], start.sum(0)
+            row, rank = best[word] & 63, best[word] >> 6
+            new, at = self.joined[rank], row * width + word
+            middle, end = at + step[self.left[rank]], at + step[new]
+            flat_start[middle] = False
+            flat_key[middle] = NO_MERGE * 64
+            flat_ids[at] = flat_ids[end - width] = new
+            before, after = flat_ids[at - width], flat_ids[end]
+            flat_key[at] = self.ranks(new, after) * 64 + row
+            flat_key[at - step[before]] = self.ranks(before, new) * 64 + row - self.sizes[before]
+
+    def merge_long(self, raw, lengths):
+        """BPE of long words, rank by rank on a Tape: raw (bytes,), lengths (W,) -> ids, counts.
+
+        A pair with a new token always ranks behind the merge that made the token, so every rank
+        comes up once, for all words together.
+        """
+        tape = Tape(self.byte_ids[raw], lengths, self.sizes)
+        where, heap = {}, []
+
+        def push(keys, at):
+            rank = self.ranks(keys >> 32, keys & 0xFFFFFFFF)
+            rank, at, first = group(rank[rank < NO_MERGE], at[rank < NO_MERGE])
+            for r, places in zip(rank.tolist(), np.split(at, first[1:-1])):
+                if r not in where:
+                    heapq.heappush(heap, r)
+                where.setdefault(r, []).append(places)
+
+        push(*tape.pairs())
+        while heap:
+            rank = heapq.heappop(heap)
+            left, right = int(self.left[rank]), int(self.right[rank])
+            at, _ = tape.places(left, right, np.concatenate(where.pop(rank)))
+            if len(at):
+                push(*tape.merge(left, right, np.asarray(at), int(self.joined[rank])))
+        words = np.cumsum(lengths + 1) - lengths  # first place of each
+        return tape.ids[tape.is_start], np.add.reduceat(tape.is_start, words, dtype=np.int64)
 
 
 def append(array, size, values):
@@ -739,6 +857,8 @@ def append(array, size, values):
     array[size : size + len(values)] = values
     return array
 
+
+# ---- The tokenizer ------------------------------------------------------------------------------
 
 MAX_WORDS = 1 << 19  # distinct words remembered
 SHORT = 1000  # characters up to which array operations do not pay
@@ -770,130 +890,21 @@ class Tokenizer:
         self.vocab_size = max(self.vocab) + 1
         self.eot_id = self.special_tokens.get(EOT)
         self.dtype = np.uint16 if self.vocab_size <= 65536 else np.uint32
+        self._bytes = np.array([self.vocab.get(i) for i in range(self.vocab_size)], object)
+        self._ints = np.array(range(self.vocab_size), object)  # a list of these is soon made
         try:
-            self._byte_ids = np.array([self.token_ids[bytes([b])] for b in range(256)], np.int32)
-            merged = np.array([(self.token_ids[left], self.token_ids[right],
-                                self.token_ids[left + right]) for left, right in self.ranks])
+            self._bpe = BPE(self.token_ids, list(self.ranks), ignore_merges)
         except KeyError as error:
             raise ValueError(f"the vocabulary lacks {error.args[0]}, which byte-level BPE with "
                              "these merges needs") from None
-        self._index_merges(merged.reshape(-1, 3).T)
         self.reset_cache()
 
     def normalize(self, text):
         return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
 
-    # -- BPE of all words that are new in a batch
-
-    def _index_merges(self, merged):
-        """merged: (3, merges) ids of left, right and joined token, by rank."""
-        self._left, self._right, self._joined = merged.astype(np.int64)
-        self._pairs = Numbers()
-        number = self._pairs.find(*self._pair_key(self._left, self._right), insert=True)
-        self._rank = np.full(len(self._left) + 1, NO_MERGE, np.int32)
-        self._rank[number] = np.arange(len(number))
-        byte = np.arange(1 << 16)
-        self._byte_ranks = self._ranks(self._byte_ids[byte >> 8], self._byte_ids[byte & 255])
-        self._sizes = np.ones(self.vocab_size + 2, np.int64)  # bytes; 1 for the marks -1 and -2
-        ids = np.fromiter(self.vocab, np.int64)
-        self._sizes[ids] = [len(token) for token in self.vocab.values()]
-        self._bytes = np.array([self.vocab.get(i) for i in range(self.vocab_size)], object)
-        self._ints = np.array(range(self.vocab_size), object)  # a list of these is soon made
-
-    def _pair_key(self, left, right):
-        return (left + 1).astype(np.uint64), (right + 1).astype(np.uint64)
-
-    def _ranks(self, left, right):
-        """(n,) int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (-1 is in none)."""
-        return self._rank.take(self._pairs.find(*self._pair_key(left, right)))
-
     def reset_cache(self):
-        """Word n has the ids pool[offset : offset + count] where offset << 32 | count = value[n]"""
-        self._words, self._known = Words(), 0
-        self._value, self._pool, self._pooled = np.zeros(1, np.int64), np.zeros(0, self.dtype), 0
+        self._bpe.forget()
         self._short = {}  # str -> list of ids, for short texts
-
-    def _learn_words(self):
-        """Put the ids of the words that are new into the pool."""
-        begin, end = self._known, self._words.numbers.count
-        if begin == end:
-            return
-        value, self._known = np.zeros(end - begin, np.int64), end
-        for number, lengths, raw in self._words.spell(begin):
-            is_long = lengths > 64
-            for some, bpe in ((~is_long, self._merge_rounds), (is_long, self._merge_long)):
-                if some.any():
-                    ids, count = bpe(raw[np.repeat(some, lengths)], lengths[some])
-                    self._pool = append(self._pool, self._pooled, ids)
-                    first = self._pooled + np.cumsum(count) - count
-                    value[number[some] - begin - 1] = first << 32 | count
-                    self._pooled += len(ids)
-            for n, word in zip(number, cut(raw, lengths)) if self.ignore_merges else ():
-                if word in self.token_ids:
-                    first = value[n - begin - 1] >> 32
-                    self._pool[first] = self.token_ids[word]
-                    value[n - begin - 1] = first << 32 | 1
-        self._value = append(self._value, begin + 1, value)
-
-    def _merge_rounds(self, raw, lengths):
-        """BPE of W words of at most 64 bytes: raw (bytes,), lengths (W,) -> ids, counts (W,).
-
-        A word is a column of a matrix whose places are numbered row by row. As on a Tape, a token
-        of n bytes covers n places and writes its id on the first and the last. In every round each
-        word merges its leftmost pair of lowest rank: rank * 64 + row is one integer, so a single
-        minimum finds both.
-        """
-        row, width = np.arange(lengths.max() + 1)[:, None], len(lengths)
-        start = row < lengths  # (L + 1, W): a token starts here
-        ids = np.full(start.shape, -1, np.int32)  # row L is the boundary, and row -1 is row L
-        ids.T[start.T] = self._byte_ids[raw]
-        key = np.full(start.shape, NO_MERGE, np.int32)  # of the pair that starts there
-        key.T[start.T] = self._byte_ranks[raw * np.uint16(256) + np.append(raw[1:], 0)]
-        key[row == lengths - 1] = NO_MERGE
-        key = key * 64 + row.astype(np.int32)
-        flat_start, flat_ids, flat_key = start.ravel(), ids.ravel(), key.ravel()  # the same memory
-        step = self._sizes * width  # from a token to the next
-        while True:
-            best = key.min(0)
-            word = np.flatnonzero(best < NO_MERGE * 32)
-            if not len(word):
-                return ids.T[start.T], start.sum(0)
-            row, rank = best[word] & 63, best[word] >> 6
-            new, at = self._joined[rank], row * width + word
-            middle, end = at + step[self._left[rank]], at + step[new]
-            flat_start[middle] = False
-            flat_key[middle] = NO_MERGE * 64
-            flat_ids[at] = flat_ids[end - width] = new
-            before, after = flat_ids[at - width], flat_ids[end]
-            flat_key[at] = self._ranks(new, after) * 64 + row
-            flat_key[at - step[before]] = self._ranks(before, new) * 64 + row - self._sizes[before]
-
-    def _merge_long(self, raw, lengths):
-        """BPE of long words, rank by rank on a Tape: raw (bytes,), lengths (W,) -> ids, counts.
-
-        A pair with a new token always ranks behind the merge that made the token, so every rank
-        comes up once, for all words together.
-        """
-        tape = Tape(self._byte_ids[raw], lengths, self._sizes)
-        where, heap = {}, []
-
-        def push(keys, at):
-            rank = self._ranks(keys >> 32, keys & 0xFFFFFFFF)
-            rank, at, first = group(rank[rank < NO_MERGE], at[rank < NO_MERGE])
-            for r, places in zip(rank.tolist(), np.split(at, first[1:-1])):
-                if r not in where:
-                    heapq.heappush(heap, r)
-                where.setdefault(r, []).append(places)
-
-        push(*tape.pairs())
-        while heap:
-            rank = heapq.heappop(heap)
-            left, right = int(self._left[rank]), int(self._right[rank])
-            at, _ = tape.places(left, right, np.concatenate(where.pop(rank)))
-            if len(at):
-                push(*tape.merge(left, right, np.asarray(at), int(self._joined[rank])))
-        words = np.cumsum(lengths + 1) - lengths  # first place of each
-        return tape.ids[tape.is_start], np.add.reduceat(tape.is_start, words, dtype=np.int64)
 
     # -- encode
 
@@ -911,20 +922,21 @@ class Tokenizer:
         return self._join(map(self._encode_batch, batches(chunks)))
 
     def _join(self, arrays):
-        return np.concatenate([np.zeros(0, self.dtype), *arrays])
+        return np.concatenate([np.zeros(0, self.dtype), *arrays], dtype=self.dtype,
+                              casting="unsafe")
 
     def _encode_batch(self, batch):
         """Ids of a batch of chunks: number all words, learn the new ones, look up all ids."""
-        if self._known > MAX_WORDS:
-            self.reset_cache()
+        if self._bpe.known > MAX_WORDS:
+            self._bpe.forget()
         chunks = []
         for parts in batch:
             if self.normalizer:
                 parts = [(self.normalize(part.decode()).encode(), i) for part, i in parts]
             data, starts, lengths, special = find_words(parts, self.pattern)
-            ids = [i for _, i in parts if i is not None]
-            chunks.append((self._words.find(data, starts, lengths), special, ids))
-        self._learn_words()
+            special_ids = [i for _, i in parts if i is not None]
+            chunks.append((self._bpe.words.find(data, starts, lengths), special, special_ids))
+        self._bpe.learn()
         return self._join(self._look_up(*chunk) for chunk in chunks)
 
     def _look_up(self, number, special, special_ids):
@@ -932,9 +944,7 @@ class Tokenizer:
 
         The word "\\0" in a special token's place is one id, which gives way to that of the token.
         """
-        value = self._value.take(number)
-        count = value & 0xFFFFFFFF
-        ids = self._pool.take(ranges(value >> 32, count))
+        ids, count = self._bpe.look_up(number)
         ids[np.cumsum(count)[special] - 1] = special_ids
         return ids
 

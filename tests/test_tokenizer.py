@@ -264,7 +264,7 @@ def test_cache_is_bounded(small, monkeypatch):
         text = " ".join(f"{i}0{j}".translate(letters) for j in range(300))
         small.encode(text[:900])
         assert small.encode(text) == tk.encode_plain(small, text)
-        assert small._words.numbers.count <= 600
+        assert small._bpe.known <= 600
     for i in range(30):  # short texts alone, which have a cache of their own
         small.encode(" ".join(f"{i}1{j}".translate(letters) for j in range(150)))
         assert len(small._short) <= 400
