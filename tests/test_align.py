@@ -43,10 +43,11 @@ def numeric_gradient(f, x, h=1e-6):
 
 
 def test_prompt_and_output_by_hand():
-    batch = align.batch_of([align.joined([1, 2], [3, 4]), align.joined([5], [6, 7, 8])])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [5, 6, 7]]
-    assert batch["labels"].tolist() == [[2, 3, 4], [6, 7, 8]]
-    assert batch["response_mask"].tolist() == [[False, True, True], [True, True, True]]
+    ids, labels, mask = align.batch_of([align.joined([1, 2], [3, 4]),
+                                        align.joined([5], [6, 7, 8])])
+    assert ids.tolist() == [[1, 2, 3], [5, 6, 7]]
+    assert labels.tolist() == [[2, 3, 4], [6, 7, 8]]
+    assert mask.tolist() == [[False, True, True], [True, True, True]]
 
 
 def test_strings_are_encoded_apart(sorter):
@@ -322,15 +323,14 @@ def test_hh_keeps_single_turns_only(tmp_path):
 
 def test_the_end_is_learned_and_the_user_is_not(sorter):
     _, tok = sorter
-    parts = align.conversation_ids(dict(prompt="hi", response="you"), tok, 0)
-    assert parts == [(tok.encode("hi"), False), ([*tok.encode("you"), 0], True)]
+    row = align.conversation(dict(prompt="hi", response="you"), tok)
+    assert row == align.joined(tok.encode("hi"), [*tok.encode("you"), tok.eot_id])
     chat = [dict(role="user", content="a"), dict(role="assistant", content="b"),
             dict(role="user", content="c"), dict(role="assistant", content="d")]
-    parts = align.conversation_ids(dict(messages=chat), tok, 0)
-    assert [learned for _, learned in parts] == [False, True, False, True]
-    text = tok.decode([t for ids, _ in parts for t in ids])
-    assert text == tok.apply_chat_template(chat)
-    assert all("assistant" not in tok.decode(ids) for ids, learned in parts if learned)
+    row = align.conversation(dict(messages=chat), tok)
+    assert tok.decode(row.ids) == tok.apply_chat_template(chat)
+    learned = tok.decode([t for t, learned in zip(row.ids, row.learned) if learned])
+    assert learned == "b<|im_end|>\nd<|im_end|>\n"
 
 
 # ---- rollouts and runs ---------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def collected(session):
 def test_training_sees_the_very_tokens_that_were_sampled(session):
     rows = collected(session)
     assert len(rows) == 18
-    ids, labels, mask = align.on_device(session, rows)
+    ids, labels, mask = align.batch_of(rows)
     logp = align.get_response_log_probs(session.model, ids, labels, mask=mask)["log_probs"]
     for b, row in enumerate(rows):
         assert labels[b][mask[b]].tolist() == row.ids[-len(row.old):]
@@ -376,7 +376,7 @@ def test_a_sampler_that_disagrees_stops_the_run(session):
 def test_update_is_the_same_in_any_micro_batches(session, monkeypatch):
     rows, grads = collected(session), []
 
-    def keep_gradient(s, factor):
+    def keep_gradient(s):
         grads.append(torch.cat([p.grad.flatten().clone() for p in s.parameters()]))
         s.model.zero_grad()
 
