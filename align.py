@@ -25,7 +25,6 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -158,17 +157,12 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     """
     scores = [reward_fn(r, t) for r, t in zip(rollout_responses, repeated_ground_truths)]
     raw = torch.tensor([s["reward"] for s in scores], dtype=torch.float32)
-    advantages = group_advantages(raw, group_size, advantage_eps, normalize_by_std)
-    metadata = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} if scores else {}
-    return advantages, raw, metadata
-
-
-def group_advantages(raw, group_size, eps=1e-6, normalize_by_std=True):
     groups = raw.view(-1, group_size)
-    centered = groups - groups.mean(1, keepdim=True)
+    advantages = groups - groups.mean(1, keepdim=True)
     if normalize_by_std and group_size > 1:
-        centered = centered / (groups.std(1, keepdim=True) + eps)
-    return centered.flatten()
+        advantages = advantages / (groups.std(1, keepdim=True) + advantage_eps)
+    metadata = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} if scores else {}
+    return advantages.flatten(), raw, metadata
 
 
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
@@ -203,10 +197,8 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
                  gspo=(advantages, old_log_probs, cliprange, response_mask))
     if loss_type not in needs or any(x is None for x in needs[loss_type]):
         raise ValueError(f"loss_type {loss_type!r}: unknown, or an input it needs is missing")
-    if loss_type == "no_baseline":
-        return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}
-    if loss_type == "reinforce_with_baseline":
-        return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
+    if loss_type in ("no_baseline", "reinforce_with_baseline"):
+        return compute_naive_policy_gradient_loss(needs[loss_type][0], policy_log_probs), {}
     if loss_type == "grpo_no_clip":
         return -(policy_log_probs - old_log_probs).exp() * advantages, {}
     if loss_type == "gspo":  # the gradient goes through each token, the value is the sequence's
@@ -264,20 +256,19 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     hinge: relu(1 - beta m) (Zhao et al. 2023); simpo: no reference, -log sig(beta (mean chosen -
     mean rejected) - gamma) (Meng et al. 2024).
     """
-    if kind == "simpo":
-        margin = policy_chosen / chosen_lengths - policy_rejected / rejected_lengths
-        return -F.logsigmoid(beta * margin - gamma), beta * margin
-    chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
-    if kind == "ipo" and chosen_lengths is not None:
+    chosen, rejected = policy_chosen, policy_rejected
+    if kind != "simpo":
+        chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
+    if kind == "simpo" or kind == "ipo" and chosen_lengths is not None:
         chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
-    margin = chosen - rejected
+    margin, s = beta * (chosen - rejected), label_smoothing
+    if kind == "simpo":
+        return -F.logsigmoid(margin - gamma), margin
     if kind == "ipo":
-        return (margin - 1 / (2 * beta)) ** 2, beta * margin
+        return (chosen - rejected - 1 / (2 * beta)) ** 2, margin
     if kind == "hinge":
-        return torch.relu(1 - beta * margin), beta * margin
-    smooth = label_smoothing
-    return (-(1 - smooth) * F.logsigmoid(beta * margin) - smooth * F.logsigmoid(-beta * margin),
-            beta * margin)
+        return torch.relu(1 - margin), margin
+    return -(1 - s) * F.logsigmoid(margin) - s * F.logsigmoid(-margin), margin
 
 
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
@@ -405,11 +396,6 @@ def sort_task(args):
     return Task([], [sort_problem(rng) for _ in range(args.held_out)], sort_reward_fn)
 
 
-def sort_demonstration(prompt, truth):
-    """The response that the demonstrations teach: the digits once more, then in order."""
-    return f"<think> {prompt[5:-1]} </think> <answer> {truth} </answer>"
-
-
 def countdown_task(args):
     rng, problems = np.random.default_rng(10**6), []
     for _ in range(4000 + args.held_out):
@@ -465,11 +451,11 @@ def load_task(args, tokenizer, limit):
             task.reward_fn = pkgutil.resolve_name(args.reward)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"--reward {args.reward}: {error}; give MODULE:FUNCTION") from None
-    before = len(task.train) + len(task.held_out)
-    fits = [[p for p in part if 0 < len(ids_of(tokenizer, p[0])) < limit - 1]
-            for part in (task.train, task.held_out)]
-    skipped, drawn = before - sum(map(len, fits)), not task.train
-    task.train, task.held_out = fits
+    drawn, before = not task.train, len(task.train) + len(task.held_out)
+    task.train, task.held_out = (
+        [p for p in part if 0 < len(ids_of(tokenizer, p[0])) < limit - 1]
+        for part in (task.train, task.held_out))
+    skipped = before - len(task.train) - len(task.held_out)
     if skipped:
         say(f"{skipped} problems skipped: empty, or no room for an answer in {limit} tokens")
     if not task.held_out or not (task.train or drawn):
@@ -529,16 +515,14 @@ class PackedSFTDataset(torch.utils.data.Dataset):
         end = getattr(tokenizer, "eos_token", None) or tokenizer_py.EOT
         ids = [t for i in order for t in ids_of(
             tokenizer, begin + ALPACA.format(rows[i]["prompt"]) + rows[i]["response"] + end)]
-        self.count = (len(ids) - 1) // seq_length
-        used = torch.tensor(ids[:self.count * seq_length + 1])
+        count = (len(ids) - 1) // seq_length
+        used = torch.tensor(ids[:count * seq_length + 1])
         self.inputs, self.labels = (x.view(-1, seq_length) for x in (used[:-1], used[1:]))
 
     def __len__(self):
-        return self.count
+        return len(self.inputs)
 
     def __getitem__(self, i):
-        if not 0 <= i < self.count:
-            raise IndexError(i)
         return {"input_ids": self.inputs[i], "labels": self.labels[i]}
 
 
@@ -564,44 +548,32 @@ def load_hh(path):
 # ---- a session: model, optimizers, log ---------------------------------------------------------
 
 
-class LoRALinear(torch.nn.Module):
-    """base(x) + (alpha / r) B A x with A (r, d_in), B (d_out, r) learned (Hu et al. 2021)."""
-
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base, self.scale = base, alpha / rank
-        self.A = torch.nn.Parameter(torch.randn(rank, base.weight.shape[1]) / math.sqrt(rank))
-        self.B = torch.nn.Parameter(torch.zeros(base.weight.shape[0], rank))
-
-    def forward(self, x):
-        return self.base(x) + self.scale * (x @ self.A.T) @ self.B.T
-
-    @torch.no_grad()
-    def fold(self):
-        self.base.weight += self.scale * self.B @ self.A
-        return self.base
-
-
-def swap(model, kind, make):
-    """Put make(module) in the place of every module of a kind."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, kind):
-                setattr(parent, name, make(child))
-
-
 def add_lora(model, rank, alpha=16.0):
-    """Freeze the model and put a LoRALinear around every matrix of its blocks."""
+    """Freeze the model; every matrix W of its blocks becomes W + (alpha / r) B A, of which A
+    (r, d_in) and B (d_out, r) are learned (Hu et al. 2021)."""
+    def adapter(linear, inputs, output):  # a forward hook
+        return output + linear.scale * (inputs[0] @ linear.A.T) @ linear.B.T
+
     model.requires_grad_(False)
-    swap(model.layers, model_py.Linear, partial(LoRALinear, rank=rank, alpha=alpha))
+    for linear in model.layers.modules():
+        if isinstance(linear, model_py.Linear):
+            d_out, d_in = linear.weight.shape
+            linear.A = torch.nn.Parameter(torch.randn(rank, d_in) / math.sqrt(rank))
+            linear.B = torch.nn.Parameter(torch.zeros(d_out, rank))
+            linear.scale = alpha / rank
+            linear.register_forward_hook(adapter)
 
 
+@torch.no_grad()
 def merged(model):
-    """A copy to save: every LoRALinear folded into the matrix it stands around."""
+    """A copy to save: every adapter folded into the matrix it belongs to, and no value head."""
     model = copy.deepcopy(model)
-    for layer in model.layers:  # checkpoint_blocks' forward would run the original's block
-        layer.__dict__.pop("forward", None)
-    swap(model, LoRALinear, LoRALinear.fold)
+    model.value_head = None
+    for linear in model.layers.modules():
+        if hasattr(linear, "A"):
+            linear.weight += linear.scale * linear.B @ linear.A
+            del linear.A, linear.B
+            linear._forward_hooks.clear()
     return model
 
 
@@ -613,9 +585,9 @@ class Session:
     model: torch.nn.Module
     tokenizer: object
     device: torch.device
+    start: Path = None  # the checkpoint it began with
     task: Task = None
     optimizers: list = ()
-    head: object = None  # the linear head of rewards (rm) or values (ppo)
     step: int = 0  # done so far
     updates: int = 0  # of the weights; grpo, ppo and ei make several a step
     records: list = field(default_factory=list)  # the lines of log.jsonl
@@ -633,24 +605,19 @@ class Session:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def parameters(self):
-        modules = [self.model, self.head] if self.head else [self.model]
-        return [p for m in modules for p in m.parameters() if p.requires_grad]
-
-
-def start_folder(args):
-    """The checkpoint a run begins with: --model, or the small one it pre-trained itself."""
-    return Path(args.model or Path(args.out) / "start")
+        return [p for p in self.model.parameters() if p.requires_grad]
 
 
 def open_session(args):
     device, out = train_py.init_distributed(args.device), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.model and out.resolve() == start_folder(args).resolve():
+    start = Path(args.model or out / "start")
+    if out.resolve() == start.resolve():
         raise ValueError(f"--out {out}: is --model's folder too; a run keeps what it began with")
+    out.mkdir(parents=True, exist_ok=True)
     if not args.model and not (out / "train_state.pt").exists():
-        pretrain_sorter(args, device)
-    model = model_py.Transformer.from_pretrained(start_folder(args), dtype=torch.float32)
-    s = Session(args, model, tokenizer_py.Tokenizer.load(start_folder(args)), device)
+        pretrain_sorter(args, device, start)
+    model = model_py.Transformer.from_pretrained(start, dtype=torch.float32)
+    s = Session(args, model, tokenizer_py.Tokenizer.load(start), device, start)
     if args.task:
         s.task = load_task(args, s.tokenizer, model.config.context_length)
     signal.signal(signal.SIGTERM, lambda *_: setattr(s, "stopping", True))
@@ -661,26 +628,26 @@ def open_session(args):
     if args.checkpoint_activations:
         train_py.checkpoint_blocks(model)
     if args.algorithm in ("ppo", "rm"):
-        s.head = torch.nn.Linear(model.config.d_model, 1).to(device)
-        torch.nn.init.zeros_(s.head.weight)
+        model.value_head = torch.nn.Linear(model.config.d_model, 1).to(device)
+        torch.nn.init.zeros_(model.value_head.weight)
     s.optimizers = make_optimizers(s)
     restore(s)
     return s
 
 
 def make_optimizers(s):
-    """AdamW for everything, or --optimizer muon: Muon for the blocks' matrices."""
-    a, muon = s.args, s.args.optimizer == "muon" and not s.args.lora
-    inside = {id(p) for p in s.model.layers.parameters() if p.ndim == 2 and muon}
-    rest = [p for p in s.parameters() if id(p) not in inside]
-    adam = train_py.AdamW(rest, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    matrices = [p for p in s.parameters() if id(p) in inside]
-    return [adam, train_py.Muon(matrices, lr=a.muon_lr)] if muon else [adam]
+    """AdamW, and Muon for the blocks' matrices if --muon-lr has a rate for it."""
+    use_muon = s.args.muon_lr and not s.args.lora
+    matrices = [p for p in s.model.layers.parameters() if p.ndim == 2 and use_muon]
+    inside = set(map(id, matrices))
+    adam = train_py.AdamW([p for p in s.parameters() if id(p) not in inside], lr=s.args.lr,
+                          betas=(0.9, 0.95), weight_decay=0.0)
+    return [adam, train_py.Muon(matrices, lr=s.args.muon_lr)] if matrices else [adam]
 
 
 def reference_model(s):
     """The model the run began with, frozen."""
-    model = model_py.Transformer.from_pretrained(start_folder(s.args), dtype=torch.float32)
+    model = model_py.Transformer.from_pretrained(s.start, dtype=torch.float32)
     return model.to(s.device).requires_grad_(False)
 
 
@@ -692,14 +659,12 @@ def restore(s):
     path = Path(s.args.out) / "train_state.pt"
     if path.exists():
         state = torch.load(path, weights_only=True, mmap=True)
-        other = [f"--{k} {v}" for k, v in state["settings"].items() if v != getattr(s.args, k)]
+        other = [f"--{k} {v}" for k, v in state["settings"].items() if v != vars(s.args).get(k)]
         if other:
             raise ValueError(f"--out {s.args.out}: holds a run with {', '.join(other)}; give "
                              "those, or another --out")
         s.step = train_py.load_checkpoint(path, s.model, s.optimizers)
         s.updates, s.records, s.pool = state["updates"], state["records"], set(state["pool"])
-        if s.head:
-            s.head.load_state_dict(state["head"])
         say(f"going on from step {s.step}")
     if RANK == 0:  # what was done after the last save will be done again
         path.with_name("log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in s.records))
@@ -712,11 +677,10 @@ def save(s):
     s.tokenizer.save(out)
     if s.args.algorithm == "rm":
         from safetensors.torch import save_file
-        save_file(s.head.state_dict(), out / "reward_head.safetensors")
+        save_file(s.model.value_head.state_dict(), out / "reward_head.safetensors")
     train_py.save_checkpoint(s.model, s.optimizers, s.step, out / "train_state.pt",
                              settings={k: getattr(s.args, k) for k in IDENTITY},
-                             updates=s.updates, records=s.records, pool=sorted(s.pool),
-                             head=s.head.state_dict() if s.head else {})
+                             updates=s.updates, records=s.records, pool=sorted(s.pool))
 
 
 def log_step(s, **record):
@@ -848,13 +812,14 @@ def new_sorter(args):
     return model, tok
 
 
-def pretrain_sorter(args, device, demonstrations=300):
-    """Teach a new model the form of an answer, and some sorting; it stays in start_folder."""
+def pretrain_sorter(args, device, folder, demonstrations=300):
+    """Teach a new model the form of an answer, and some sorting: <think> as given </think> ..."""
     rng, a, start = np.random.default_rng(args.seed + 10**7), copy.copy(args), time.time()
-    a.optimizer, a.warmup, a.lora = "muon", 20, 0
+    a.warmup, a.lora, a.lr, a.muon_lr = 20, 0, 3e-3, 0.02
     model, tok = new_sorter(args)
-    rows = [joined(tok.encode(p), tok.encode(sort_demonstration(p, t)) + [tok.eot_id])
-            for p, t in (sort_problem(rng) for _ in range(demonstrations))]
+    texts = [(p, f"<think> {p[5:-1]} </think> <answer> {t} </answer>")
+             for p, t in (sort_problem(rng) for _ in range(demonstrations))]
+    rows = [joined(tok.encode(p), tok.encode(r) + [tok.eot_id]) for p, r in texts]
     s = Session(a, model.to(device), tok, device)
     s.optimizers = make_optimizers(s)
     for step in range(a.pretrain_steps):
@@ -863,8 +828,8 @@ def pretrain_sorter(args, device, demonstrations=300):
         mine = [rows[i] for i in rng.choice(len(rows), 64)][RANK::WORLD_SIZE]
         loss = sft_update(s, mine)["loss"]
     if RANK == 0:
-        model.save_pretrained(start_folder(args))
-        tok.save(start_folder(args))
+        model.save_pretrained(folder)
+        tok.save(folder)
     dist.barrier()
     say(f"pre-trained on {len(rows)} demonstrations: loss {loss:.4f}, {time.time() - start:.0f} s")
 
@@ -892,8 +857,7 @@ def pack(rows, limit):
     return packed
 
 
-# Each algorithm takes a session and returns its step: a function that makes one and returns what to
-# log of it.
+# Each algorithm is a generator: it makes a step, yields what to log of it, and goes on.
 
 
 def sft(s):
@@ -901,25 +865,23 @@ def sft(s):
     a, limit = s.args, s.model.config.context_length
     if not a.data:
         raise ValueError("sft: needs --data FILE.jsonl of messages, or prompt and response")
-    rows = [row for row, in fitting([[conversation(raw, s.tokenizer)] for raw in read_rows(a.data)],
-                                    limit)]
+    units = [[conversation(row, s.tokenizer)] for row in read_rows(a.data)]
+    rows = [row for row, in fitting(units, limit)]
     rows = pack(rows, limit) if a.pack else rows
     a.steps = a.steps or math.ceil(len(rows) * a.epochs / a.batch_size)
-
-    def step():
+    while s.step < a.steps:
         epoch, first = divmod(s.step * a.batch_size, len(rows))
         order = np.random.default_rng((a.seed, epoch)).permutation(len(rows))
         chosen = [rows[i] for i in order[first:first + a.batch_size]]
-        return sft_update(s, chosen[RANK::WORLD_SIZE])
-
-    return step
+        yield sft_update(s, chosen[RANK::WORLD_SIZE])
 
 
 # ---- rollouts ----------------------------------------------------------------------------------
 
 
-def answer(s, problems, n=1, temperature=1.0, seed=0):
-    """n answers to each (prompt, truth), rewarded: Rows, problem by problem, and their transcript.
+def answer(s, problems, n=1, temperature=1.0, seed=0, transcripts=None):
+    """n answers to each (prompt, truth) of this rank: Rows, problem by problem, and the mean reward
+    and length over all ranks.
 
     Temperature 1 without top-k or top-p, as the losses assume; the tokens that were sampled are
     the ones trained on, never text encoded again.
@@ -933,20 +895,22 @@ def answer(s, problems, n=1, temperature=1.0, seed=0):
             batch_size=s.args.rollout_batch) if problems else []
     with s.timed("scoring"):
         rewards, failures = safe_rewards(s.task.reward_fn, [d.text for d in done], truths)
-    with s.timed("wait"):
-        failures, count = all_reduce_sum([float(failures), float(len(done))], s.device)
-    if failures:
-        say(f"the reward function failed on {failures:.0f} of {count:.0f} answers; they count 0")
+    if transcripts:
+        log_generations(transcripts, s.step + 1, prompts, done, truths, rewards)
     rows = [joined(d.ids[:-len(d.tokens)], d.tokens, old=d.logprobs, reward=r["reward"],
                    complete=d.reason == "stop") for d, r in zip(done, rewards)]
-    return rows, (prompts, done, truths, rewards)
+    with s.timed("wait"):
+        count, failures, reward, length = all_reduce_sum(
+            [float(len(rows)), float(failures), sum(r.reward for r in rows),
+             float(sum(len(r.old) for r in rows))], s.device)
+    if failures:
+        say(f"the reward function failed on {failures:.0f} of {count:.0f} answers; they count 0")
+    return rows, dict(reward=reward / max(count, 1), length=length / max(count, 1))
 
 
 def held_out_accuracy(s):
     """Mean reward of greedy answers to the held-out problems, shared by the ranks."""
-    rows, _ = answer(s, s.task.held_out[RANK::WORLD_SIZE], temperature=0.0)
-    total, count = all_reduce_sum([sum(r.reward for r in rows), float(len(rows))], s.device)
-    return total / max(count, 1)
+    return answer(s, s.task.held_out[RANK::WORLD_SIZE], temperature=0.0)[1]["reward"]
 
 
 def log_generations(path, step, prompts, completions, truths, rewards, count=8):
@@ -959,28 +923,18 @@ def log_generations(path, step, prompts, completions, truths, rewards, count=8):
 
 
 def collect(s):
-    """Sample and reward this rank's share of the step's problems.
-
-    Returns Rows, group by group, and what to log of all ranks: mean reward and length.
-    """
-    a = s.args
+    """Answers to this rank's share of the step's problems: see answer."""
+    a, shown = s.args, RANK == 0 and (s.step + 1) % s.args.log_every == 0
     problems = draw_problems(s.task, a.prompts, a.seed, s.step)[RANK::WORLD_SIZE]
     seed = int(np.random.SeedSequence((a.seed, s.step, RANK)).generate_state(1)[0])
-    rows, transcript = answer(s, problems, a.group_size, seed=seed)
-    if (s.step + 1) % a.log_every == 0 and RANK == 0:
-        log_generations(Path(a.out) / "transcripts.jsonl", s.step + 1, *transcript)
-    with s.timed("wait"):
-        reward, length, count = all_reduce_sum(
-            [sum(r.reward for r in rows), float(sum(len(r.old) for r in rows)),
-             float(len(rows))], s.device)
-    return rows, dict(reward=reward / max(count, 1), length=length / max(count, 1))
+    return answer(s, problems, a.group_size, seed=seed,
+                  transcripts=Path(a.out) / "transcripts.jsonl" if shown else None)
 
 
 def ei(s):
     """Expert iteration: fine-tune on all of one's own right answers so far, again and again."""
     a = s.args
-
-    def step():
+    while s.step < a.steps:
         rows, record = collect(s)
         right = [(tuple(r.ids[:-len(r.old)]), tuple(r.ids[-len(r.old):]))
                  for r in rows if r.reward == 1.0]
@@ -992,9 +946,7 @@ def ei(s):
         for _ in range(a.epochs * a.minibatches):
             chosen = rng.choice(len(pool), min(len(pool), a.batch_size), False) if pool else []
             result = sft_update(s, [pool[i] for i in chosen][RANK::WORLD_SIZE])
-        return dict(record, pool=len(pool), **result)
-
-    return step
+        yield dict(record, pool=len(pool), **result)
 
 
 # ---- policy gradients --------------------------------------------------------------------------
@@ -1002,11 +954,11 @@ def ei(s):
 
 def check_first_ratio(s, policy, old, mask):
     """Before the first update sampler and trainer are one model: their ratios must be 1."""
+    allowed, worst = (0.05, torch.mean) if s.args.dtype == "bf16" else (1e-3, torch.max)
     off = ((policy - old).exp() - 1).abs()[mask]
-    worst = (off.mean() if s.args.dtype == "bf16" else off.max()).item() if off.numel() else 0.0
-    allowed = 0.05 if s.args.dtype == "bf16" else 1e-3
-    if not worst <= allowed:
-        raise ValueError(f"log-probabilities of sampling and training differ by {worst:.2g} in "
+    off = worst(off).item() if len(off) else 0.0
+    if not off <= allowed:
+        raise ValueError(f"log-probabilities of sampling and training differ by {off:.2g} in "
                          f"ratio, {allowed} is allowed: generation and training disagree")
 
 
@@ -1017,7 +969,7 @@ def spread(mask, lists):
 
 
 def policy_update(s, rows, reference=None, first=True):
-    """One optimizer step on sampled rows, with PPO's value loss where there is a head."""
+    """One optimizer step on sampled rows, with PPO's value loss if that is the algorithm."""
     a = s.args
     kept = [r for r in rows if r.complete or not a.mask_overlong]
     count, tokens = all_reduce_sum([float(len(kept)), float(sum(len(r.old) for r in kept))],
@@ -1026,8 +978,8 @@ def policy_update(s, rows, reference=None, first=True):
 
     def loss_fn(rows):
         ids, labels, mask = batch_of(rows, s.device)
-        old, advantages = spread(mask, [r.old for r in rows]), spread(
-            mask, [r.advantages for r in rows])
+        old = spread(mask, [r.old for r in rows])
+        advantages = spread(mask, [r.advantages for r in rows])
         raw = torch.tensor([[r.reward] for r in rows], device=s.device)
         with s.autocast():
             out = get_response_log_probs(s.model, ids, labels, True, mask)
@@ -1039,9 +991,9 @@ def policy_update(s, rows, reference=None, first=True):
         if reference is not None:
             with torch.no_grad(), s.autocast():
                 ref = get_response_log_probs(reference, ids, labels, mask=mask)["log_probs"]
-            kl = kl_penalty(policy, ref, a.kl_kind)
+            kl = kl_penalty(policy, ref)
             loss = loss + a.kl * kl
-        if s.head:
+        if a.algorithm == "ppo":
             returns = spread(mask, [r.returns for r in rows])
             loss = loss + 0.5 * (token_values(s, ids) - returns).square()
         loss = loss - a.entropy_bonus * entropy
@@ -1055,11 +1007,10 @@ def policy_update(s, rows, reference=None, first=True):
 def policy_gradient(s):
     """grpo and ppo: sample, compare, update, repeat; they differ in what an advantage is."""
     a, reference = s.args, reference_model(s) if s.args.kl else None
-
-    def step():
+    while s.step < a.steps:
         rows, record = collect(s)
         with s.timed("train"):
-            (ppo_advantages if s.head else grpo_advantages)(s, rows)
+            (ppo_advantages if a.algorithm == "ppo" else grpo_advantages)(s, rows)
         # with --drop-equal, groups that are all right or all wrong have nothing to say
         useful = [r for r in rows if any(r.advantages) or not a.drop_equal]
         for epoch in range(a.epochs):
@@ -1068,15 +1019,14 @@ def policy_gradient(s):
                 sums = policy_update(s, [useful[j] for j in chosen], reference, epoch + i == 0)
         tokens = max(sums.pop("tokens"), 1.0)
         means = {k: sums[k] / tokens for k in ("entropy", "kl", "clipped")}
-        return dict(record, **means, gnorm=sums["gnorm"])
-
-    return step
+        yield dict(record, **means, gnorm=sums["gnorm"])
 
 
 def grpo_advantages(s, rows):
     """An answer's advantage is over the others to its problem."""
-    raw = torch.tensor([r.reward for r in rows])
-    advantages = group_advantages(raw, s.args.group_size, normalize_by_std=not s.args.no_std)
+    advantages, _, _ = compute_group_normalized_rewards(
+        lambda row, _: dict(reward=row.reward), rows, rows, s.args.group_size,
+        normalize_by_std=not s.args.no_std)
     for row, advantage in zip(rows, advantages.tolist()):
         row.advantages = [advantage] * len(row.old)
 
@@ -1092,9 +1042,9 @@ def gae(rewards, values, gamma=1.0, lam=0.95):
 
 
 def token_values(s, ids):
-    """The head on the residual stream: (B, T)."""
+    """The value head on the residual stream: (B, T)."""
     with s.autocast():
-        return s.head(s.model.hidden(ids).float())[..., 0]
+        return s.model.value_head(s.model.hidden(ids).float())[..., 0]
 
 
 def ppo_advantages(s, rows):
@@ -1146,7 +1096,7 @@ def own_pairs(s):
 
 
 def preferences(s, loss_fn):
-    """The step of dpo and rm; loss_fn(chosen rows, then rejected) -> losses and margins (B,)."""
+    """The steps of dpo and rm; loss_fn(chosen rows, then rejected) -> losses and margins (B,)."""
     a = s.args
     pairs = fitting(read_pairs(s) if a.data else own_pairs(s), s.model.config.context_length)
     a.steps = a.steps or math.ceil(len(pairs) * a.epochs / a.batch_size)
@@ -1156,12 +1106,10 @@ def preferences(s, loss_fn):
         losses, margins = loss_fn(rows[::2] + rows[1::2])
         return losses.sum() / size, [losses.sum().item() / size, (margins > 0).sum().item() / size]
 
-    def step():
+    while s.step < a.steps:
         chosen = np.random.default_rng((a.seed, s.step)).choice(len(pairs), size, replace=False)
         mine = [pairs[i] for i in chosen][RANK::WORLD_SIZE]
-        return update(s, mine, share, ["loss", "margin_accuracy"])
-
-    return step
+        yield update(s, mine, share, ["loss", "margin_accuracy"])
 
 
 def dpo(s):
@@ -1209,8 +1157,8 @@ DEFAULTS = {  # that depend on the algorithm
     "sft": dict(lr=1e-3, muon_lr=0.005, steps=0, epochs=2, minibatches=1, eval_every=50),
     "dpo": dict(lr=2e-4, muon_lr=0.001, steps=0, epochs=3, minibatches=1, eval_every=20),
     "rm": dict(lr=1e-4, muon_lr=0.0005, steps=0, epochs=2, minibatches=1, eval_every=20)}
-# with a pre-trained model the full rates above would undo what it knows
-PRETRAINED_LR = {"grpo": 1e-6, "ppo": 1e-6, "ei": 1e-5, "sft": 2e-5, "dpo": 1e-6, "rm": 1e-5}
+# for --model: the rates above would undo what a pre-trained one knows
+MODEL_LR = {"grpo": 1e-6, "ppo": 1e-6, "ei": 1e-5, "sft": 2e-5, "dpo": 1e-6, "rm": 1e-5}
 
 
 def make_parser():
@@ -1245,8 +1193,7 @@ def make_parser():
     add("minibatches", None, "updates a pass over rollouts")
     add("batch_size", 64, "rows an update of sft, dpo and rm, over all ranks")
     add("lr", None, "learning rate")
-    add("optimizer", None, "adamw, or muon for the blocks' matrices", choices=["adamw", "muon"])
-    add("muon_lr", None, "learning rate of muon")
+    add("muon_lr", None, "of the blocks' matrices by Muon, 0 for AdamW as with --model")
     add("warmup", 10, "updates of linear warm-up")
     add("clip", 1.0, "largest gradient norm")
     add("loss", "grpo_clip", "policy loss", choices=[
@@ -1259,7 +1206,6 @@ def make_parser():
     add("drop_equal", False, "leave out groups of equal rewards (DAPO)")
     add("mask_overlong", False, "answers cut off by --max-new-tokens teach nothing (DAPO)")
     add("kl", 0.0, "weight of the divergence from the starting model")
-    add("kl_kind", "k3", "its estimate", choices=["k1", "k2", "k3"])
     add("entropy_bonus", 0.0, "weight of the entropy")
     add("beta", 0.1, "of DPO")
     add("preference", "sigmoid", "loss of dpo", choices=["sigmoid", "ipo", "hinge", "simpo"])
@@ -1285,20 +1231,18 @@ def make_parser():
 
 def main(argv=None):
     args, start = make_parser().parse_args(argv), time.time()
-    for name, value in DEFAULTS[args.algorithm].items():
+    rates = dict(lr=MODEL_LR[args.algorithm], muon_lr=0.0) if args.model else {}
+    for name, value in (DEFAULTS[args.algorithm] | rates).items():
         if getattr(args, name) is None:
-            setattr(args, name, PRETRAINED_LR[args.algorithm] if name == "lr" and args.model
-                    else value)
-    args.optimizer = args.optimizer or ("adamw" if args.model else "muon")
+            setattr(args, name, value)
     if not args.task and (not args.model or args.algorithm in ("grpo", "ei", "ppo")):
         args.task = "sort"
     try:
         s = open_session(args)
-        step = ALGORITHMS[args.algorithm](s)
         if s.task and args.algorithm != "rm" and not s.step:
             say(f"held-out accuracy before: {held_out_accuracy(s):.3f}")
-        while s.step < args.steps:
-            log_step(s, **step())
+        for record in ALGORITHMS[args.algorithm](s):
+            log_step(s, **record)
         say(f"done in {train_py.clock(time.time() - start)}: {args.out}/model.safetensors, "
             "log.jsonl, progress.png")
     except (ValueError, OSError) as error:
