@@ -400,7 +400,7 @@ def countdown_task(args):
     rng, problems = np.random.default_rng(10**6), []
     for _ in range(4000 + args.held_out):
         numbers = rng.integers(1, 20, 3)
-        a, b, c = (int(n) for n in rng.permutation(numbers))
+        a, b, c = rng.permutation(numbers).tolist()
         target = [a + b + c, a + b - c, a * b + c, a * b - c][rng.integers(4)]
         text = " ".join(map(str, numbers))
         problems.append((f"use {text} once each to make {target}\n<think>", f"{text} = {target}"))
@@ -515,8 +515,7 @@ class PackedSFTDataset(torch.utils.data.Dataset):
         end = getattr(tokenizer, "eos_token", None) or tokenizer_py.EOT
         ids = [t for i in order for t in ids_of(
             tokenizer, begin + ALPACA.format(rows[i]["prompt"]) + rows[i]["response"] + end)]
-        count = (len(ids) - 1) // seq_length
-        used = torch.tensor(ids[:count * seq_length + 1])
+        used = torch.tensor(ids[:(len(ids) - 1) // seq_length * seq_length + 1])
         self.inputs, self.labels = (x.view(-1, seq_length) for x in (used[:-1], used[1:]))
 
     def __len__(self):
@@ -776,7 +775,7 @@ def update(s, units, loss_fn, names):
         for rows in micro_batches(units, s.args.micro_tokens):
             loss, values = loss_fn(rows)
             loss.backward()
-            totals = [t + float(v) for t, v in zip(totals, values)]
+            totals = [total + v.item() for total, v in zip(totals, values)]
     with s.timed("wait"):
         totals = all_reduce_sum(totals, s.device)
     with s.timed("train"):
@@ -794,8 +793,8 @@ def sft_update(s, rows):
         ids, labels, mask = batch_of(rows, s.device)
         with s.autocast():
             logp = get_response_log_probs(s.model, ids, labels, mask=mask)["log_probs"]
-        loss = -(logp * mask).sum() / max(tokens, 1.0)
-        return loss, [loss.item()]
+        loss = -masked_normalize(logp, mask, max(tokens, 1.0))
+        return loss, [loss]
 
     return update(s, [[r] for r in rows], loss_fn, ["loss"])
 
@@ -857,22 +856,28 @@ def pack(rows, limit):
     return packed
 
 
+def batches(s, units):
+    """Each step's units: every one once an epoch, in an order that seed and epoch give."""
+    a, n, size = s.args, len(units), min(s.args.batch_size, len(units))
+    a.steps = a.steps or math.ceil(n * a.epochs / size)
+    while s.step < a.steps:
+        places = range(s.step * size, (s.step + 1) * size)
+        orders = {epoch: np.random.default_rng((a.seed, epoch)).permutation(n)
+                  for epoch in {place // n for place in places}}
+        yield [units[orders[place // n][place % n]] for place in places]
+
+
 # Each algorithm is a generator: it makes a step, yields what to log of it, and goes on.
 
 
 def sft(s):
     """Supervised fine-tuning on the assistant's tokens."""
-    a, limit = s.args, s.model.config.context_length
-    if not a.data:
+    limit = s.model.config.context_length
+    if not s.args.data:
         raise ValueError("sft: needs --data FILE.jsonl of messages, or prompt and response")
-    units = [[conversation(row, s.tokenizer)] for row in read_rows(a.data)]
+    units = [[conversation(row, s.tokenizer)] for row in read_rows(s.args.data)]
     rows = [row for row, in fitting(units, limit)]
-    rows = pack(rows, limit) if a.pack else rows
-    a.steps = a.steps or math.ceil(len(rows) * a.epochs / a.batch_size)
-    while s.step < a.steps:
-        epoch, first = divmod(s.step * a.batch_size, len(rows))
-        order = np.random.default_rng((a.seed, epoch)).permutation(len(rows))
-        chosen = [rows[i] for i in order[first:first + a.batch_size]]
+    for chosen in batches(s, pack(rows, limit) if s.args.pack else rows):
         yield sft_update(s, chosen[RANK::WORLD_SIZE])
 
 
@@ -972,9 +977,9 @@ def policy_update(s, rows, reference=None, first=True):
     """One optimizer step on sampled rows, with PPO's value loss if that is the algorithm."""
     a = s.args
     kept = [r for r in rows if r.complete or not a.mask_overlong]
-    count, tokens = all_reduce_sum([float(len(kept)), float(sum(len(r.old) for r in kept))],
-                                   s.device)
-    constant = max(tokens, 1.0) if a.length_norm == "token" else a.max_new_tokens
+    count, tokens = (max(1.0, x) for x in all_reduce_sum(
+        [float(len(kept)), float(sum(len(r.old) for r in kept))], s.device))
+    constant = tokens if a.length_norm == "token" else a.max_new_tokens
 
     def loss_fn(rows):
         ids, labels, mask = batch_of(rows, s.device)
@@ -997,11 +1002,11 @@ def policy_update(s, rows, reference=None, first=True):
             returns = spread(mask, [r.returns for r in rows])
             loss = loss + 0.5 * (token_values(s, ids) - returns).square()
         loss = loss - a.entropy_bonus * entropy
-        loss = (loss * length_weights(mask, a.length_norm, max(count, 1.0), constant)).sum()
-        clipped = extra.get("clipped", torch.zeros_like(mask)) & mask
-        return loss, [(x * mask).sum().item() for x in (entropy, kl, clipped)] + [mask.sum().item()]
+        loss = (loss * length_weights(mask, a.length_norm, count, constant)).sum()
+        clipped = extra.get("clipped", torch.zeros_like(mask))
+        return loss, [(x * mask).sum() / tokens for x in (entropy, kl, clipped)]
 
-    return update(s, [[r] for r in kept], loss_fn, ["entropy", "kl", "clipped", "tokens"])
+    return update(s, [[r] for r in kept], loss_fn, ["entropy", "kl", "clipped"])
 
 
 def policy_gradient(s):
@@ -1016,10 +1021,8 @@ def policy_gradient(s):
         for epoch in range(a.epochs):
             order = np.random.default_rng((a.seed, s.step, epoch)).permutation(len(useful))
             for i, chosen in enumerate(np.array_split(order, a.minibatches)):
-                sums = policy_update(s, [useful[j] for j in chosen], reference, epoch + i == 0)
-        tokens = max(sums.pop("tokens"), 1.0)
-        means = {k: sums[k] / tokens for k in ("entropy", "kl", "clipped")}
-        yield dict(record, **means, gnorm=sums["gnorm"])
+                means = policy_update(s, [useful[j] for j in chosen], reference, epoch + i == 0)
+        yield dict(record, **means)
 
 
 def grpo_advantages(s, rows):
@@ -1071,9 +1074,9 @@ def ppo_advantages(s, rows):
 
 def read_pairs(s):
     """[[chosen Row, rejected Row]] of --data."""
-    first = next(read_rows(s.args.data), {})
-    pairs = list(read_rows(s.args.data)) if "prompt" in first else load_hh(s.args.data)
     try:
+        first = next(read_rows(s.args.data), {})
+        pairs = list(read_rows(s.args.data)) if "prompt" in first else load_hh(s.args.data)
         return [[joined(ids_of(s.tokenizer, p["prompt"]),
                         ids_of(s.tokenizer, p[k]) + [s.tokenizer.eot_id])
                  for k in ("chosen", "rejected")] for p in pairs]
@@ -1097,19 +1100,16 @@ def own_pairs(s):
 
 def preferences(s, loss_fn):
     """The steps of dpo and rm; loss_fn(chosen rows, then rejected) -> losses and margins (B,)."""
-    a = s.args
-    pairs = fitting(read_pairs(s) if a.data else own_pairs(s), s.model.config.context_length)
-    a.steps = a.steps or math.ceil(len(pairs) * a.epochs / a.batch_size)
-    size = min(a.batch_size, len(pairs))
+    pairs = fitting(read_pairs(s) if s.args.data else own_pairs(s), s.model.config.context_length)
+    size = min(s.args.batch_size, len(pairs))
 
     def share(rows):
         losses, margins = loss_fn(rows[::2] + rows[1::2])
-        return losses.sum() / size, [losses.sum().item() / size, (margins > 0).sum().item() / size]
+        loss = losses.sum() / size
+        return loss, [loss, (margins > 0).sum() / size]
 
-    while s.step < a.steps:
-        chosen = np.random.default_rng((a.seed, s.step)).choice(len(pairs), size, replace=False)
-        mine = [pairs[i] for i in chosen][RANK::WORLD_SIZE]
-        yield update(s, mine, share, ["loss", "margin_accuracy"])
+    for chosen in batches(s, pairs):
+        yield update(s, chosen[RANK::WORLD_SIZE], share, ["loss", "margin_accuracy"])
 
 
 def dpo(s):
