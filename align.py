@@ -44,9 +44,8 @@ from train import RANK, WORLD_SIZE, all_reduce_sum, say
 
 def ids_of(tokenizer, text):
     """Ids without any that the tokenizer adds by itself; ours or a Hugging Face tokenizer."""
-    if isinstance(tokenizer, tokenizer_py.Tokenizer):
-        return tokenizer.encode(text)
-    return tokenizer.encode(text, add_special_tokens=False)
+    ours = isinstance(tokenizer, tokenizer_py.Tokenizer)
+    return tokenizer.encode(text) if ours else tokenizer.encode(text, add_special_tokens=False)
 
 
 @dataclass
@@ -60,6 +59,7 @@ class Row:
     returns: list = ()  # what a value head should have said
     reward: float = 0.0
     complete: bool = True  # ended by itself, not cut off
+    rejected: object = None  # the Row that this one is preferred to
 
 
 def joined(prompt, response, **more):
@@ -453,7 +453,7 @@ def load_task(args, tokenizer, limit):
             raise ValueError(f"--reward {args.reward}: {error}; give MODULE:FUNCTION") from None
     drawn, before = not task.train, len(task.train) + len(task.held_out)
     task.train, task.held_out = (
-        [p for p in part if 0 < len(ids_of(tokenizer, p[0])) < limit - 1]
+        [p for p in part if 0 < len(tokenizer.encode(p[0])) < limit - 1]
         for part in (task.train, task.held_out))
     skipped = before - len(task.train) - len(task.held_out)
     if skipped:
@@ -475,29 +475,26 @@ def draw_problems(task, count, seed, step):
 
 
 def conversation(row, tokenizer):
-    """A Row of messages, or of prompt and response; an empty one if an answer is empty, or none is.
+    """A Row of messages, or of prompt and response.
 
     Every assistant turn ends in a token that is learned too: else the model never learns to stop.
+    An empty turn is not learned.
     """
-    parts, before = [], ""  # (text's ids, are they the assistant's)
+    encode, parts, before = tokenizer.encode, [], ""
     if "messages" in row:
         turns = row["messages"]
-        answers = [m["content"] for m in turns if m["role"] == "assistant"]
-        for i, message in enumerate(turns if all(answers) else ()):
-            if message["role"] == "assistant":
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant" and turn["content"]:
                 opened = tokenizer.apply_chat_template(turns[:i], add_generation_prompt=True)
                 text = tokenizer.apply_chat_template(turns[:i + 1])
-                parts += [(ids_of(tokenizer, opened[len(before):]), False),
-                          (ids_of(tokenizer, text[len(opened):]), True)]
+                parts.append(joined(encode(opened[len(before):]), encode(text[len(opened):])))
                 before = text
-    elif "response" not in row or "prompt" not in row:
+    elif "prompt" in row and "response" in row:
+        parts = [joined(encode(row["prompt"]), encode(row["response"]) + [tokenizer.eot_id])]
+    else:
         raise ValueError(f"--data: a row has {', '.join(row)}; messages, or prompt and response, "
                          "are needed")
-    elif row["response"]:
-        parts = [(ids_of(tokenizer, row["prompt"]), False),
-                 (ids_of(tokenizer, row["response"]) + [tokenizer.eot_id], True)]
-    return Row([i for ids, _ in parts for i in ids],
-               [learned for ids, learned in parts for _ in ids])
+    return Row([i for part in parts for i in part.ids], [x for part in parts for x in part.learned])
 
 
 class PackedSFTDataset(torch.utils.data.Dataset):
@@ -727,17 +724,18 @@ def draw(records, names, path):
 # ---- one update, of every algorithm ------------------------------------------------------------
 
 
-def micro_batches(units, tokens):
-    """The rows of units (lists of rows that stay together), by length, about so many tokens."""
-    def width(unit):
-        return max(len(r.ids) for r in unit)
+def micro_batches(rows, tokens):
+    """Rows by length, in batches of about so many padded tokens."""
+    def size(row):
+        pair = [row, row.rejected] if row.rejected else [row]
+        return len(pair) * max(len(r.ids) for r in pair)
 
     batch = []
-    for unit in sorted(units, key=width):
-        if batch and width(unit) * (len(batch) + len(unit)) > tokens:
+    for row in sorted(rows, key=size):
+        if batch and size(row) * (len(batch) + 1) > tokens:
             yield batch
             batch = []
-        batch = batch + unit
+        batch.append(row)
     if batch:
         yield batch
 
@@ -765,15 +763,15 @@ def optimizer_step(s):
     return norm
 
 
-def update(s, units, loss_fn, names):
+def update(s, rows, loss_fn, names):
     """One optimizer step: sums over all ranks of `names`, and the gradient's norm.
 
     loss_fn(rows of a micro-batch) -> (its share of the loss, what to sum under each name).
     """
     totals = [0.0] * len(names)
     with s.timed("train"):
-        for rows in micro_batches(units, s.args.micro_tokens):
-            loss, values = loss_fn(rows)
+        for part in micro_batches(rows, s.args.micro_tokens):
+            loss, values = loss_fn(part)
             loss.backward()
             totals = [total + v.item() for total, v in zip(totals, values)]
     with s.timed("wait"):
@@ -796,7 +794,7 @@ def sft_update(s, rows):
         loss = -masked_normalize(logp, mask, max(tokens, 1.0))
         return loss, [loss]
 
-    return update(s, [[r] for r in rows], loss_fn, ["loss"])
+    return update(s, rows, loss_fn, ["loss"])
 
 
 def new_sorter(args):
@@ -833,12 +831,13 @@ def pretrain_sorter(args, device, folder, demonstrations=300):
     say(f"pre-trained on {len(rows)} demonstrations: loss {loss:.4f}, {time.time() - start:.0f} s")
 
 
-def fitting(units, limit):
-    """The units (lists of rows) with a prompt and an answer that fit the context in every row."""
-    good = [u for u in units if all(r.ids and not r.learned[0] and sum(r.learned) > 1
-                                    and len(r.ids) <= limit for r in u)]
-    if len(good) < len(units):
-        say(f"{len(units) - len(good)} rows skipped: an empty prompt or response, or over {limit} "
+def fitting(rows, limit):
+    """The rows with a prompt and an answer that fit the context, also where there are pairs."""
+    good = [row for row in rows if all(
+        r.ids and not r.learned[0] and sum(r.learned) > 1 and len(r.ids) <= limit
+        for r in (row, row.rejected or row))]
+    if len(good) < len(rows):
+        say(f"{len(rows) - len(good)} rows skipped: an empty prompt or response, or over {limit} "
             "tokens")
     if not good:
         raise ValueError("no response left to learn from")
@@ -856,15 +855,15 @@ def pack(rows, limit):
     return packed
 
 
-def batches(s, units):
-    """Each step's units: every one once an epoch, in an order that seed and epoch give."""
-    a, n, size = s.args, len(units), min(s.args.batch_size, len(units))
+def batches(s, rows):
+    """Each step's rows: every one once an epoch, in an order that seed and epoch give."""
+    a, n, size = s.args, len(rows), min(s.args.batch_size, len(rows))
     a.steps = a.steps or math.ceil(n * a.epochs / size)
     while s.step < a.steps:
         places = range(s.step * size, (s.step + 1) * size)
         orders = {epoch: np.random.default_rng((a.seed, epoch)).permutation(n)
                   for epoch in {place // n for place in places}}
-        yield [units[orders[place // n][place % n]] for place in places]
+        yield [rows[orders[place // n][place % n]] for place in places]
 
 
 # Each algorithm is a generator: it makes a step, yields what to log of it, and goes on.
@@ -875,8 +874,7 @@ def sft(s):
     limit = s.model.config.context_length
     if not s.args.data:
         raise ValueError("sft: needs --data FILE.jsonl of messages, or prompt and response")
-    units = [[conversation(row, s.tokenizer)] for row in read_rows(s.args.data)]
-    rows = [row for row, in fitting(units, limit)]
+    rows = fitting([conversation(row, s.tokenizer) for row in read_rows(s.args.data)], limit)
     for chosen in batches(s, pack(rows, limit) if s.args.pack else rows):
         yield sft_update(s, chosen[RANK::WORLD_SIZE])
 
@@ -895,7 +893,7 @@ def answer(s, problems, n=1, temperature=1.0, seed=0, transcripts=None):
     prompts, truths = ([p[i] for p in problems for _ in range(n)] for i in (0, 1))
     with s.timed("rollout"), s.autocast():
         done = s.model.generate(
-            [ids_of(s.tokenizer, p) for p, _ in problems], limit, temperature=temperature, n=n,
+            [s.tokenizer.encode(p) for p, _ in problems], limit, temperature=temperature, n=n,
             stop=[*s.task.stop, s.tokenizer.eot_id], tokenizer=s.tokenizer, seed=seed,
             batch_size=s.args.rollout_batch) if problems else []
     with s.timed("scoring"):
@@ -1006,7 +1004,7 @@ def policy_update(s, rows, reference=None, first=True):
         clipped = extra.get("clipped", torch.zeros_like(mask))
         return loss, [(x * mask).sum() / tokens for x in (entropy, kl, clipped)]
 
-    return update(s, [[r] for r in kept], loss_fn, ["entropy", "kl", "clipped"])
+    return update(s, kept, loss_fn, ["entropy", "kl", "clipped"])
 
 
 def policy_gradient(s):
@@ -1052,7 +1050,7 @@ def token_values(s, ids):
 
 def ppo_advantages(s, rows):
     """GAE on the value head's numbers, the reward at the last token; mean 0, deviation 1."""
-    for part in micro_batches([[r] for r in rows], s.args.micro_tokens):
+    for part in micro_batches(rows, s.args.micro_tokens):
         ids, _, mask = batch_of(part, s.device)
         with torch.no_grad():
             values = token_values(s, ids).cpu()
@@ -1073,27 +1071,29 @@ def ppo_advantages(s, rows):
 
 
 def read_pairs(s):
-    """[[chosen Row, rejected Row]] of --data."""
+    """The pairs of --data: chosen Rows, each with the rejected one."""
+    encode, eot = s.tokenizer.encode, [s.tokenizer.eot_id]
     try:
-        first = next(read_rows(s.args.data), {})
-        pairs = list(read_rows(s.args.data)) if "prompt" in first else load_hh(s.args.data)
-        return [[joined(ids_of(s.tokenizer, p["prompt"]),
-                        ids_of(s.tokenizer, p[k]) + [s.tokenizer.eot_id])
-                 for k in ("chosen", "rejected")] for p in pairs]
+        pairs = list(read_rows(s.args.data))
+        if pairs and "prompt" not in pairs[0]:
+            pairs = load_hh(s.args.data)
+        return [joined(encode(p["prompt"]), encode(p["chosen"]) + eot,
+                       rejected=joined(encode(p["prompt"]), encode(p["rejected"]) + eot))
+                for p in pairs]
     except KeyError as error:
         raise ValueError(f"--data: a row is without {error}; prompt, chosen, rejected or HH "
                          "transcripts are needed") from None
 
 
 def own_pairs(s):
-    """[[right Row, wrong Row]] of the starting model's answers to problems that got both."""
+    """Right answers of the starting model, each with a wrong one to the same problem."""
     n, pairs = s.args.group_size, []
     problems = draw_problems(s.task, s.args.pairs, s.args.seed, 0)
     rows, _ = answer(replace(s, model=reference_model(s)), problems, n, seed=s.args.seed)
     for g in range(0, len(rows), n):
         right = [r for r in rows[g:g + n] if r.reward == 1.0]
         wrong = [r for r in rows[g:g + n] if r.reward < 1.0]
-        pairs += list(map(list, zip(right, wrong)))[:2]
+        pairs += [replace(r, rejected=w) for r, w in zip(right[:2], wrong[:2])]
     say(f"{len(pairs)} pairs of own answers to {len(problems)} problems")
     return pairs
 
@@ -1104,7 +1104,7 @@ def preferences(s, loss_fn):
     size = min(s.args.batch_size, len(pairs))
 
     def share(rows):
-        losses, margins = loss_fn(rows[::2] + rows[1::2])
+        losses, margins = loss_fn(rows + [r.rejected for r in rows])
         loss = losses.sum() / size
         return loss, [loss, (margins > 0).sum() / size]
 
@@ -1180,7 +1180,7 @@ def make_parser():
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=help, **options)
 
     add("model", None, "folder of a checkpoint; without it a small one is pre-trained to sort")
-    add("task", None, "problems with a checkable answer; sort without --data", choices=list(TASKS))
+    add("task", None, "problems with a checkable answer; gsm8k with --data", choices=list(TASKS))
     add("data", None, "a .jsonl: problems, conversations, or preferences", nargs="*")
     add("prompt", "r1_zero", "template of gsm8k and math", choices=["r1_zero", "question_only"])
     add("reward", None, "MODULE:FUNCTION (response, truth) -> dict with reward, instead")
@@ -1235,8 +1235,9 @@ def main(argv=None):
     for name, value in (DEFAULTS[args.algorithm] | rates).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not args.task and (not args.model or args.algorithm in ("grpo", "ei", "ppo")):
-        args.task = "sort"
+    rl = args.algorithm in ("grpo", "ei", "ppo")
+    if not args.task and (rl or not (args.model and args.data)):
+        args.task = "gsm8k" if rl and args.data else "sort"
     try:
         s = open_session(args)
         if s.task and args.algorithm != "rm" and not s.step:
