@@ -1150,13 +1150,15 @@ def rm(s):
 
 ALGORITHMS = {"grpo": policy_gradient, "ei": ei, "sft": sft, "dpo": dpo, "rm": rm,
               "ppo": policy_gradient}
-RL = dict(lr=2e-4, muon_lr=0.001, steps=70, epochs=1, minibatches=2, eval_every=5)
+RL = dict(prompts=64, group_size=8, lr=2e-4, muon_lr=0.001, steps=70, epochs=1, minibatches=2,
+          eval_every=5)
 DEFAULTS = {  # that depend on the algorithm
     "grpo": RL, "ppo": RL,
-    "ei": dict(lr=1e-3, muon_lr=0.005, steps=12, epochs=1, minibatches=20, eval_every=1),
-    "sft": dict(lr=1e-3, muon_lr=0.005, steps=0, epochs=2, minibatches=1, eval_every=50),
-    "dpo": dict(lr=2e-4, muon_lr=0.001, steps=0, epochs=3, minibatches=1, eval_every=20),
-    "rm": dict(lr=1e-4, muon_lr=0.0005, steps=0, epochs=2, minibatches=1, eval_every=20)}
+    "ei": dict(prompts=256, group_size=2, lr=1e-3, muon_lr=0.005, steps=12, epochs=1,
+               minibatches=20, eval_every=1),
+    "sft": dict(lr=1e-3, muon_lr=0.005, steps=0, epochs=2, eval_every=50),
+    "dpo": dict(group_size=8, lr=2e-4, muon_lr=0.001, steps=0, epochs=3, eval_every=20),
+    "rm": dict(group_size=8, lr=1e-4, muon_lr=0.0005, steps=0, epochs=2, eval_every=20)}
 # for --model: the rates above would undo what a pre-trained one knows
 MODEL_LR = {"grpo": 1e-6, "ppo": 1e-6, "ei": 1e-5, "sft": 2e-5, "dpo": 1e-6, "rm": 1e-5}
 
@@ -1186,8 +1188,8 @@ def make_parser():
     add("reward", None, "MODULE:FUNCTION (response, truth) -> dict with reward, instead")
     add("out", "out-align", "folder of the checkpoint, log.jsonl, transcripts and plot")
     add("steps", None, "rollout steps, or updates; 0 for what --epochs need")
-    add("prompts", 64, "problems a rollout step, over all ranks")
-    add("group_size", 8, "samples of each problem")
+    add("prompts", None, "problems a rollout step, over all ranks")
+    add("group_size", None, "samples of each problem")
     add("max_new_tokens", 40, "tokens an answer")
     add("epochs", None, "passes over a step's rollouts, or over the data")
     add("minibatches", None, "updates a pass over rollouts")
