@@ -19,12 +19,12 @@ import gzip
 import json
 import math
 import os
+import pkgutil
 import re
-import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +36,16 @@ from torch.utils.checkpoint import checkpoint
 import model as model_py
 import tokenizer as tokenizer_py
 import train as train_py
-from train import all_reduce_sum, say
+from evaluate import extract_boxed, grade
+from train import RANK, WORLD_SIZE, all_reduce_sum, say
 
 # ---- text to tokens ----------------------------------------------------------------------------
 
 
 def ids_of(tokenizer, text):
     """Ids without any that the tokenizer adds by itself; ours or a Hugging Face tokenizer."""
-    if isinstance(tokenizer, tokenizer_py.Tokenizer):
-        return tokenizer.encode(text)
-    return tokenizer.encode(text, add_special_tokens=False)
+    ours = isinstance(tokenizer, tokenizer_py.Tokenizer)
+    return tokenizer.encode(text) if ours else tokenizer.encode(text, add_special_tokens=False)
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Row:
     returns: list = ()  # what a value head should have said
     reward: float = 0.0
     complete: bool = True  # ended by itself, not cut off
+    rejected: object = None  # the Row that this one is preferred to
 
 
 def joined(prompt, response, **more):
@@ -66,23 +67,24 @@ def joined(prompt, response, **more):
     return Row(prompt + response, [False] * len(prompt) + [True] * len(response), **more)
 
 
-def batch_of(rows, pad=0):
+def batch_of(rows, device="cpu", pad=0):
     """Rows -> input_ids, labels and response_mask, (B, T) each, T = longest - 1.
 
     labels are the inputs one token on; response_mask is True where the label is learned.
     For prompt [1, 2] and response [3, 4]: inputs 1 2 3, labels 2 3 4, mask 0 1 1.
     """
     T = max(len(r.ids) for r in rows)
-    ids = torch.tensor([r.ids + [pad] * (T - len(r.ids)) for r in rows])
-    mask = torch.tensor([r.learned + [False] * (T - len(r.ids)) for r in rows])
-    return dict(input_ids=ids[:, :-1], labels=ids[:, 1:], response_mask=mask[:, 1:])
+    ids = torch.tensor([r.ids + [pad] * (T - len(r.ids)) for r in rows], device=device)
+    mask = torch.tensor([r.learned + [False] * (T - len(r.ids)) for r in rows], device=device)
+    return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 
 
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
-    """Prompts and outputs, encoded apart and joined: see batch_of."""
-    return batch_of([joined(ids_of(tokenizer, p), ids_of(tokenizer, o))
-                     for p, o in zip(prompt_strs, output_strs)],
-                    getattr(tokenizer, "pad_token_id", None) or 0)
+    """Prompts and outputs, encoded apart and joined: a dict of what batch_of gives."""
+    rows = [joined(ids_of(tokenizer, p), ids_of(tokenizer, o))
+            for p, o in zip(prompt_strs, output_strs)]
+    batch = batch_of(rows, pad=getattr(tokenizer, "pad_token_id", None) or 0)
+    return dict(zip(("input_ids", "labels", "response_mask"), batch))
 
 
 # ---- log-probabilities -------------------------------------------------------------------------
@@ -92,14 +94,6 @@ def compute_entropy(logits):
     """Entropy of the next token in nats: (..., V) -> (...)."""
     logp = logits.float().log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
-
-
-def gather_log_probs(logits, labels):
-    """log p of labels (N,) under logits (N, V), and the entropy, fp32."""
-    logits = logits.float()
-    total = logits.logsumexp(-1)
-    entropy = total - (logits.softmax(-1) * logits).sum(-1)
-    return logits.gather(-1, labels[:, None])[:, 0] - total, entropy
 
 
 def get_response_log_probs(model, input_ids, labels, return_token_entropy=False, mask=None,
@@ -112,22 +106,23 @@ def get_response_log_probs(model, input_ids, labels, return_token_entropy=False,
     """
     where = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
     if isinstance(model, model_py.Transformer):
-        values, head = model.hidden(input_ids)[where], model.head  # (N, D)
+        states, head = model.hidden(input_ids)[where], model.head  # (N, D)
     else:
         out = model(input_ids)
-        values, head = getattr(out, "logits", out)[where], lambda x: x  # (N, V)
-    parts = []
-    for v, y in zip(values.split(chunk), labels[where].split(chunk)):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(
-                lambda v, y: gather_log_probs(head(v), y), v, y, use_reentrant=False))
-        else:
-            parts.append(gather_log_probs(head(v), y))
-    result = {}
-    for i, name in enumerate(("log_probs", "token_entropy")[:1 + return_token_entropy]):
-        flat = torch.cat([p[i] for p in parts]) if parts else values.new_zeros(0).float()
-        result[name] = torch.zeros(labels.shape, device=flat.device).masked_scatter(where, flat)
-    return result
+        states, head = getattr(out, "logits", out)[where], torch.nn.Identity()  # (N, V)
+
+    def score(states, labels):  # (n, D or V), (n,) -> log p and entropy, (n,) each
+        logits = head(states).float()
+        total = logits.logsumexp(-1)
+        entropy = total - (logits.softmax(-1) * logits).sum(-1)
+        return logits.gather(-1, labels[:, None])[:, 0] - total, entropy
+
+    parts = [checkpoint(score, s, y, use_reentrant=False)
+             for s, y in zip(states.split(chunk), labels[where].split(chunk))]
+    log_probs, entropy = (
+        torch.zeros(labels.shape, device=labels.device).masked_scatter(where, torch.cat(flat))
+        for flat in zip(*parts))
+    return dict(log_probs=log_probs, **dict(token_entropy=entropy) if return_token_entropy else {})
 
 
 def masked_mean(tensor, mask, dim=None):
@@ -162,17 +157,12 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     """
     scores = [reward_fn(r, t) for r, t in zip(rollout_responses, repeated_ground_truths)]
     raw = torch.tensor([s["reward"] for s in scores], dtype=torch.float32)
-    advantages = group_advantages(raw, group_size, advantage_eps, normalize_by_std)
-    metadata = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} if scores else {}
-    return advantages, raw, metadata
-
-
-def group_advantages(raw, group_size, eps=1e-6, normalize_by_std=True):
     groups = raw.view(-1, group_size)
-    centered = groups - groups.mean(1, keepdim=True)
+    advantages = groups - groups.mean(1, keepdim=True)
     if normalize_by_std and group_size > 1:
-        centered = centered / (groups.std(1, keepdim=True) + eps)
-    return centered.flatten()
+        advantages = advantages / (groups.std(1, keepdim=True) + advantage_eps)
+    metadata = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} if scores else {}
+    return advantages.flatten(), raw, metadata
 
 
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
@@ -207,10 +197,8 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
                  gspo=(advantages, old_log_probs, cliprange, response_mask))
     if loss_type not in needs or any(x is None for x in needs[loss_type]):
         raise ValueError(f"loss_type {loss_type!r}: unknown, or an input it needs is missing")
-    if loss_type == "no_baseline":
-        return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}
-    if loss_type == "reinforce_with_baseline":
-        return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
+    if loss_type in ("no_baseline", "reinforce_with_baseline"):
+        return compute_naive_policy_gradient_loss(needs[loss_type][0], policy_log_probs), {}
     if loss_type == "grpo_no_clip":
         return -(policy_log_probs - old_log_probs).exp() * advantages, {}
     if loss_type == "gspo":  # the gradient goes through each token, the value is the sequence's
@@ -268,20 +256,19 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     hinge: relu(1 - beta m) (Zhao et al. 2023); simpo: no reference, -log sig(beta (mean chosen -
     mean rejected) - gamma) (Meng et al. 2024).
     """
-    if kind == "simpo":
-        margin = policy_chosen / chosen_lengths - policy_rejected / rejected_lengths
-        return -F.logsigmoid(beta * margin - gamma), beta * margin
-    chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
-    if kind == "ipo" and chosen_lengths is not None:
+    chosen, rejected = policy_chosen, policy_rejected
+    if kind != "simpo":
+        chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
+    if kind == "simpo" or kind == "ipo" and chosen_lengths is not None:
         chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
-    margin = chosen - rejected
+    margin, s = beta * (chosen - rejected), label_smoothing
+    if kind == "simpo":
+        return -F.logsigmoid(margin - gamma), margin
     if kind == "ipo":
-        return (margin - 1 / (2 * beta)) ** 2, beta * margin
+        return (chosen - rejected - 1 / (2 * beta)) ** 2, margin
     if kind == "hinge":
-        return torch.relu(1 - beta * margin), beta * margin
-    smooth = label_smoothing
-    return (-(1 - smooth) * F.logsigmoid(beta * margin) - smooth * F.logsigmoid(-beta * margin),
-            beta * margin)
+        return torch.relu(1 - margin), margin
+    return -(1 - s) * F.logsigmoid(margin) - s * F.logsigmoid(-margin), margin
 
 
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
@@ -293,16 +280,15 @@ def per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_chosen, 
     eos = getattr(tokenizer, "eos_token", None) or tokenizer_py.EOT
     batch = tokenize_prompt_and_output([ALPACA.format(prompt)] * 2,
                                        [response_chosen + eos, response_rejected + eos], tokenizer)
-    policy = sequence_log_probs(lm, batch)
+    policy = sequence_log_probs(lm, *batch.values())
     with torch.no_grad():
-        reference = sequence_log_probs(lm_ref, batch).to(policy.device)
+        reference = sequence_log_probs(lm_ref, *batch.values()).to(policy.device)
     return dpo_loss(*policy, *reference, beta)[0]
 
 
-def sequence_log_probs(model, batch):
-    """Sum of each row's response log-probabilities: (B,)."""
-    device = next(model.parameters()).device
-    ids, labels, mask = (batch[k].to(device) for k in ("input_ids", "labels", "response_mask"))
+def sequence_log_probs(model, *batch):
+    """Sum of each row's response log-probabilities, (B,), of what batch_of gives."""
+    ids, labels, mask = (x.to(next(model.parameters()).device) for x in batch)
     return get_response_log_probs(model, ids, labels, mask=mask)["log_probs"].sum(-1)
 
 
@@ -321,41 +307,36 @@ def answer_of(response):
     return response.split("<answer>")[-1].replace("</answer>", "").strip()
 
 
-def scores(formatted, right):
-    return dict(format_reward=float(formatted), answer_reward=float(right), reward=float(right))
+def scores(answer, right):
+    """The course's three rewards: an answer that is None did not have the form asked for."""
+    right = float(right and answer is not None)
+    return dict(format_reward=float(answer is not None), answer_reward=right, reward=right)
 
 
 def r1_zero_reward_fn(response, ground_truth):
     """1 for a right answer in <think> .. </think> <answer> .. </answer>; the form alone gives 0."""
-    from evaluate import extract_boxed, grade
     answer = answer_of(response)
-    return scores(answer is not None, answer is not None and grade(
-        extract_boxed(answer) or answer, str(ground_truth)))
+    given = extract_boxed(answer or "") or answer or ""
+    return scores(answer, grade(given, str(ground_truth)))
 
 
 def question_only_reward_fn(response, ground_truth):
     """1 for a right \\boxed answer anywhere in the response."""
-    from evaluate import extract_boxed, grade
     answer = extract_boxed(response)
-    return scores(answer is not None, answer is not None and grade(answer, str(ground_truth)))
+    return scores(answer, grade(answer or "", str(ground_truth)))
 
 
 def sort_reward_fn(response, ground_truth):
-    return scores(answer_of(response) is not None, answer_of(response) == ground_truth)
+    return scores(answer_of(response), answer_of(response) == ground_truth)
 
 
 def countdown_reward_fn(response, ground_truth):
     """ground_truth "3 5 7 = 26": the answer must use each number once, + - * / ( ) only."""
-    from evaluate import grade
     numbers, target = ground_truth.split(" = ")
     answer = (answer_of(response) or "").split("=")[0]
     used = sorted(re.findall(r"\d+", answer)) == sorted(numbers.split())
     allowed = re.fullmatch(r"[\d+\-*/() ]+", answer)
-    return scores(bool(answer), bool(used and allowed and grade(answer, target)))
-
-
-def too_slow(number, frame):
-    raise TimeoutError
+    return scores(answer or None, used and allowed and grade(answer, target))
 
 
 def safe_rewards(reward_fn, responses, truths, seconds=10.0):
@@ -364,6 +345,9 @@ def safe_rewards(reward_fn, responses, truths, seconds=10.0):
     The alarm stops Python code, sleeping and regular expressions alike, and leaves no thread
     behind; it needs Unix and the main thread.
     """
+    def too_slow(number, frame):
+        raise TimeoutError
+
     results, failures, before = [], 0, signal.signal(signal.SIGALRM, too_slow)
     for response, truth in zip(responses, truths):
         try:
@@ -374,7 +358,7 @@ def safe_rewards(reward_fn, responses, truths, seconds=10.0):
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Exception:  # a user's function: whatever it raises
-            given, failures = scores(0, 0), failures + 1
+            given, failures = scores(None, False), failures + 1
         results.append(given)
     signal.signal(signal.SIGALRM, before)
     return results, failures
@@ -412,16 +396,11 @@ def sort_task(args):
     return Task([], [sort_problem(rng) for _ in range(args.held_out)], sort_reward_fn)
 
 
-def sort_demonstration(prompt, truth):
-    """The response that the demonstrations teach: the digits once more, then in order."""
-    return f"<think> {prompt[5:-1]} </think> <answer> {truth} </answer>"
-
-
 def countdown_task(args):
     rng, problems = np.random.default_rng(10**6), []
     for _ in range(4000 + args.held_out):
         numbers = rng.integers(1, 20, 3)
-        a, b, c = (int(n) for n in rng.permutation(numbers))
+        a, b, c = rng.permutation(numbers).tolist()
         target = [a + b + c, a + b - c, a * b + c, a * b - c][rng.integers(4)]
         text = " ".join(map(str, numbers))
         problems.append((f"use {text} once each to make {target}\n<think>", f"{text} = {target}"))
@@ -443,7 +422,6 @@ def read_rows(path):
 
 def file_task(args):
     """gsm8k ("question", "answer" ending in #### N) or math ("problem", "solution" or "answer")."""
-    import evaluate
     template, reward = ((R1_ZERO, r1_zero_reward_fn) if args.prompt == "r1_zero" else
                         (QUESTION_ONLY, question_only_reward_fn))
     if not args.data:
@@ -451,7 +429,7 @@ def file_task(args):
     problems = []
     for row in read_rows(args.data):
         question = row.get("question") or row.get("problem")
-        truth = row.get("answer") or evaluate.extract_boxed(row.get("solution", ""))
+        truth = row.get("answer") or extract_boxed(row.get("solution", ""))
         if not question or not truth:
             raise ValueError(f"--data: an item has {', '.join(row)}, not question and answer, or "
                              "problem and solution")
@@ -468,18 +446,16 @@ def load_task(args, tokenizer, limit):
     """The task of --task and --reward, without prompts that leave no room in `limit` tokens."""
     task = TASKS[args.task](args)
     if args.reward:
-        import importlib
-        module, _, name = args.reward.partition(":")
         sys.path.insert(0, os.getcwd())
         try:
-            task.reward_fn = getattr(importlib.import_module(module), name)
+            task.reward_fn = pkgutil.resolve_name(args.reward)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"--reward {args.reward}: {error}; give MODULE:FUNCTION") from None
-    before = len(task.train) + len(task.held_out)
-    fits = [[p for p in part if 0 < len(ids_of(tokenizer, p[0])) < limit - 1]
-            for part in (task.train, task.held_out)]
-    skipped, drawn = before - sum(map(len, fits)), not task.train
-    task.train, task.held_out = fits
+    drawn, before = not task.train, len(task.train) + len(task.held_out)
+    task.train, task.held_out = (
+        [p for p in part if 0 < len(tokenizer.encode(p[0])) < limit - 1]
+        for part in (task.train, task.held_out))
+    skipped = before - len(task.train) - len(task.held_out)
     if skipped:
         say(f"{skipped} problems skipped: empty, or no room for an answer in {limit} tokens")
     if not task.held_out or not (task.train or drawn):
@@ -498,28 +474,27 @@ def draw_problems(task, count, seed, step):
 # ---- data sets ---------------------------------------------------------------------------------
 
 
-def conversation_ids(row, tokenizer, eos):
-    """A row -> [(ids, is it the assistant's)]: messages, or prompt and response.
+def conversation(row, tokenizer):
+    """A Row of messages, or of prompt and response.
 
     Every assistant turn ends in a token that is learned too: else the model never learns to stop.
-    A conversation with an empty answer, or none, gives an empty list.
+    An empty turn is not learned.
     """
+    encode, parts, before = tokenizer.encode, [], ""
     if "messages" in row:
-        parts, before, turns = [], "", row["messages"]
-        answers = [m["content"] for m in turns if m["role"] == "assistant"]
-        for i, message in enumerate(turns if answers and all(answers) else ()):
-            if message["role"] == "assistant":
+        turns = row["messages"]
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant" and turn["content"]:
                 opened = tokenizer.apply_chat_template(turns[:i], add_generation_prompt=True)
                 text = tokenizer.apply_chat_template(turns[:i + 1])
-                parts += [(ids_of(tokenizer, opened[len(before):]), False),
-                          (ids_of(tokenizer, text[len(opened):]), True)]
+                parts.append(joined(encode(opened[len(before):]), encode(text[len(opened):])))
                 before = text
-        return parts
-    if "response" in row and "prompt" in row:
-        return [(ids_of(tokenizer, row["prompt"]), False),
-                (ids_of(tokenizer, row["response"]) + [eos], True)] if row["response"] else []
-    raise ValueError(f"--data: a row has {', '.join(row)}; messages, or prompt and response, are "
-                     "needed")
+    elif "prompt" in row and "response" in row:
+        parts = [joined(encode(row["prompt"]), encode(row["response"]) + [tokenizer.eot_id])]
+    else:
+        raise ValueError(f"--data: a row has {', '.join(row)}; messages, or prompt and response, "
+                         "are needed")
+    return Row([i for part in parts for i in part.ids], [x for part in parts for x in part.learned])
 
 
 class PackedSFTDataset(torch.utils.data.Dataset):
@@ -537,16 +512,13 @@ class PackedSFTDataset(torch.utils.data.Dataset):
         end = getattr(tokenizer, "eos_token", None) or tokenizer_py.EOT
         ids = [t for i in order for t in ids_of(
             tokenizer, begin + ALPACA.format(rows[i]["prompt"]) + rows[i]["response"] + end)]
-        self.count = (len(ids) - 1) // seq_length
-        used = torch.tensor(ids[:self.count * seq_length + 1])
+        used = torch.tensor(ids[:(len(ids) - 1) // seq_length * seq_length + 1])
         self.inputs, self.labels = (x.view(-1, seq_length) for x in (used[:-1], used[1:]))
 
     def __len__(self):
-        return self.count
+        return len(self.inputs)
 
     def __getitem__(self, i):
-        if not 0 <= i < self.count:
-            raise IndexError(i)
         return {"input_ids": self.inputs[i], "labels": self.labels[i]}
 
 
@@ -569,42 +541,35 @@ def load_hh(path):
     return pairs
 
 
-# ---- a session: model, optimizer, log ----------------------------------------------------------
-
-class LoRALinear(torch.nn.Module):
-    """base(x) + (alpha / r) B A x with A (r, d_in), B (d_out, r) learned (Hu et al. 2021)."""
-
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base, self.scale = base.requires_grad_(False), alpha / rank
-        self.A = torch.nn.Parameter(torch.randn(rank, base.weight.shape[1]) / math.sqrt(rank))
-        self.B = torch.nn.Parameter(torch.zeros(base.weight.shape[0], rank))
-
-    def forward(self, x):
-        return self.base(x) + self.scale * (x @ self.A.T) @ self.B.T
+# ---- a session: model, optimizers, log ---------------------------------------------------------
 
 
-def add_lora(model, rank, alpha):
-    """Freeze the model and put a LoRALinear around every matrix of its blocks."""
+def add_lora(model, rank, alpha=16.0):
+    """Freeze the model; every matrix W of its blocks becomes W + (alpha / r) B A, of which A
+    (r, d_in) and B (d_out, r) are learned (Hu et al. 2021)."""
+    def adapter(linear, inputs, output):  # a forward hook
+        return output + linear.scale * (inputs[0] @ linear.A.T) @ linear.B.T
+
     model.requires_grad_(False)
-    for layer in model.layers:
-        for module in list(layer.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, model_py.Linear):
-                    setattr(module, name, LoRALinear(child, rank, alpha))
+    for linear in model.layers.modules():
+        if isinstance(linear, model_py.Linear):
+            d_out, d_in = linear.weight.shape
+            linear.A = torch.nn.Parameter(torch.randn(rank, d_in) / math.sqrt(rank))
+            linear.B = torch.nn.Parameter(torch.zeros(d_out, rank))
+            linear.scale = alpha / rank
+            linear.register_forward_hook(adapter)
 
 
+@torch.no_grad()
 def merged(model):
-    """A copy of the model with every LoRALinear folded into the matrix it stands around."""
+    """A copy to save: every adapter folded into the matrix it belongs to, and no value head."""
     model = copy.deepcopy(model)
-    for layer in model.layers:  # checkpoint_blocks' forward would run the original's block
-        layer.__dict__.pop("forward", None)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoRALinear):
-                with torch.no_grad():
-                    child.base.weight += child.scale * child.B @ child.A
-                setattr(module, name, child.base)
+    model.value_head = None
+    for linear in model.layers.modules():
+        if hasattr(linear, "A"):
+            linear.weight += linear.scale * linear.B @ linear.A
+            del linear.A, linear.B
+            linear._forward_hooks.clear()
     return model
 
 
@@ -615,12 +580,13 @@ class Session:
     args: argparse.Namespace
     model: torch.nn.Module
     tokenizer: object
-    task: Task
     device: torch.device
-    optimizers: list = field(default_factory=list)
-    head: object = None  # the linear head of rewards or values, where there is one
+    start: Path = None  # the checkpoint it began with
+    task: Task = None
+    optimizers: list = ()
     step: int = 0  # done so far
-    records: list = field(default_factory=list)
+    updates: int = 0  # of the weights; grpo, ppo and ei make several a step
+    records: list = field(default_factory=list)  # the lines of log.jsonl
     pool: set = field(default_factory=set)  # of expert iteration: (prompt ids, response ids)
     seconds: dict = field(default_factory=dict)  # spent since the last line of the log
     stopping: bool = False  # SIGTERM came
@@ -635,8 +601,200 @@ class Session:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def parameters(self):
-        modules = [self.model, self.head] if self.head else [self.model]
-        return [p for m in modules for p in m.parameters() if p.requires_grad]
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def open_session(args):
+    device, out = train_py.init_distributed(args.device), Path(args.out)
+    start = Path(args.model or out / "start")
+    if out.resolve() == start.resolve():
+        raise ValueError(f"--out {out}: is --model's folder too; a run keeps what it began with")
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.model and not (out / "train_state.pt").exists():
+        pretrain_sorter(args, device, start)
+    model = model_py.Transformer.from_pretrained(start, dtype=torch.float32)
+    s = Session(args, model, tokenizer_py.Tokenizer.load(start), device, start)
+    if args.task:
+        s.task = load_task(args, s.tokenizer, model.config.context_length)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(s, "stopping", True))
+    torch.manual_seed(args.seed)
+    if args.lora:
+        add_lora(model, args.lora)
+    model.to(device)
+    if args.checkpoint_activations:
+        train_py.checkpoint_blocks(model)
+    if args.algorithm in ("ppo", "rm"):
+        model.value_head = torch.nn.Linear(model.config.d_model, 1).to(device)
+        torch.nn.init.zeros_(model.value_head.weight)
+    s.optimizers = make_optimizers(s)
+    restore(s)
+    return s
+
+
+def make_optimizers(s):
+    """AdamW, and Muon for the blocks' matrices if --muon-lr has a rate for it."""
+    use_muon = s.args.muon_lr and not s.args.lora
+    matrices = [p for p in s.model.layers.parameters() if p.ndim == 2 and use_muon]
+    inside = set(map(id, matrices))
+    adam = train_py.AdamW([p for p in s.parameters() if id(p) not in inside], lr=s.args.lr,
+                          betas=(0.9, 0.95), weight_decay=0.0)
+    return [adam, train_py.Muon(matrices, lr=s.args.muon_lr)] if matrices else [adam]
+
+
+def reference_model(s):
+    """The model the run began with, frozen."""
+    model = model_py.Transformer.from_pretrained(s.start, dtype=torch.float32)
+    return model.to(s.device).requires_grad_(False)
+
+
+IDENTITY = ("algorithm", "model", "task", "data", "seed", "lr", "lora")
+
+
+def restore(s):
+    """Go on from OUT/train_state.pt, or begin; another run's is refused."""
+    path = Path(s.args.out) / "train_state.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True, mmap=True)
+        other = [f"--{k} {v}" for k, v in state["settings"].items() if v != vars(s.args).get(k)]
+        if other:
+            raise ValueError(f"--out {s.args.out}: holds a run with {', '.join(other)}; give "
+                             "those, or another --out")
+        s.step = train_py.load_checkpoint(path, s.model, s.optimizers)
+        s.updates, s.records, s.pool = state["updates"], state["records"], set(state["pool"])
+        say(f"going on from step {s.step}")
+    if RANK == 0:  # what was done after the last save will be done again
+        path.with_name("log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in s.records))
+
+
+def save(s):
+    """The model for users, and train_state.pt, from which a run goes on; each file whole."""
+    out = Path(s.args.out)
+    merged(s.model).save_pretrained(out)
+    s.tokenizer.save(out)
+    if s.args.algorithm == "rm":
+        from safetensors.torch import save_file
+        save_file(s.model.value_head.state_dict(), out / "reward_head.safetensors")
+    train_py.save_checkpoint(s.model, s.optimizers, s.step, out / "train_state.pt",
+                             settings={k: getattr(s.args, k) for k in IDENTITY},
+                             updates=s.updates, records=s.records, pool=sorted(s.pool))
+
+
+def log_step(s, **record):
+    """One line on the screen and in log.jsonl; held-out accuracy, plot and checkpoint when due.
+
+    rollout, scoring, train, wait: shares of the step's time; wait is for the other ranks.
+    """
+    s.step += 1
+    a, last, spent = s.args, s.step == s.args.steps, sum(s.seconds.values()) or 1.0
+    shares = {k: round(v / spent, 3) for k, v in s.seconds.items()}
+    evaluated = s.task and a.algorithm != "rm" and (s.step % a.eval_every == 0 or last)
+    record["accuracy"] = held_out_accuracy(s) if evaluated else None
+    s.records.append(dict(step=s.step, **record, **shares))
+    s.seconds.clear()
+    stopping, = all_reduce_sum([float(s.stopping)], s.device)
+    if RANK == 0:
+        with open(Path(a.out) / "log.jsonl", "a") as f:
+            f.write(json.dumps(s.records[-1]) + "\n")
+        if s.step == 1 or s.step % a.log_every == 0 or last:
+            say(f"{s.step:>5}/{a.steps:<5} " + "  ".join(
+                f"{k} {v:.4g}" for k, v in (record | shares).items() if v is not None))
+        if s.step % a.save_every == 0 or last or stopping:
+            save(s)
+            draw(s.records, list(record), Path(a.out) / "progress.png")
+    if stopping:
+        raise KeyboardInterrupt
+
+
+def draw(records, names, path):
+    """A panel for each name: its numbers against the step."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3), dpi=100)
+    for panel, name in zip(np.atleast_1d(panels), names):
+        points = [(r["step"], r[name]) for r in records if r[name] is not None]
+        panel.plot(*np.reshape(points, (-1, 2)).T)
+        panel.set(title=name, xlabel="step")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".tmp.png"))
+    plt.close(figure)
+    os.replace(path.with_suffix(".tmp.png"), path)
+
+
+# ---- one update, of every algorithm ------------------------------------------------------------
+
+
+def micro_batches(rows, tokens):
+    """Rows by length, in batches of about so many padded tokens."""
+    def size(row):
+        pair = [row, row.rejected] if row.rejected else [row]
+        return len(pair) * max(len(r.ids) for r in pair)
+
+    batch = []
+    for row in sorted(rows, key=size):
+        if batch and size(row) * (len(batch) + 1) > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def optimizer_step(s):
+    """Sum gradients over the ranks, clip, warm up, step; returns the norm before clipping.
+
+    The warm-up matters: Adam's first steps have the full size whatever the gradient is, which can
+    undo a pre-trained model in one of them.
+    """
+    parameters = s.parameters()
+    for p in parameters:
+        if p.grad is None:  # a rank without rows still takes part in the sum
+            p.grad = torch.zeros_like(p)
+    train_py.sum_gradients(parameters)
+    norm = train_py.clip_grad_norm(parameters, s.args.clip).item()
+    if not math.isfinite(norm):
+        raise ValueError(f"step {s.step + 1}: the gradient is not finite; the checkpoint of the "
+                         "last save is kept, try a lower --lr")
+    s.updates += 1
+    for optimizer, lr in zip(s.optimizers, (s.args.lr, s.args.muon_lr)):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, s.updates / max(1, s.args.warmup))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def update(s, rows, loss_fn, names):
+    """One optimizer step: sums over all ranks of `names`, and the gradient's norm.
+
+    loss_fn(rows of a micro-batch) -> (its share of the loss, what to sum under each name).
+    """
+    totals = [0.0] * len(names)
+    with s.timed("train"):
+        for part in micro_batches(rows, s.args.micro_tokens):
+            loss, values = loss_fn(part)
+            loss.backward()
+            totals = [total + v.item() for total, v in zip(totals, values)]
+    with s.timed("wait"):
+        totals = all_reduce_sum(totals, s.device)
+    with s.timed("train"):
+        return dict(zip(names, totals), gnorm=optimizer_step(s))
+
+
+# ---- supervised fine-tuning --------------------------------------------------------------------
+
+
+def sft_update(s, rows):
+    """One step on rows: mean loss a learned token, over all ranks."""
+    tokens, = all_reduce_sum([float(sum(sum(r.learned) for r in rows))], s.device)
+
+    def loss_fn(rows):
+        ids, labels, mask = batch_of(rows, s.device)
+        with s.autocast():
+            logp = get_response_log_probs(s.model, ids, labels, mask=mask)["log_probs"]
+        loss = -masked_normalize(logp, mask, max(tokens, 1.0))
+        return loss, [loss]
+
+    return update(s, rows, loss_fn, ["loss"])
 
 
 def new_sorter(args):
@@ -651,259 +809,39 @@ def new_sorter(args):
     return model, tok
 
 
-def open_session(args, head=False):
-    device = train_py.init_distributed(args.device)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    if args.model:
-        model = model_py.Transformer.from_pretrained(args.model, dtype=torch.float32)
-        tok = tokenizer_py.Tokenizer.load(args.model)
-    else:
-        model, tok = new_sorter(args)
-    task = load_task(args, tok, model.config.context_length) if args.task else None
-    s = Session(args, model.to(device), tok, task, device)
-    signal.signal(signal.SIGTERM, lambda *_: setattr(s, "stopping", True))
-    if not args.model and not (Path(args.out) / "train_state.pt").exists():
-        pretrain_sorter(s)
-    torch.manual_seed(args.seed)
-    if args.lora:
-        add_lora(s.model, args.lora, args.lora_alpha)
-        s.model.to(device)
-    if args.checkpoint_activations:
-        train_py.checkpoint_blocks(s.model)
-    if head:
-        s.head = torch.nn.Linear(model.config.d_model, 1).to(device)
-        torch.nn.init.zeros_(s.head.weight)
+def pretrain_sorter(args, device, folder, demonstrations=300):
+    """Teach a new model the form of an answer, and some sorting: <think> as given </think> ..."""
+    rng, a, start = np.random.default_rng(args.seed + 10**7), copy.copy(args), time.time()
+    a.warmup, a.lora, a.lr, a.muon_lr = 20, 0, 3e-3, 0.02
+    model, tok = new_sorter(args)
+    texts = [(p, f"<think> {p[5:-1]} </think> <answer> {t} </answer>")
+             for p, t in (sort_problem(rng) for _ in range(demonstrations))]
+    rows = [joined(tok.encode(p), tok.encode(r) + [tok.eot_id]) for p, r in texts]
+    s = Session(a, model.to(device), tok, device)
     s.optimizers = make_optimizers(s)
-    restore(s)
-    return s
+    for step in range(a.pretrain_steps):
+        decay = min(1.0, 2 * (1 - step / a.pretrain_steps))
+        a.lr, a.muon_lr = 3e-3 * decay, 0.02 * decay
+        mine = [rows[i] for i in rng.choice(len(rows), 64)][RANK::WORLD_SIZE]
+        loss = sft_update(s, mine)["loss"]
+    if RANK == 0:
+        model.save_pretrained(folder)
+        tok.save(folder)
+    dist.barrier()
+    say(f"pre-trained on {len(rows)} demonstrations: loss {loss:.4f}, {time.time() - start:.0f} s")
 
 
-def make_optimizers(s):
-    """AdamW for everything, or --optimizer muon: Muon for the blocks' matrices."""
-    a, muon = s.args, s.args.optimizer == "muon" and not s.args.lora
-    inside = {id(p) for p in s.model.layers.parameters() if p.ndim == 2 and muon}
-    rest = [p for p in s.parameters() if id(p) not in inside]
-    adam = train_py.AdamW(rest, lr=a.lr, betas=(0.9, 0.95), weight_decay=a.weight_decay)
-    matrices = [p for p in s.parameters() if id(p) in inside]
-    return [adam, train_py.Muon(matrices, lr=a.muon_lr)] if muon else [adam]
-
-
-IDENTITY = ("algorithm", "model", "task", "data", "seed", "lr", "lora")
-
-
-def restore(s):
-    """Go on from OUT/train_state.pt, or begin; another run's is refused."""
-    path, log = (Path(s.args.out) / name for name in ("train_state.pt", "log.jsonl"))
-    if not path.exists():
-        if train_py.RANK == 0:
-            log.unlink(missing_ok=True)
-        return
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    other = [f"--{k} {v}" for k, v in state["settings"].items() if v != getattr(s.args, k)]
-    if other:
-        raise ValueError(f"--out {s.args.out}: holds a run with {', '.join(other)}; give those, or "
-                         "another --out")
-    s.step = state["iteration"]
-    s.model.load_state_dict(state["model"])
-    for optimizer, own in zip(s.optimizers, state["optimizers"]):
-        optimizer.load_state_dict(own)
-    s.pool = set(state["pool"])
-    if s.head:
-        s.head.load_state_dict(state["head"])
-    lines = log.read_text().splitlines() if log.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill cuts lines short
-    s.records = [r for r in records if r["step"] <= s.step]
-    if train_py.RANK == 0:  # what was done after the last save will be done again
-        beside = log.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(r) + "\n" for r in s.records))
-        os.replace(beside, log)
-    say(f"going on from step {s.step}")
-
-
-def save(s):
-    """The model for users, and train_state.pt, from which alone a run goes on; each whole."""
-    if train_py.RANK:
-        return
-    out, work = Path(s.args.out), Path(s.args.out) / f"saving-{os.getpid()}"
-    merged(s.model).save_pretrained(work)
-    s.tokenizer.save(work)
-    for file in work.iterdir():
-        os.replace(file, out / file.name)
-    work.rmdir()
-    train_py.save_checkpoint(s.model, s.optimizers, s.step, out / "train_state.pt",
-                             settings={k: getattr(s.args, k) for k in IDENTITY},
-                             pool=sorted(s.pool), head=s.head.state_dict() if s.head else {})
-
-
-def reference_model(s):
-    """The frozen model a run began with: kept in OUT/reference, for when the run is continued."""
-    folder, dtype = Path(s.args.out) / "reference", next(s.model.parameters()).dtype
-    if s.step and folder.exists():
-        model = model_py.Transformer.from_pretrained(folder, dtype=dtype).to(s.device)
-        return model.requires_grad_(False)
-    reference = merged(s.model).requires_grad_(False)
-    if train_py.RANK == 0:
-        beside = folder.with_name(f"saving-{os.getpid()}")
-        reference.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
-    return reference
-
-
-def log_step(s, **record):
-    """One line on the screen and in log.jsonl; the plot and the checkpoint when they are due.
-
-    rollout, scoring, train, wait: shares of the step's time; wait is for the other ranks.
-    """
-    s.step += 1
-    spent = sum(s.seconds.values()) or 1.0
-    shares = {k: round(v / spent, 3) for k, v in s.seconds.items()}
-    record, s.seconds = dict(step=s.step, **record, **shares), {}
-    s.records.append(record)
-    stopping, = all_reduce_sum([float(s.stopping)], s.device)
-    if train_py.RANK == 0:
-        with open(Path(s.args.out) / "log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
-        if s.step == 1 or s.step % s.args.log_every == 0 or s.step == s.args.steps:
-            say(f"{s.step:>5}/{s.args.steps:<5} " + "  ".join(
-                f"{k} {v:.4g}" for k, v in record.items() if k != "step" and v is not None))
-        if s.step % s.args.save_every == 0 or s.step == s.args.steps or stopping:
-            save(s)
-            draw(s, [k for k in record if k != "step" and k not in shares])
-    if stopping:
-        raise KeyboardInterrupt
-
-
-def draw(s, names):
-    """progress.png: every logged number against the step."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3), dpi=100)
-    for panel, name in zip(np.atleast_1d(panels), names):
-        points = [(r["step"], r[name]) for r in s.records if r.get(name) is not None]
-        panel.plot(*zip(*points) if points else ([], []))
-        panel.set(title=name, xlabel="step")
-    figure.tight_layout()
-    beside = Path(s.args.out) / "progress.tmp.png"
-    figure.savefig(beside)
-    plt.close(figure)
-    os.replace(beside, Path(s.args.out) / "progress.png")
-
-
-def optimizer_step(s, factor=1.0):
-    """Sum gradients over the ranks, clip, warm up, step; returns the norm before clipping.
-
-    factor is of the full learning rate.
-    The warm-up matters: Adam's first steps have the full size whatever the gradient is, which can
-    undo a pre-trained model in one of them.
-    """
-    parameters = s.parameters()
-    for p in parameters:
-        if p.grad is None:  # a rank without rows still takes part in the sum
-            p.grad = torch.zeros_like(p)
-    train_py.sum_gradients(parameters)
-    norm = train_py.clip_grad_norm(parameters, s.args.clip).item()
-    if not math.isfinite(norm):
-        raise ValueError(f"step {s.step + 1}: the gradient is not finite; the checkpoint of the "
-                         "last save is kept, try a lower --lr")
-    for optimizer in s.optimizers:
-        group = optimizer.param_groups[0]
-        group["updates"] = group.get("updates", 0) + 1
-        full = group.setdefault("full_lr", group["lr"])
-        group["lr"] = full * factor * min(1.0, group["updates"] / max(1, s.args.warmup))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def micro_batches(units, tokens):
-    """Units (lists of rows that stay together), by length, in batches of about so many tokens."""
-    length = {id(u): max(len(r.ids) for r in u) * len(u) for u in units}
-    batch = []
-    for unit in sorted(units, key=lambda u: length[id(u)]):
-        if batch and length[id(unit)] * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(unit)
-    if batch:
-        yield batch
-
-
-def on_device(s, rows):
-    batch = batch_of(rows)
-    return (batch[k].to(s.device) for k in ("input_ids", "labels", "response_mask"))
-
-
-def update(s, units, loss_fn, names, factor=1.0):
-    """One optimizer step, of every algorithm: sums over all ranks of `names`, and the norm.
-
-    loss_fn(units of a micro-batch) -> (its share of the loss, what to sum under each name).
-    """
-    totals = [0.0] * len(names)
-    with s.timed("train"):
-        for part in micro_batches(units, s.args.micro_tokens):
-            loss, values = loss_fn(part)
-            loss.backward()
-            totals = [t + float(v) for t, v in zip(totals, values)]
-    with s.timed("wait"):
-        totals = all_reduce_sum(totals, s.device)
-    with s.timed("train"):
-        return dict(zip(names, totals), gnorm=optimizer_step(s, factor))
-
-
-# ---- supervised fine-tuning ---------------------------------------------------------------------
-
-
-def sft_update(s, rows, factor=1.0):
-    """One step on rows: mean loss a learned token, over all ranks."""
-    tokens, = all_reduce_sum([float(sum(sum(r.learned) for r in rows))], s.device)
-
-    def loss_fn(part):
-        ids, labels, mask = on_device(s, [r for r, in part])
-        with s.autocast():
-            logp = get_response_log_probs(s.model, ids, labels, mask=mask)["log_probs"]
-        loss = -(logp * mask).sum() / max(tokens, 1.0)
-        return loss, [loss.item()]
-
-    return update(s, [[r] for r in rows], loss_fn, ["loss"], factor)
-
-
-def pretrain_sorter(s):
-    """Teach the new model the form of an answer, and some sorting, from 300 demonstrations."""
-    rng, args = np.random.default_rng(s.args.seed + 10**7), copy.copy(s.args)
-    problems = [sort_problem(rng) for _ in range(s.args.demonstrations)]
-    rows = [joined(s.tokenizer.encode(p), s.tokenizer.encode(sort_demonstration(p, t)) + [0])
-            for p, t in problems]
-    args.lr, args.muon_lr, args.warmup, args.optimizer, args.lora = 3e-3, 0.02, 20, "muon", 0
-    own = Session(args, s.model, s.tokenizer, s.task, s.device)
-    own.optimizers = make_optimizers(own)
-    start, steps = time.time(), args.pretrain_steps
-    for step in range(steps):
-        mine = [rows[i] for i in rng.choice(len(rows), 64)]
-        loss = sft_update(own, mine[train_py.RANK::train_py.WORLD_SIZE],
-                          min(1.0, 2 * (1 - step / steps)))["loss"]
-    say(f"pre-trained on {len(rows)} demonstrations: loss {loss:.4f}, held-out accuracy "
-        f"{held_out_accuracy(s):.3f}, {time.time() - start:.0f} s")
-
-
-def sft_rows(s):
-    """The conversations of --data as Rows; one that does not fit the context is skipped."""
-    rows, skipped = [], 0
-    limit = s.model.config.context_length
-    for raw in read_rows(s.args.data):
-        parts = conversation_ids(raw, s.tokenizer, s.tokenizer.eot_id)
-        row = Row([i for ids, _ in parts for i in ids],
-                  [learned for ids, learned in parts for _ in ids])
-        if parts and parts[0][0] and len(row.ids) <= limit:
-            rows.append(row)
-        else:
-            skipped += 1
-    if skipped:
-        say(f"{skipped} rows skipped: an empty prompt or response, or over {limit} tokens")
-    if not rows:
-        raise ValueError("--data: no response left to learn from")
-    return pack(rows, limit) if s.args.pack else rows
+def fitting(rows, limit):
+    """The rows with a prompt and an answer that fit the context, also where there are pairs."""
+    good = [row for row in rows if all(
+        r.ids and not r.learned[0] and sum(r.learned) > 1 and len(r.ids) <= limit
+        for r in (row, row.rejected or row))]
+    if len(good) < len(rows):
+        say(f"{len(rows) - len(good)} rows skipped: an empty prompt or response, or over {limit} "
+            "tokens")
+    if not good:
+        raise ValueError("no response left to learn from")
+    return good
 
 
 def pack(rows, limit):
@@ -917,49 +855,65 @@ def pack(rows, limit):
     return packed
 
 
-def sft(args):
+def batches(s, rows):
+    """Each step's rows: every one once an epoch, in an order that seed and epoch give."""
+    a, n, size = s.args, len(rows), min(s.args.batch_size, len(rows))
+    a.steps = a.steps or math.ceil(n * a.epochs / size)
+    while s.step < a.steps:
+        places = range(s.step * size, (s.step + 1) * size)
+        orders = {epoch: np.random.default_rng((a.seed, epoch)).permutation(n)
+                  for epoch in {place // n for place in places}}
+        yield [rows[orders[place // n][place % n]] for place in places]
+
+
+# Each algorithm is a generator: it makes a step, yields what to log of it, and goes on.
+
+
+def sft(s):
     """Supervised fine-tuning on the assistant's tokens."""
-    s = open_session(args)
-    if not args.data:
+    limit = s.model.config.context_length
+    if not s.args.data:
         raise ValueError("sft: needs --data FILE.jsonl of messages, or prompt and response")
-    rows = sft_rows(s)
-    args.steps = args.steps or math.ceil(len(rows) * args.epochs / args.batch_size)
-    while s.step < args.steps:
-        epoch, first = divmod(s.step * args.batch_size, len(rows))
-        order = np.random.default_rng((args.seed, epoch)).permutation(len(rows))
-        chosen = [rows[i] for i in order[first:first + args.batch_size]]
-        result = sft_update(s, chosen[train_py.RANK::train_py.WORLD_SIZE])
-        log_step(s, **result, accuracy=held_out_accuracy(s) if s.task and due(s) else None)
+    rows = fitting([conversation(row, s.tokenizer) for row in read_rows(s.args.data)], limit)
+    for chosen in batches(s, pack(rows, limit) if s.args.pack else rows):
+        yield sft_update(s, chosen[RANK::WORLD_SIZE])
 
 
-def due(s):
-    return (s.step + 1) % s.args.eval_every == 0 or s.step + 1 == s.args.steps
+# ---- rollouts ----------------------------------------------------------------------------------
 
 
-# ---- rollouts -----------------------------------------------------------------------------------
-
-
-def rollout(s, prompts, n=1, temperature=1.0, seed=0):
-    """n Completions of each prompt (a string), prompt by prompt.
+def answer(s, problems, n=1, temperature=1.0, seed=0, transcripts=None):
+    """n answers to each (prompt, truth) of this rank: Rows, problem by problem, and the mean reward
+    and length over all ranks.
 
     Temperature 1 without top-k or top-p, as the losses assume; the tokens that were sampled are
     the ones trained on, never text encoded again.
     """
     limit = min(s.args.max_new_tokens, s.model.config.context_length - 1)
-    with s.autocast():
-        return s.model.generate(
-            [ids_of(s.tokenizer, p) for p in prompts], limit, temperature=temperature, n=n,
+    prompts, truths = ([p[i] for p in problems for _ in range(n)] for i in (0, 1))
+    with s.timed("rollout"), s.autocast():
+        done = s.model.generate(
+            [s.tokenizer.encode(p) for p, _ in problems], limit, temperature=temperature, n=n,
             stop=[*s.task.stop, s.tokenizer.eot_id], tokenizer=s.tokenizer, seed=seed,
-            batch_size=s.args.rollout_batch) if prompts else []
+            batch_size=s.args.rollout_batch) if problems else []
+    with s.timed("scoring"):
+        rewards, failures = safe_rewards(s.task.reward_fn, [d.text for d in done], truths)
+    if transcripts:
+        log_generations(transcripts, s.step + 1, prompts, done, truths, rewards)
+    rows = [joined(d.ids[:-len(d.tokens)], d.tokens, old=d.logprobs, reward=r["reward"],
+                   complete=d.reason == "stop") for d, r in zip(done, rewards)]
+    with s.timed("wait"):
+        count, failures, reward, length = all_reduce_sum(
+            [float(len(rows)), float(failures), sum(r.reward for r in rows),
+             float(sum(len(r.old) for r in rows))], s.device)
+    if failures:
+        say(f"the reward function failed on {failures:.0f} of {count:.0f} answers; they count 0")
+    return rows, dict(reward=reward / max(count, 1), length=length / max(count, 1))
 
 
 def held_out_accuracy(s):
     """Mean reward of greedy answers to the held-out problems, shared by the ranks."""
-    mine = s.task.held_out[train_py.RANK::train_py.WORLD_SIZE]
-    done = rollout(s, [p for p, _ in mine], temperature=0.0)
-    rewards, _ = safe_rewards(s.task.reward_fn, [d.text for d in done], [t for _, t in mine])
-    total, count = all_reduce_sum([sum(r["reward"] for r in rewards), float(len(mine))], s.device)
-    return total / max(count, 1)
+    return answer(s, s.task.held_out[RANK::WORLD_SIZE], temperature=0.0)[1]["reward"]
 
 
 def log_generations(path, step, prompts, completions, truths, rewards, count=8):
@@ -972,67 +926,42 @@ def log_generations(path, step, prompts, completions, truths, rewards, count=8):
 
 
 def collect(s):
-    """Sample this rank's share of the step's problems and reward every answer.
-
-    Returns Rows, group by group, and what to log of all ranks: mean reward and length.
-    """
-    args, n = s.args, s.args.group_size
-    problems = draw_problems(s.task, args.prompts, args.seed, s.step)
-    problems = problems[train_py.RANK::train_py.WORLD_SIZE]
-    with s.timed("rollout"):
-        done = rollout(s, [p for p, _ in problems], n,
-                       seed=hash_seed(args.seed, s.step, train_py.RANK))
-    prompts, truths = ([p[i] for p in problems for _ in range(n)] for i in (0, 1))
-    with s.timed("scoring"):
-        rewards, failures = safe_rewards(s.task.reward_fn, [d.text for d in done], truths)
-    if (s.step + 1) % args.log_every == 0 and train_py.RANK == 0:
-        log_generations(Path(args.out) / "transcripts.jsonl", s.step + 1, prompts, done, truths,
-                        rewards)
-    rows = [joined(d.ids[:len(d.ids) - len(d.tokens)], d.tokens, old=d.logprobs,
-                   reward=r["reward"], complete=d.reason == "stop")
-            for d, r in zip(done, rewards)]
-    with s.timed("wait"):
-        reward, length, count, failures = all_reduce_sum(
-            [sum(r.reward for r in rows), float(sum(len(r.old) for r in rows)),
-             float(len(rows)), float(failures)], s.device)
-    if failures:
-        say(f"the reward function failed on {failures:.0f} of {count:.0f} answers; they count 0")
-    return rows, dict(reward=reward / max(count, 1), length=length / max(count, 1))
+    """Answers to this rank's share of the step's problems: see answer."""
+    a, shown = s.args, RANK == 0 and (s.step + 1) % s.args.log_every == 0
+    problems = draw_problems(s.task, a.prompts, a.seed, s.step)[RANK::WORLD_SIZE]
+    seed = int(np.random.SeedSequence((a.seed, s.step, RANK)).generate_state(1)[0])
+    return answer(s, problems, a.group_size, seed=seed,
+                  transcripts=Path(a.out) / "transcripts.jsonl" if shown else None)
 
 
-def hash_seed(*numbers):
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def ei(args):
+def ei(s):
     """Expert iteration: fine-tune on all of one's own right answers so far, again and again."""
-    s = open_session(args)
-    while s.step < args.steps:
+    a = s.args
+    while s.step < a.steps:
         rows, record = collect(s)
         right = [(tuple(r.ids[:-len(r.old)]), tuple(r.ids[-len(r.old):]))
                  for r in rows if r.reward == 1.0]
-        everybodys = [None] * train_py.WORLD_SIZE
+        everybodys = [None] * WORLD_SIZE
         dist.all_gather_object(everybodys, right)
         s.pool.update(*everybodys)
         pool = [joined(list(p), list(r)) for p, r in sorted(s.pool)]
-        rng = np.random.default_rng((args.seed, s.step, 0))
-        for _ in range(args.epochs * args.minibatches):
-            chosen = rng.choice(len(pool), min(len(pool), args.batch_size), False) if pool else []
-            result = sft_update(s, [pool[i] for i in chosen][train_py.RANK::train_py.WORLD_SIZE])
-        log_step(s, **record, pool=len(pool), **result,
-                 accuracy=held_out_accuracy(s) if due(s) else None)
+        rng = np.random.default_rng((a.seed, s.step, 0))
+        for _ in range(a.epochs * a.minibatches):
+            chosen = rng.choice(len(pool), min(len(pool), a.batch_size), False) if pool else []
+            result = sft_update(s, [pool[i] for i in chosen][RANK::WORLD_SIZE])
+        yield dict(record, pool=len(pool), **result)
 
 
-# ---- policy gradients ---------------------------------------------------------------------------
+# ---- policy gradients --------------------------------------------------------------------------
 
 
 def check_first_ratio(s, policy, old, mask):
     """Before the first update sampler and trainer are one model: their ratios must be 1."""
+    allowed, worst = (0.05, torch.mean) if s.args.dtype == "bf16" else (1e-3, torch.max)
     off = ((policy - old).exp() - 1).abs()[mask]
-    worst = (off.mean() if s.args.dtype == "bf16" else off.max()).item() if off.numel() else 0.0
-    allowed = 0.05 if s.args.dtype == "bf16" else 1e-3
-    if not worst <= allowed:
-        raise ValueError(f"log-probabilities of sampling and training differ by {worst:.2g} in "
+    off = worst(off).item() if len(off) else 0.0
+    if not off <= allowed:
+        raise ValueError(f"log-probabilities of sampling and training differ by {off:.2g} in "
                          f"ratio, {allowed} is allowed: generation and training disagree")
 
 
@@ -1043,23 +972,20 @@ def spread(mask, lists):
 
 
 def policy_update(s, rows, reference=None, first=True):
-    """One optimizer step on sampled rows, with PPO's value loss where there is a head."""
+    """One optimizer step on sampled rows, with PPO's value loss if that is the algorithm."""
     a = s.args
     kept = [r for r in rows if r.complete or not a.mask_overlong]
-    count, tokens = all_reduce_sum([float(len(kept)), float(sum(len(r.old) for r in kept))],
-                                   s.device)
-    constant = max(tokens, 1.0) if a.length_norm == "token" else a.max_new_tokens
+    count, tokens = (max(1.0, x) for x in all_reduce_sum(
+        [float(len(kept)), float(sum(len(r.old) for r in kept))], s.device))
+    constant = tokens if a.length_norm == "token" else a.max_new_tokens
 
-    def loss_fn(part):
-        part = [r for r, in part]
-        ids, labels, mask = on_device(s, part)
-        old, advantages, returns, raw = (spread(mask, values) for values in (
-            [r.old for r in part], [r.advantages for r in part],
-            [r.returns or [0.0] * len(r.old) for r in part],
-            [[r.reward] * len(r.old) for r in part]))
+    def loss_fn(rows):
+        ids, labels, mask = batch_of(rows, s.device)
+        old = spread(mask, [r.old for r in rows])
+        advantages = spread(mask, [r.advantages for r in rows])
+        raw = torch.tensor([[r.reward] for r in rows], device=s.device)
         with s.autocast():
             out = get_response_log_probs(s.model, ids, labels, True, mask)
-            values = token_values(s, ids) if s.head else 0.0
         policy, entropy, kl = out["log_probs"], out["token_entropy"], torch.zeros_like(old)
         if first:
             check_first_ratio(s, policy.detach(), old, mask)
@@ -1068,214 +994,173 @@ def policy_update(s, rows, reference=None, first=True):
         if reference is not None:
             with torch.no_grad(), s.autocast():
                 ref = get_response_log_probs(reference, ids, labels, mask=mask)["log_probs"]
-            kl = kl_penalty(policy, ref, a.kl_kind)
+            kl = kl_penalty(policy, ref)
             loss = loss + a.kl * kl
-        if s.head:
-            loss = loss + a.value_weight * (values - returns).square()
+        if a.algorithm == "ppo":
+            returns = spread(mask, [r.returns for r in rows])
+            loss = loss + 0.5 * (token_values(s, ids) - returns).square()
         loss = loss - a.entropy_bonus * entropy
-        loss = (loss * length_weights(mask, a.length_norm, max(count, 1.0), constant)).sum()
-        clipped = extra.get("clipped", torch.zeros_like(mask)) & mask
-        return loss, [(x * mask).sum().item() for x in (entropy, kl, clipped)] + [mask.sum().item()]
+        loss = (loss * length_weights(mask, a.length_norm, count, constant)).sum()
+        clipped = extra.get("clipped", torch.zeros_like(mask))
+        return loss, [(x * mask).sum() / tokens for x in (entropy, kl, clipped)]
 
-    return update(s, [[r] for r in kept], loss_fn, ["entropy", "kl", "clipped", "tokens"])
+    return update(s, kept, loss_fn, ["entropy", "kl", "clipped"])
 
 
-def policy_loop(s, advantages_fn):
-    """Sample, compare, step, repeat; advantages_fn(rows) fills in rows' advantages."""
-    args = s.args
-    reference = reference_model(s) if args.kl else None
-    while s.step < args.steps:
+def policy_gradient(s):
+    """grpo and ppo: sample, compare, update, repeat; they differ in what an advantage is."""
+    a, reference = s.args, reference_model(s) if s.args.kl else None
+    while s.step < a.steps:
         rows, record = collect(s)
         with s.timed("train"):
-            advantages_fn(rows)
-        useful = list(range(len(rows)))
-        if args.drop_equal:  # groups that are all right or all wrong have nothing to say
-            useful = [i for i in useful if any(rows[i].advantages)]
-        for epoch in range(args.epochs):
-            order = np.random.default_rng((args.seed, s.step, epoch)).permutation(useful)
-            for i, chosen in enumerate(np.array_split(order.astype(int), args.minibatches)):
-                sums = policy_update(s, [rows[j] for j in chosen], reference, epoch + i == 0)
-        tokens = max(sums.pop("tokens"), 1.0)
-        gnorm = sums.pop("gnorm")
-        log_step(s, **record, **{k: v / tokens for k, v in sums.items()}, gnorm=gnorm,
-                 accuracy=held_out_accuracy(s) if due(s) else None)
+            (ppo_advantages if a.algorithm == "ppo" else grpo_advantages)(s, rows)
+        # with --drop-equal, groups that are all right or all wrong have nothing to say
+        useful = [r for r in rows if any(r.advantages) or not a.drop_equal]
+        for epoch in range(a.epochs):
+            order = np.random.default_rng((a.seed, s.step, epoch)).permutation(len(useful))
+            for i, chosen in enumerate(np.array_split(order, a.minibatches)):
+                means = policy_update(s, [useful[j] for j in chosen], reference, epoch + i == 0)
+        yield dict(record, **means)
 
 
-def grpo(args):
-    """Group-relative policy optimization: an answer's advantage is over others to its problem."""
-    def advantages_fn(rows):
-        raw = torch.tensor([r.reward for r in rows])
-        for row, a in zip(rows, group_advantages(raw, args.group_size,
-                                                 normalize_by_std=not args.no_std).tolist()):
-            row.advantages = [a] * len(row.old)
-
-    policy_loop(open_session(args), advantages_fn)
+def grpo_advantages(s, rows):
+    """An answer's advantage is over the others to its problem."""
+    advantages, _, _ = compute_group_normalized_rewards(
+        lambda row, _: dict(reward=row.reward), rows, rows, s.args.group_size,
+        normalize_by_std=not s.args.no_std)
+    for row, advantage in zip(rows, advantages.tolist()):
+        row.advantages = [advantage] * len(row.old)
 
 
 def gae(rewards, values, gamma=1.0, lam=0.95):
     """Advantages of one sequence (T,) (Schulman et al. 2015): d_t = r_t + g v_{t+1} - v_t,
     A_t = d_t + g lam A_{t+1}; what comes after the end is worth 0."""
-    advantages, running = torch.zeros_like(values), 0.0
+    advantages, running, after = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(len(values))):
-        after = values[t + 1] if t + 1 < len(values) else 0.0
         running = rewards[t] + gamma * after - values[t] + gamma * lam * running
-        advantages[t] = running
+        advantages[t], after = running, values[t]
     return advantages
 
 
 def token_values(s, ids):
     """The value head on the residual stream: (B, T)."""
-    return s.head(s.model.hidden(ids).float())[..., 0]
+    with s.autocast():
+        return s.model.value_head(s.model.hidden(ids).float())[..., 0]
 
 
-def ppo(args):
-    """PPO: a value head on the policy's residual stream, the reward at the last token."""
-    s = open_session(args, head=True)
-
-    def advantages_fn(rows):
-        for part in micro_batches([[r] for r in rows], args.micro_tokens):
-            ids, _, mask = on_device(s, [r for r, in part])
-            with torch.no_grad(), s.autocast():
-                values = token_values(s, ids).cpu()
-            for (row,), v, m in zip(part, values, mask.cpu()):
-                rewards = F.pad(torch.tensor([row.reward]), (len(row.old) - 1, 0))
-                advantages = gae(rewards, v[m], lam=args.gae_lambda)
-                row.returns, row.advantages = (advantages + v[m]).tolist(), advantages.tolist()
-        flat = [a for r in rows for a in r.advantages]
-        n, total, square = all_reduce_sum([float(len(flat)), sum(flat), sum(a * a for a in flat)],
-                                          s.device)
-        mean = total / max(n, 1)
-        deviation = math.sqrt(max(square / max(n, 1) - mean**2, 0.0)) + 1e-6
-        for row in rows:
-            row.advantages = [(a - mean) / deviation for a in row.advantages]
-
-    policy_loop(s, advantages_fn)
+def ppo_advantages(s, rows):
+    """GAE on the value head's numbers, the reward at the last token; mean 0, deviation 1."""
+    for part in micro_batches(rows, s.args.micro_tokens):
+        ids, _, mask = batch_of(part, s.device)
+        with torch.no_grad():
+            values = token_values(s, ids).cpu()
+        for row, v, m in zip(part, values, mask.cpu()):
+            rewards = F.pad(torch.tensor([row.reward]), (len(row.old) - 1, 0))
+            advantages = gae(rewards, v[m])
+            row.returns, row.advantages = (advantages + v[m]).tolist(), advantages.tolist()
+    flat = [a for r in rows for a in r.advantages]
+    n, total, square = all_reduce_sum([float(len(flat)), sum(flat), sum(a * a for a in flat)],
+                                      s.device)
+    mean = total / max(n, 1)
+    deviation = math.sqrt(max(square / max(n, 1) - mean**2, 0.0)) + 1e-6
+    for row in rows:
+        row.advantages = [(a - mean) / deviation for a in row.advantages]
 
 
-# ---- preferences --------------------------------------------------------------------------------
+# ---- preferences -------------------------------------------------------------------------------
 
 
-def preference_rows(s):
-    """[[chosen Row, rejected Row]] of --data, or of own answers to --task."""
-    eos, limit = s.tokenizer.eot_id, s.model.config.context_length
-    if s.args.data:
-        raw = list(read_rows(s.args.data))
-        pairs = raw if raw and "prompt" in raw[0] else load_hh(s.args.data)
-        for number, pair in enumerate(pairs or [{}], 1):
-            missing = [k for k in ("prompt", "chosen", "rejected") if k not in pair]
-            if missing:
-                raise ValueError(f"--data: row {number} is without {', '.join(missing)}; prompt, "
-                                 "chosen, rejected or HH transcripts are needed")
-        rows = [[joined(ids_of(s.tokenizer, p["prompt"]), ids_of(s.tokenizer, p[k]) + [eos])
-                 for k in ("chosen", "rejected")] for p in pairs]
-    else:
-        rows = own_pairs(s)
-    fitting = [u for u in rows if all(not r.learned[0] and sum(r.learned) > 1
-                                      and len(r.ids) <= limit for r in u)]
-    if len(fitting) < len(rows):
-        say(f"{len(rows) - len(fitting)} pairs skipped: an empty prompt or answer, or over "
-            f"{limit} tokens")
-    if not fitting:
-        raise ValueError("no pair left to learn from")
-    return fitting
+def read_pairs(s):
+    """The pairs of --data: chosen Rows, each with the rejected one."""
+    encode, eot = s.tokenizer.encode, [s.tokenizer.eot_id]
+    try:
+        pairs = list(read_rows(s.args.data))
+        if pairs and "prompt" not in pairs[0]:
+            pairs = load_hh(s.args.data)
+        return [joined(encode(p["prompt"]), encode(p["chosen"]) + eot,
+                       rejected=joined(encode(p["prompt"]), encode(p["rejected"]) + eot))
+                for p in pairs]
+    except KeyError as error:
+        raise ValueError(f"--data: a row is without {error}; prompt, chosen, rejected or HH "
+                         "transcripts are needed") from None
 
 
 def own_pairs(s):
-    """A right and a wrong answer of the model itself to each problem that got both."""
+    """Right answers of the starting model, each with a wrong one to the same problem."""
     n, pairs = s.args.group_size, []
     problems = draw_problems(s.task, s.args.pairs, s.args.seed, 0)
-    done = rollout(s, [p for p, _ in problems], n, seed=s.args.seed)
-    truths = [t for _, t in problems for _ in range(n)]
-    rewards, _ = safe_rewards(s.task.reward_fn, [d.text for d in done], truths)
-    rows = [joined(d.ids[:len(d.ids) - len(d.tokens)], d.tokens, reward=r["reward"])
-            for d, r in zip(done, rewards)]
+    rows, _ = answer(replace(s, model=reference_model(s)), problems, n, seed=s.args.seed)
     for g in range(0, len(rows), n):
         right = [r for r in rows[g:g + n] if r.reward == 1.0]
         wrong = [r for r in rows[g:g + n] if r.reward < 1.0]
-        pairs += list(map(list, zip(right, wrong)))[:2]
+        pairs += [replace(r, rejected=w) for r, w in zip(right[:2], wrong[:2])]
     say(f"{len(pairs)} pairs of own answers to {len(problems)} problems")
     return pairs
 
 
-def preference_loop(s, pairs, loss_fn, evaluate_task=True):
-    """Steps on pairs; loss_fn(rows of 2B sequences, chosen first) -> (losses (B,), margins)."""
-    a = s.args
-    a.steps = a.steps or math.ceil(len(pairs) * a.epochs / a.batch_size)
-    while s.step < a.steps:
-        size = min(a.batch_size, len(pairs))
-        chosen = np.random.default_rng((a.seed, s.step)).choice(len(pairs), size, replace=False)
-        mine = [pairs[i] for i in chosen][train_py.RANK::train_py.WORLD_SIZE]
+def preferences(s, loss_fn):
+    """The steps of dpo and rm; loss_fn(chosen rows, then rejected) -> losses and margins (B,)."""
+    pairs = fitting(read_pairs(s) if s.args.data else own_pairs(s), s.model.config.context_length)
+    size = min(s.args.batch_size, len(pairs))
 
-        def share(part, size=size):
-            losses, margins = loss_fn([u[0] for u in part] + [u[1] for u in part])
-            return losses.sum() / size, [losses.sum().item() / size,
-                                         (margins > 0).sum().item() / size]
+    def share(rows):
+        losses, margins = loss_fn(rows + [r.rejected for r in rows])
+        loss = losses.sum() / size
+        return loss, [loss, (margins > 0).sum() / size]
 
-        result = update(s, mine, share, ["loss", "margin_accuracy"])
-        log_step(s, **result,
-                 accuracy=held_out_accuracy(s) if evaluate_task and s.task and due(s) else None)
+    for chosen in batches(s, pairs):
+        yield update(s, chosen[RANK::WORLD_SIZE], share, ["loss", "margin_accuracy"])
 
 
-def dpo(args):
+def dpo(s):
     """Direct preference optimization against a frozen copy of the starting model.
 
     --nll adds the chosen response's mean -log p: where right and wrong answers share most tokens,
     DPO alone lowers both (Pang et al. 2024, Iterative Reasoning Preference Optimization).
     """
-    s = open_session(args)
-    reference = reference_model(s)
-    s.model, policy_model = reference, s.model  # own answers are the starting model's
-    pairs, s.model = preference_rows(s), policy_model
-    nll = float(not args.data) if args.nll is None else args.nll
-    if s.task:
-        say(f"held-out accuracy before: {held_out_accuracy(s):.3f}")
+    a, reference = s.args, reference_model(s)
+    nll = float(not a.data) if a.nll is None else a.nll
 
     def loss_fn(rows):
-        ids, labels, mask = on_device(s, rows)
+        batch = batch_of(rows, s.device)
         with s.autocast():
-            policy = get_response_log_probs(s.model, ids, labels, mask=mask)["log_probs"].sum(1)
+            policy = sequence_log_probs(s.model, *batch).chunk(2)
             with torch.no_grad():
-                ref = get_response_log_probs(reference, ids, labels, mask=mask)["log_probs"].sum(1)
-        lengths = mask.sum(1).float().chunk(2)
-        losses, margins = dpo_loss(*policy.chunk(2), *ref.chunk(2), args.beta, args.preference,
-                                   args.label_smoothing, *lengths)
-        return losses - nll * policy.chunk(2)[0] / lengths[0], margins
+                ref = sequence_log_probs(reference, *batch).chunk(2)
+        lengths = batch[2].sum(1).float().chunk(2)
+        losses, margins = dpo_loss(*policy, *ref, a.beta, a.preference, a.label_smoothing, *lengths)
+        return losses - nll * policy[0] / lengths[0], margins
 
-    preference_loop(s, pairs, loss_fn)
+    return preferences(s, loss_fn)
 
 
-def rm(args):
+def rm(s):
     """A reward model: a linear head on the last token, saved as reward_head.safetensors."""
-    s = open_session(args, head=True)
-
     def loss_fn(rows):
         # one id more, so that the inputs reach the last token
-        ids, _, mask = on_device(s, [Row(r.ids + [0], r.learned + [True]) for r in rows])
-        with s.autocast():
-            values = token_values(s, ids)
+        ids, _, mask = batch_of([Row(r.ids + [0], r.learned + [True]) for r in rows], s.device)
         last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-        chosen, rejected = values.gather(1, last[:, None])[:, 0].chunk(2)
+        chosen, rejected = token_values(s, ids).gather(1, last[:, None])[:, 0].chunk(2)
         return reward_model_loss(chosen, rejected), chosen - rejected
 
-    preference_loop(s, preference_rows(s), loss_fn, evaluate_task=False)
-    if train_py.RANK == 0:
-        from safetensors.torch import save_file
-        save_file(s.head.state_dict(), Path(args.out) / "reward_head.safetensors")
+    return preferences(s, loss_fn)
 
 
-# ---- command line -------------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------------
 
-ALGORITHMS = {"grpo": grpo, "ei": ei, "sft": sft, "dpo": dpo, "rm": rm, "ppo": ppo}
-# defaults that depend on the algorithm
-DEFAULTS = {
-    "grpo": dict(lr=2e-4, muon_lr=0.001, steps=70, epochs=1, minibatches=2, eval_every=5),
-    "ppo": dict(lr=2e-4, muon_lr=0.001, steps=70, epochs=1, minibatches=2, eval_every=5),
-    "ei": dict(lr=1e-3, muon_lr=0.005, steps=12, epochs=1, minibatches=20, eval_every=1),
-    "sft": dict(lr=1e-3, muon_lr=0.005, steps=0, epochs=2, minibatches=1, eval_every=50),
-    "dpo": dict(lr=2e-4, muon_lr=0.001, steps=0, epochs=3, minibatches=1, eval_every=20),
-    "rm": dict(lr=1e-4, muon_lr=0.0005, steps=0, epochs=2, minibatches=1, eval_every=20)}
-# with a pre-trained model the full rates above would undo what it knows
-PRETRAINED_LR = {"grpo": 1e-6, "ppo": 1e-6, "ei": 1e-5, "sft": 2e-5, "dpo": 1e-6, "rm": 1e-5}
+ALGORITHMS = {"grpo": policy_gradient, "ei": ei, "sft": sft, "dpo": dpo, "rm": rm,
+              "ppo": policy_gradient}
+RL = dict(prompts=64, group_size=8, lr=2e-4, muon_lr=0.001, steps=70, epochs=1, minibatches=2,
+          eval_every=5)
+DEFAULTS = {  # that depend on the algorithm
+    "grpo": RL, "ppo": RL,
+    "ei": dict(prompts=256, group_size=2, lr=1e-3, muon_lr=0.005, steps=12, epochs=1,
+               minibatches=20, eval_every=1),
+    "sft": dict(lr=1e-3, muon_lr=0.005, steps=0, epochs=2, eval_every=50),
+    "dpo": dict(group_size=8, lr=2e-4, muon_lr=0.001, steps=0, epochs=3, eval_every=20),
+    "rm": dict(group_size=8, lr=1e-4, muon_lr=0.0005, steps=0, epochs=2, eval_every=20)}
+# for --model: the rates above would undo what a pre-trained one knows
+MODEL_LR = {"grpo": 1e-6, "ppo": 1e-6, "ei": 1e-5, "sft": 2e-5, "dpo": 1e-6, "rm": 1e-5}
 
 
 def make_parser():
@@ -1284,88 +1169,83 @@ def make_parser():
     parser.add_argument("algorithm", nargs="?", default="grpo", choices=list(ALGORITHMS),
                         help="(default: grpo)")
 
-    def add(flag, default, help, **options):
-        if "choices" not in options and "action" not in options and "nargs" not in options:
-            options.setdefault("type", str if default is None else type(default))
+    def add(name, default, help, **options):
+        each = {k: v[name] for k, v in DEFAULTS.items() if name in v}
+        sample = next(iter(each.values()), default)
+        if default is False:
+            options["action"] = "store_true"
+        elif "choices" not in options:
+            options.setdefault("type", str if sample is None else type(sample))
             options["metavar"] = "N" if options["type"] in (int, float) else "X"
-        names = {k: v[flag.replace("-", "_")] for k, v in DEFAULTS.items()
-                 if flag.replace("-", "_") in v}
-        shown = ", ".join(f"{k} {v}" for k, v in names.items()) or (
-            "none" if default is None else default)
-        parser.add_argument(f"--{flag}", default=default, help=f"{help} (default: {shown})",
-                            **options)
+        shown = ", ".join(f"{k} {v}" for k, v in each.items()) or default
+        help += f" (default: {'none' if shown is None else shown})"
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=help, **options)
 
-    yes = dict(action="store_true")
     add("model", None, "folder of a checkpoint; without it a small one is pre-trained to sort")
-    add("task", None, "problems with a checkable answer; sort without --data",
-        choices=list(TASKS))
+    add("task", None, "problems with a checkable answer; gsm8k with --data", choices=list(TASKS))
     add("data", None, "a .jsonl: problems, conversations, or preferences", nargs="*")
     add("prompt", "r1_zero", "template of gsm8k and math", choices=["r1_zero", "question_only"])
     add("reward", None, "MODULE:FUNCTION (response, truth) -> dict with reward, instead")
     add("out", "out-align", "folder of the checkpoint, log.jsonl, transcripts and plot")
-    add("steps", None, "rollout steps, or updates; 0 for what --epochs need", type=int)
-    add("prompts", 64, "problems a rollout step, over all ranks")
-    add("group-size", 8, "samples of each problem")
-    add("max-new-tokens", 40, "tokens an answer")
-    add("epochs", None, "passes over a step's rollouts, or over the data", type=int)
-    add("minibatches", None, "updates a pass over rollouts", type=int)
-    add("batch-size", 64, "rows an update of sft, dpo and rm, over all ranks")
-    add("lr", None, "learning rate", type=float)
-    add("optimizer", None, "adamw, or muon for the blocks' matrices", choices=["adamw", "muon"])
-    add("muon-lr", None, "learning rate of muon", type=float)
+    add("steps", None, "rollout steps, or updates; 0 for what --epochs need")
+    add("prompts", None, "problems a rollout step, over all ranks")
+    add("group_size", None, "samples of each problem")
+    add("max_new_tokens", 40, "tokens an answer")
+    add("epochs", None, "passes over a step's rollouts, or over the data")
+    add("minibatches", None, "updates a pass over rollouts")
+    add("batch_size", 64, "rows an update of sft, dpo and rm, over all ranks")
+    add("lr", None, "learning rate")
+    add("muon_lr", None, "of the blocks' matrices by Muon, 0 for AdamW as with --model")
     add("warmup", 10, "updates of linear warm-up")
-    add("weight-decay", 0.0, "decay, per unit of learning rate")
     add("clip", 1.0, "largest gradient norm")
     add("loss", "grpo_clip", "policy loss", choices=[
         "grpo_clip", "no_baseline", "reinforce_with_baseline", "grpo_no_clip", "gspo"])
     add("cliprange", 0.2, "how far a ratio may fall, and rise")
-    add("cliprange-high", None, "how far a ratio may rise; DAPO has 0.28", type=float)
-    add("length-norm", "sequence", "a token's weight: GRPO, Dr. GRPO, DAPO",
+    add("cliprange_high", None, "how far a ratio may rise; DAPO has 0.28", type=float)
+    add("length_norm", "sequence", "a token's weight: GRPO, Dr. GRPO, DAPO",
         choices=["sequence", "constant", "token"])
-    add("no-std", False, "advantages without division by the deviation (Dr. GRPO)", **yes)
-    add("drop-equal", False, "leave out groups of equal rewards (DAPO)", **yes)
-    add("mask-overlong", False, "answers cut off by --max-new-tokens teach nothing (DAPO)", **yes)
+    add("no_std", False, "advantages without division by the deviation (Dr. GRPO)")
+    add("drop_equal", False, "leave out groups of equal rewards (DAPO)")
+    add("mask_overlong", False, "answers cut off by --max-new-tokens teach nothing (DAPO)")
     add("kl", 0.0, "weight of the divergence from the starting model")
-    add("kl-kind", "k3", "its estimate", choices=["k1", "k2", "k3"])
-    add("entropy-bonus", 0.0, "weight of the entropy")
-    add("gae-lambda", 0.95, "of PPO's advantages")
-    add("value-weight", 0.5, "of PPO's value loss")
+    add("entropy_bonus", 0.0, "weight of the entropy")
     add("beta", 0.1, "of DPO")
     add("preference", "sigmoid", "loss of dpo", choices=["sigmoid", "ipo", "hinge", "simpo"])
-    add("label-smoothing", 0.0, "share of preferences that may be wrong")
+    add("label_smoothing", 0.0, "share of preferences that may be wrong")
     add("nll", None, "of DPO: weight of the chosen response's own likelihood; 1 without --data",
         type=float)
     add("pairs", 2048, "problems to make own pairs from, without --data")
-    add("pack", False, "sft: join conversations to fill the context", **yes)
+    add("pack", False, "sft: join conversations to fill the context")
     add("lora", 0, "rank of low-rank adapters, 0 for training everything")
-    add("lora-alpha", 16.0, "their scale, times rank")
-    add("demonstrations", 300, "that the small model is pre-trained on")
-    add("pretrain-steps", 120, "of pre-training it")
-    add("held-out", 300, "problems to measure accuracy on")
-    add("micro-tokens", 16384, "padded tokens of a micro-batch")
-    add("rollout-batch", 512, "samples generated at a time")
-    add("checkpoint-activations", False, "recompute blocks in the backward pass", **yes)
+    add("pretrain_steps", 120, "of pre-training the small model")
+    add("held_out", 300, "problems to measure accuracy on")
+    add("micro_tokens", 16384, "padded tokens of a micro-batch")
+    add("rollout_batch", 512, "samples generated at a time")
+    add("checkpoint_activations", False, "recompute blocks in the backward pass")
     add("dtype", "fp32", "of matrix products", choices=["fp32", "bf16"])
     add("device", "auto", "cpu, cuda, ...")
     add("seed", 0, "of everything")
-    add("log-every", 1, "steps between lines and transcripts")
-    add("eval-every", None, "steps between held-out accuracies", type=int)
-    add("save-every", 20, "steps between checkpoints")
+    add("log_every", 1, "steps between lines and transcripts")
+    add("eval_every", None, "steps between held-out accuracies")
+    add("save_every", 20, "steps between checkpoints")
     return parser
 
 
 def main(argv=None):
-    args = make_parser().parse_args(argv)
-    for name, value in DEFAULTS[args.algorithm].items():
+    args, start = make_parser().parse_args(argv), time.time()
+    rates = dict(lr=MODEL_LR[args.algorithm], muon_lr=0.0) if args.model else {}
+    for name, value in (DEFAULTS[args.algorithm] | rates).items():
         if getattr(args, name) is None:
-            setattr(args, name, PRETRAINED_LR[args.algorithm] if name == "lr" and args.model
-                    else value)
-    args.optimizer = args.optimizer or ("adamw" if args.model else "muon")
-    if not args.task and (not args.model or args.algorithm in ("grpo", "ei", "ppo")):
-        args.task = "sort"
+            setattr(args, name, value)
+    rl = args.algorithm in ("grpo", "ei", "ppo")
+    if not args.task and (rl or not (args.model and args.data)):
+        args.task = "gsm8k" if rl and args.data else "sort"
     try:
-        start = time.time()
-        ALGORITHMS[args.algorithm](args)
+        s = open_session(args)
+        if s.task and args.algorithm != "rm" and not s.step:
+            say(f"held-out accuracy before: {held_out_accuracy(s):.3f}")
+        for record in ALGORITHMS[args.algorithm](s):
+            log_step(s, **record)
         say(f"done in {train_py.clock(time.time() - start)}: {args.out}/model.safetensors, "
             "log.jsonl, progress.png")
     except (ValueError, OSError) as error:
