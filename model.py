@@ -1287,27 +1287,25 @@ def import_transformers():
             sys.modules["kernels"] = ours
 
 
-def with_peer(transformers, **config):
-    """A random model of these sizes, and the same weights in transformers (None without it)."""
+def with_peer(**config):
+    """A random model of these sizes, and the same weights in transformers."""
     torch.manual_seed(0)
     ours = Transformer(ModelConfig(**config)).eval()
-    if not transformers:
-        return ours, None
     with tempfile.TemporaryDirectory() as directory:
         ours.save_pretrained(directory)
-        return ours, transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        theirs = import_transformers().AutoModelForCausalLM.from_pretrained(directory).eval()
+    return ours, theirs
 
 
 def row(name, tokens, *runs):
-    """Time runs, ours first, in turns so that a busy machine hurts all alike; print medians."""
-    times = [[] for _ in runs]
+    """Time ours and theirs in turns, so that a busy machine hurts both alike; print medians."""
+    times = [], []
     for _ in range(6):
         for run, taken in zip(runs, times):
             start = time.perf_counter()
             run()
             taken.append(time.perf_counter() - start)
-    speeds = [tokens / statistics.median(t[1:]) for t in times]  # the first round warms up
-    ours, peer = (*speeds, math.nan)[:2]
+    ours, peer = (tokens / statistics.median(t[1:]) for t in times)  # the first round warms up
     print(f"| {name} | {ours:.0f} | {peer:.0f} | {ours / peer:.2f} |", flush=True)
 
 
@@ -1315,30 +1313,31 @@ def generate_row(name, models, prompts, tokens, n=1, temperature=0.0):
     """Ours against transformers' generate: n samples of each of prompts (B, T)."""
     ours, theirs = models
     many = prompts.repeat_interleave(n, 0)
-    runs = [lambda: ours.generate(prompts.tolist(), tokens, temperature, n=n, batch_size=len(many)),
-            lambda: theirs.generate(
-                many, attention_mask=torch.ones_like(many), do_sample=temperature > 0, top_k=0,
-                max_new_tokens=tokens, eos_token_id=ours.config.vocab_size, pad_token_id=0)]
-    row(f"generate, {name}", len(many) * tokens, *runs[:2 if theirs else 1])
+    row(f"generate, {name}", len(many) * tokens,
+        lambda: ours.generate(prompts.tolist(), tokens, temperature, n=n, batch_size=len(many)),
+        lambda: theirs.generate(
+            many, attention_mask=torch.ones_like(many), do_sample=temperature > 0, top_k=0,
+            max_new_tokens=tokens, eos_token_id=ours.config.vocab_size, pad_token_id=0))
 
 
 def run_bench(args):
-    transformers = import_transformers()
-    ours, theirs = models = with_peer(transformers, vocab_size=8192, num_layers=6, qk_norm=False)
+    if not (transformers := import_transformers()):
+        raise ValueError("bench compares with transformers: pip install transformers")
+    ours, theirs = models = with_peer(vocab_size=8192, num_layers=6, qk_norm=False)
     print(f"{ours.num_parameters() / 1e6:.1f}M parameters, {torch.get_num_threads()} threads; "
-          f"peer: transformers {transformers.__version__ if theirs else 'is not installed'}")
+          f"peer: transformers {transformers.__version__}")
     print("| what | ours, tokens/s | peer, tokens/s | times as fast |\n|---|---|---|---|")
     ids = torch.randint(8192, (16, 256))
     for dtype in (torch.float32, torch.bfloat16):
         cast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-        runs = [lambda cast=cast: cast(ours.loss)(ids[:8, :-1], ids[:8, 1:]).backward(),
-                lambda cast=cast: cast(theirs)(ids[:8], labels=ids[:8]).loss.backward()]
-        row(f"forward + backward, 8 x 256, {str(dtype)[6:]}", 8 * 255, *runs[:2 if theirs else 1])
+        row(f"forward + backward, 8 x 256, {str(dtype)[6:]}", 8 * 255,
+            lambda cast=cast: cast(ours.loss)(ids[:8, :-1], ids[:8, 1:]).backward(),
+            lambda cast=cast: cast(theirs)(ids[:8], labels=ids[:8]).loss.backward())
     generate_row("16 x 128 tokens", models, ids[:, :32], 128)
     generate_row("1 x 128 tokens", models, ids[:1, :32], 128)
     quantize(ours)
     generate_row("1 x 128 tokens, ours int8", models, ids[:1, :32], 128)
-    small = with_peer(transformers, vocab_size=260, d_model=96, num_layers=3, num_heads=3, d_ff=256)
+    small = with_peer(vocab_size=260, d_model=96, num_layers=3, num_heads=3, d_ff=256)
     generate_row("rollouts of 0.4M parameters, 64 x 8 x 64 tokens", small,
                  torch.randint(260, (64, 24)), 64, 8, 1.0)
 
@@ -1425,7 +1424,7 @@ def parser():
     a.add_argument("--model", required=True, help=f"directory, or one of {', '.join(GPT2_SIZES)}")
     a.add_argument("--context-length", type=int, help="tokens; default: the model's")
     a.add_argument("--batch-size", type=int, default=1, help="sequences, for the activations")
-    b = commands.add_parser("bench", help="speed against transformers, if installed", **style)
+    b = commands.add_parser("bench", help="speed against transformers", **style)
     b.set_defaults(run=run_bench)
     return p
 
