@@ -6,11 +6,11 @@
     python filter_data.py train --input wiki=good.txt cc=crawl.jsonl.gz --model models/quality.bin
 
 Every stage turns shards, one for each input file, into shards under <out>/<stage>/. A shard is
-written beside its final name and renamed, and its .json comes last, so "done" means "the .json is
-there". That one rule gives resuming after a kill, work split over processes and over machines that
-share the directory, and a barrier between stages, without a server. A *word* is what str.split()
-yields, everywhere in this file: with spaCy's words, where punctuation counts, Gopher's 80 % rule
-drops 114 of 499 pages instead of 3.
+written beside its final name and renamed when all of it and its books are there, so "done" means
+"the file exists". That one rule gives resuming after a kill, work split over processes and over
+machines that share the directory, and a barrier between stages, without a server. A *word* is what
+str.split() yields, everywhere in this file: with spaCy's words, where punctuation counts, Gopher's
+80 % rule drops 114 of 499 pages instead of 3.
 
 Papers: Gopher (Rae et al. 2021, arXiv:2112.11446, A.1.1), C4 (Raffel et al. 2020, JMLR 21), FineWeb
 (Penedo et al. 2024, arXiv:2406.17557), MinHash (Broder 1997), LSH (Leskovec, Rajaraman, Ullman,
@@ -44,7 +44,8 @@ import unicodedata
 import urllib.request
 import zlib
 from collections import Counter
-from html import unescape
+from html import escape, unescape
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -68,33 +69,33 @@ class Page(NamedTuple):
     body: bytes
 
 
-def inflate(file, begin, damaged):
-    """Yield the bytes of a plain or gzip file from an offset on, in chunks of up to 1 MiB.
+def inflate(file, counts):
+    """Yield the bytes of a plain or gzip file in chunks of up to 1 MiB.
 
-    Common Crawl compresses each record as a gzip member of its own. At a damaged member the chunks
-    end, and its offset is appended to `damaged`.
+    Common Crawl compresses each record as a gzip member of its own. After a damaged one the next
+    gzip header is searched for from just behind its *start*, because inflating may have swallowed
+    its neighbour before it noticed; a blank line parts what it left from what follows.
     """
-    file.seek(begin)
-    if begin == 0 and file.read(2) != b"\x1f\x8b":
+    if file.read(2) != b"\x1f\x8b":
         file.seek(0)
         yield from iter(functools.partial(file.read, 1 << 16), b"")
         return
-    file.seek(begin)
-    member, raw, inflater = begin, b"", zlib.decompressobj(31)
-    while raw := raw or file.read(1 << 16):
-        try:
-            chunk = inflater.decompress(raw, 1 << 20)
-        except zlib.error:
-            damaged.append(member)
-            return
-        raw = inflater.unconsumed_tail
-        if inflater.eof:
-            raw, inflater = inflater.unused_data, zlib.decompressobj(31)
-            member = file.tell() - len(raw)
-        if chunk:
-            yield chunk
-    if member < file.tell():  # the file ends inside a member
-        damaged.append(member)
+    member, whole = 0, False  # where the current gzip member starts
+    while not whole and member is not None:
+        file.seek(member)
+        raw, inflater = b"", zlib.decompressobj(31)
+        with contextlib.suppress(zlib.error):
+            while raw := raw or file.read(1 << 16):
+                chunk, raw = inflater.decompress(raw, 1 << 20), inflater.unconsumed_tail
+                if inflater.eof:
+                    raw, inflater = inflater.unused_data, zlib.decompressobj(31)
+                    member = file.tell() - len(raw)
+                yield chunk
+            whole = member == file.tell()  # or else the file ends inside a member
+        if not whole:
+            counts["damaged_gzip"] += 1
+            yield b"\r\n\r\n"
+            member = next_member(file, member + 1)
 
 
 def next_member(file, offset):
@@ -125,7 +126,7 @@ def split_records(chunks, max_bytes, counts):
 
     def fill(size):
         """Whether the buffer could be filled up to `size` bytes."""
-        while len(buffer) < size and (chunk := next(chunks, b"")):
+        while len(buffer) < size and (chunk := next(chunks, None)) is not None:
             buffer.extend(chunk)
         return len(buffer) >= size
 
@@ -208,21 +209,15 @@ def read_warc(path, max_bytes=MAX_BYTES, counts=None):
     A record that cannot be used is skipped and counted in `counts`, a Counter: "truncated" (the
     file ends inside it), "misaligned" (its Content-Length is wrong), "too_large" (over `max_bytes`;
     never held in memory), "bad_header", "damaged_gzip", "not_warc". Reading goes on at the next
-    thing that looks like a record. After a damaged gzip member that is searched for from just
-    behind its *start*: inflating may have swallowed its neighbour before it noticed.
+    thing that looks like a record.
     """
-    counts, begin, records = Counter() if counts is None else counts, 0, Counter()
+    counts = Counter() if counts is None else counts
     with open(path, "rb") as file:
-        while begin is not None:
-            damaged = []
-            for headers, block in split_records(inflate(file, begin, damaged), max_bytes, records):
-                if page := page_of(headers, block, max_bytes, counts):
-                    counts["pages"] += 1
-                    yield page
-            counts["damaged_gzip"] += len(damaged)
-            begin = next_member(file, damaged[0] + 1) if damaged else None
-    counts["not_warc"] += records.pop("records", 0) == 0
-    counts.update(records)
+        for headers, block in split_records(inflate(file, counts), max_bytes, counts):
+            if page := page_of(headers, block, max_bytes, counts):
+                counts["pages"] += 1
+                yield page
+    counts["not_warc"] += counts.pop("records", 0) == 0
 
 
 # ---- HTML to text --------------------------------------------------------------------------------
@@ -439,7 +434,7 @@ def mask_emails(text):
 
 def mask_phone_numbers(text):
     """(text with |||PHONE_NUMBER||| for each phone number, how many were replaced)."""
-    likely = re.search("[0-9]{3}\\)?[ .-]{0,2}[0-9]{3}[ .-]?[0-9]{4}", text)
+    likely = re.search(r"[0-9][0-9][0-9]\)?[ .-]{0,2}[0-9]{3}[ .-]?[0-9]{4}", text)
     likely = likely or re.search(r"\+[1-9]", text)
     return PHONE.subn("|||PHONE_NUMBER|||", text) if likely else (text, 0)
 
@@ -456,7 +451,6 @@ def mask_ips(text):
 # of code points, and all below (words, lines, hashes, n-grams) is arithmetic on whole arrays.
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
-STEP = np.uint64(0xD1342543DE82EF95)  # the same for n-grams
 LAST = 0x34000  # no letters are assigned to code points above
 SEVERAL = 0xFFFFFFFF  # marks characters that `normalise` turns into several
 
@@ -465,12 +459,13 @@ class Words(NamedTuple):
     """The words of a batch: D documents, W words, N characters in all, newlines around each."""
 
     codes: np.ndarray  # (N,) uint32 code points
-    sums: np.ndarray  # (N,) uint64 prefix sums of codes[i] * BASE**i
-    start: np.ndarray  # (W,) the character before each word
-    end: np.ndarray  # (W,) its last character
-    alphabetic: np.ndarray | None  # (W,) bool: contains a letter; None if normalised
+    kinds: np.ndarray  # (N,) classes of character_tables; the codes again if normalised
+    sums: np.ndarray  # (N + 1,) prefix_sums of the codes
+    start: np.ndarray  # (W,) each word's first character
+    end: np.ndarray  # (W,) the character behind it
     first: np.ndarray  # (D + 1,) index of each document's first word
     doc: np.ndarray  # (W,) which document
+    hashes: np.ndarray  # (W,) uint64, equal for equal words
 
 
 @functools.lru_cache(maxsize=1)
@@ -494,20 +489,16 @@ def character_tables():
     return classes, normal
 
 
-@functools.lru_cache(maxsize=8)
-def powers(size):
-    """BASE**i and BASE**-i modulo 2**64 for i < 2**size: (2, 2**size) uint64."""
-    size = 1 << size
-    both = np.full((2, size), [[BASE], [pow(int(BASE), -1, 1 << 64)]], np.uint64)
-    both[:, 0] = 1
-    return np.cumprod(both, axis=1, dtype=np.uint64)
+def normalise(text):
+    """Lower case, NFD, no accents, punctuation or symbols, single spaces: CS336's normal form.
 
+    The plain twin of split_words(..., normalised=True).
 
-def mix(x):
-    """SplitMix64's finaliser: spreads every input bit over all 64 output bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    >>> normalise("Crème  Brûlée, 50% off!")
+    'creme brulee 50 off'
+    """
+    text, classes = unicodedata.normalize("NFD", text.lower()), character_tables()[0]
+    return " ".join("".join(c for c in text if classes[ord(c)]).split())
 
 
 def code_points(texts):
@@ -540,50 +531,62 @@ def normal_code_points(texts):
 def split_words(texts, normalised=False):
     """Cut a batch of texts, or their normal forms, at white space: -> Words."""
     codes, bounds = normal_code_points(texts) if normalised else code_points(texts)  # (N,), (D+1,)
-    kinds = None if normalised else character_tables()[0].take(codes)
-    inside = codes != 32 if normalised else kinds != 3
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    kinds = codes if normalised else character_tables()[0].take(codes)
+    inside = kinds != (32 if normalised else 3)
+    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
     start, end = edges[::2].copy(), edges[1::2].copy()
-    first = np.searchsorted(start, bounds - 1)
+    first = np.searchsorted(start, bounds)
     doc = np.repeat(np.arange(len(texts)), np.diff(first))
-    sums = np.cumsum(codes * powers(len(codes).bit_length())[0, : len(codes)])
-    alphabetic = None if normalised else any_letter(kinds == 2, start, end)
-    return Words(codes, sums, start, end, alphabetic, first, doc)
+    sums = prefix_sums(codes)
+    return Words(codes, kinds, sums, start, end, first, doc, span_hashes(sums, start, end))
 
 
-def any_letter(letters, start, end):
-    """(W,) bool: words with a letter. Nearly all begin with one; only the others are searched."""
-    found = letters[start + 1]
-    other = np.flatnonzero(~found)
-    spans = np.stack([start[other] + 1, end[other] + 1], 1).ravel()
-    found[other] = np.logical_or.reduceat(letters, spans)[::2] if len(other) else False
-    return found
+@functools.lru_cache(maxsize=8)
+def powers(size):
+    """BASE**i and BASE**-i modulo 2**64 for i < 2**size: (2, 2**size) uint64."""
+    size = 1 << size
+    both = np.full((2, size), [[BASE], [pow(int(BASE), -1, 1 << 64)]], np.uint64)
+    both[:, 0] = 1
+    return np.cumprod(both, axis=1, dtype=np.uint64)
 
 
-def span_hashes(words, start, end):
-    """(M,) uint64 hashes of characters start + 1 to end, such as those of words or of lines.
+def mix(x):
+    """SplitMix64's finaliser: spreads every input bit over all 64 output bits."""
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
-    The hash is the polynomial sum(c_i * BASE**i) modulo 2**64 over the span's characters: by prefix
-    sums S over the whole batch (S[end] - S[start]) / BASE**start, one expression for all spans,
+
+def prefix_sums(values):
+    """S[i] = sum of values[j] * BASE**j over j < i, modulo 2**64: (N,) -> (N + 1,) uint64."""
+    sums = np.zeros(len(values) + 1, np.uint64)
+    np.multiply(values, powers(len(sums).bit_length())[0, : len(values)], out=sums[1:])
+    return np.cumsum(sums, out=sums)
+
+
+def span_hashes(sums, start, end):
+    """(M,) uint64 hashes of values start to end - 1 of what prefix_sums was given.
+
+    Values are code points, for hashes of words and lines, or hashes of words, for those of n-grams.
+    The polynomial over a span is (S[end] - S[start]) / BASE**start: one expression for all spans,
     equal for equal spans wherever they stand.
     """
-    down = powers(len(words.codes).bit_length())[1]
-    return (words.sums[end] - words.sums[start]) * down[start]
-
-
-def combine(hashes, n):
-    """Hash of every n consecutive word hashes: (W,) -> (W - n + 1,) uint64; order matters."""
-    total = hashes[: len(hashes) - n + 1].copy()
-    for j in range(1, n):
-        total *= STEP
-        total += hashes[j : j + len(total)]
-    return mix(total)
+    down = powers(len(sums).bit_length())[1]
+    return mix((sums[end] - sums[start]) * down[start])
 
 
 def per_document(values, first):
     """Sum of the words' values in each document: (W,) -> (D,)."""
-    sums = np.concatenate(([0], np.cumsum(values)))
+    sums = np.append(0, np.cumsum(values))
     return sums[first[1:]] - sums[first[:-1]]
+
+
+def distinct(values):
+    """Sorted, each once; np.unique takes 50 times as long for 64-bit integers."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
 def batches(items, size_of=len):
@@ -603,8 +606,10 @@ def batches(items, size_of=len):
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")  # Gopher, A.1.1
 COURSE_RULES = ("words", "word_length", "ellipsis_lines", "alphabetic")
-TERMINAL = tuple(".!?…\"'”’」』。！？｡؟۔।")
-POLICY = re.compile("javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookies")
+TERMINAL = ".!?…\"'”’」』。！？｡؟۔।"
+POLICIES = ("javascript", "terms of use", "privacy policy", "cookie policy", "use cookies",
+            "uses cookies", "use of cookies", "uses of cookies")
+
 
 # Every rule: what is measured, and the least and the most that passes. The measures of a set are
 # computed together, by the function named like it. In FineWeb's order; "inside" its bounds passes.
@@ -633,26 +638,37 @@ def ratio(part, whole, empty=0.0):
     return np.divide(part, whole, out=np.full(len(whole), empty), where=np.asarray(whole) > 0)
 
 
-def find_lines(words, newlines=1):
-    """Lines that hold a word, or with newlines=2 paragraphs: (L,) start, end (as in Words), doc.
+class Lines:
+    """The lines of a batch that hold a word, or with newlines=2 its paragraphs.
 
     datatrove also counts lines of blanks alone, and so calls them copies of each other.
     """
-    size = len(words.start)
-    breaks = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))  # word behind each
-    breaks = np.bincount(np.append(breaks, np.repeat(words.first[:-1], 2)), minlength=size + 1)
-    begin = np.flatnonzero(breaks[:size] >= newlines)  # (L,) each one's first word
-    last = np.append(begin[1:], size)[: len(begin)] - 1
-    return words.start[begin], words.end[last], words.doc[begin]
 
+    def __init__(self, words, newlines=1):
+        size, self.words = len(words.start), words
+        breaks = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))  # word behind each
+        breaks = np.bincount(np.append(breaks, np.repeat(words.first[:-1], 2)), minlength=size + 1)
+        begin = np.flatnonzero(breaks[:size] >= newlines)  # (L,) each one's first word
+        self.start, self.doc = words.start[begin], words.doc[begin]  # (L,) as in Words
+        self.end = words.end[np.append(begin[1:], size)[: len(begin)] - 1]
+        self.size = self.end - self.start
 
-def repeats(words, start, end, doc):
-    """(L,) bool: spans equal to an earlier one of their document."""
-    keys = mix(span_hashes(words, start, end)) + mix(doc.astype(np.uint64))
-    order = np.argsort(keys, kind="stable")
-    later = np.zeros(len(keys), bool)
-    later[order[1:]] = keys[order[1:]] == keys[order[:-1]]
-    return later
+    def count(self, values=None):
+        """How many lines a document has, or the sum of their values: (L,) -> (D,)."""
+        return np.bincount(self.doc, values, minlength=len(self.words.first) - 1)
+
+    def share(self, flags, empty=0.0):
+        """(D,) share of the lines that have a flag."""
+        return ratio(self.count(flags), self.count(), empty)
+
+    def copies(self):
+        """(L,) bool: lines equal to an earlier one of their document."""
+        keys = span_hashes(self.words.sums, self.start, self.end)
+        keys += mix(self.doc.astype(np.uint64))
+        order = np.argsort(keys, kind="stable")
+        later = np.zeros(len(keys), bool)
+        later[order[1:]] = keys[order[1:]] == keys[order[:-1]]
+        return later
 
 
 def repeated_ngrams(words, longest):
@@ -662,13 +678,13 @@ def repeated_ngrams(words, longest):
     before". Only where the (n - 1)-gram is repeated can the n-gram be, so M shrinks fast. The index
     sits in the low bits of what is sorted, behind 40 or more bits of hash.
     """
-    hashes = span_hashes(words, words.start, words.end)
-    at, totals = np.arange(len(hashes)), hashes + mix(words.doc.astype(np.uint64))
+    at, sums = np.arange(len(words.doc)), prefix_sums(words.hashes)
+    salt = mix(words.doc.astype(np.uint64))  # makes n-grams of different documents differ
     bits = np.uint64(max(20, len(at).bit_length()))
     for n in range(2, longest + 1):
         at = at[at + n <= words.first[words.doc[at] + 1]]
-        totals[at] = mix(totals[at] * STEP + hashes[at + n - 1])
-        keys = np.sort(totals[at] >> bits << bits | at.astype(np.uint64))
+        keys = span_hashes(sums, at, at + n) + salt[at]
+        keys = np.sort(keys >> bits << bits | at.astype(np.uint64))
         at = (keys & ~(~np.uint64(0) << bits)).astype(np.int64)
         same = np.append(False, (keys[1:] ^ keys[:-1]) >> bits == 0)[: len(at)]
         yield n, at, same
@@ -705,12 +721,10 @@ def measure_repetition(texts, words, stop_words):
     that occurred before.
     """
     size, shares = np.array([max(1, len(text)) for text in texts]), {}
-    for name, newlines in (("line", 1), ("paragraph", 2)):
-        start, end, doc = find_lines(words, newlines)
-        later = repeats(words, start, end, doc)
-        count = functools.partial(np.bincount, doc, minlength=len(texts))
-        shares[f"copied_{name}s"] = ratio(count(later), count())
-        shares[f"copied_{name}_characters"] = count(later * (end - start)) / size
+    for name, lines in (("line", Lines(words)), ("paragraph", Lines(words, newlines=2))):
+        copies = lines.copies()
+        shares[f"copied_{name}s"] = lines.share(copies)
+        shares[f"copied_{name}_characters"] = lines.count(copies * lines.size) / size
     for n, at, same in repeated_ngrams(words, 10):
         count = top_ngram_characters if n < 5 else repeated_ngram_characters
         name = f"top_{n}_gram" if n < 5 else f"repeated_{n}_grams"
@@ -725,24 +739,22 @@ def measure_gopher(texts, words, stop_words):
     commoner. bullet_lines, ellipsis_lines: share that starts with a bullet, ends in an ellipsis.
     alphabetic: share of words with a letter. stop_words: how many of the eight occur.
     """
-    count = np.diff(words.first)
-    start, end, doc = find_lines(words)
-    of_lines = functools.partial(np.bincount, doc, minlength=len(texts))
-    bullets = np.isin(words.codes[start + 1], [ord(c) for c in "•‣●◦▪-*"])
-    dots = (words.codes[end] == 46) & (words.codes[end - 1] == 46) & (words.codes[end - 2] == 46)
+    count, lines, codes = np.diff(words.first), Lines(words), words.codes
+    last = codes[lines.end - [[1], [2], [3]]]  # (3, L) the last characters, backwards
+    ellipses = (last == ord(".")).all(0) | (last[0] == ord("…"))
     symbols = [max(text.count("#"), text.count("...") + text.count("…")) for text in texts]
+    letters = np.append(0, np.cumsum(words.kinds == 2))
+    with_letter = letters[words.end] > letters[words.start]  # (W,)
     stops = np.zeros((len(texts), len(stop_words)), bool)
-    hashes, wanted = (span_hashes(some, some.start, some.end)
-                      for some in (words, split_words([" ".join(stop_words)])))
-    for j, hash_ in enumerate(wanted):
-        stops[words.doc[hashes == hash_], j] = True
+    for j, stop in enumerate(split_words([" ".join(stop_words)]).hashes):
+        stops[words.doc[words.hashes == stop], j] = True
     return {
         "words": count,
         "word_length": ratio(per_document(words.end - words.start, words.first), count),
         "symbols": ratio(symbols, count),
-        "bullet_lines": ratio(of_lines(bullets), of_lines()),
-        "ellipsis_lines": ratio(of_lines(dots | (words.codes[end] == ord("…"))), of_lines()),
-        "alphabetic": ratio(per_document(words.alphabetic, words.first), count),
+        "bullet_lines": lines.share(np.isin(codes[lines.start], [ord(c) for c in "•‣●◦▪-*"])),
+        "ellipsis_lines": lines.share(ellipses),
+        "alphabetic": ratio(per_document(with_letter, words.first), count),
         "stop_words": stops.sum(1) if stop_words else np.full(len(texts), 2),
     }
 
@@ -763,14 +775,13 @@ def measure_fineweb(texts, words, stop_words):
     line_punctuation: share that ends in it. short_lines: share under 30 characters.
     duplicate_line_characters: share of the lines' characters in copies of an earlier line.
     """
-    start, end, doc = find_lines(words)
-    count = functools.partial(np.bincount, doc, minlength=len(texts))
-    marks = np.isin(words.codes[end], [ord(c) for c in TERMINAL])
-    later = repeats(words, start, end, doc)
+    lines = Lines(words)
+    copies, marks = lines.copies(), [ord(c) for c in TERMINAL]
     return {
-        "line_punctuation": ratio(count(marks), count()),
-        "short_lines": ratio(count(end - start < 30), count(), empty=1.0),
-        "duplicate_line_characters": ratio(count(later * (end - start)), count(end - start)),
+        "line_punctuation": lines.share(np.isin(words.codes[lines.end - 1], marks)),
+        "short_lines": lines.share(lines.size < 30, empty=1.0),
+        "duplicate_line_characters": ratio(lines.count(copies * lines.size),
+                                           lines.count(lines.size)),
     }
 
 
@@ -811,14 +822,19 @@ def c4_clean(text, min_words=5, terminal_punctuation=False):
     throws away 30 % of the tokens, so it is off unless asked for. Blank lines mark paragraphs and
     stay.
     """
-    hit = POLICY.search(text.lower())
+    def mentions_policy(text):
+        text = text.lower()
+        return any(policy in text for policy in POLICIES)
 
-    def good(line):
-        return len(line.split(None, min_words)) >= min_words and not (
-            (hit and POLICY.search(line.lower()))
-            or (terminal_punctuation and not line.rstrip().endswith(TERMINAL)))
-
-    return "\n".join(x for x in text.split("\n") if good(x) or not x.strip()).strip()
+    suspect, kept = mentions_policy(text), []
+    for line in text.split("\n"):
+        words = line.split(None, min_words - 1)
+        if not words or (
+            len(words) == min_words and not (suspect and mentions_policy(line))
+            and (not terminal_punctuation or words[-1].rstrip().endswith(tuple(TERMINAL)))
+        ):
+            kept.append(line)
+    return "\n".join(kept).strip()
 
 
 # ---- exact line deduplication --------------------------------------------------------------------
@@ -830,43 +846,39 @@ def hash_lines(lines):
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
-def sort_lines(hashes, source, target):
+def sort_lines(target, hashes, source):
     """Save (2, L) uint64: hashes ascending, and each line's place, source << 40 | line number."""
     order = np.argsort(hashes, kind="stable")
     save(target, np.stack([hashes[order], order.astype(np.uint64) | np.uint64(source << 40)]))
 
 
-def repeated_lines(tables, target, part=0, num_parts=1):
-    """Save (2, R) uint64: hashes that occur more than once, ascending, and the place of the first.
+def repeated_lines(target, tables, keep, part=0, num_parts=1):
+    """Save the places of the lines to drop, ascending: (R,) uint64.
 
-    `tables` are files of sort_lines. Only the hashes in one of `num_parts` equal ranges are read,
-    which bounds the memory: all copies of a line are in the same range.
+    That is of all lines with an equal one in any of the `tables` of sort_lines, or with
+    keep="first" of all but the first of these. Only the hashes in one of `num_parts` equal ranges
+    are read, which bounds the memory: all copies of a line are in the same range.
     """
     low, high = (part << 64) // num_parts, ((part + 1) << 64) // num_parts - 1
-    pieces = [np.zeros((2, 0), np.uint64)]
+    pieces = []
     for table in (np.load(path, mmap_mode="r") for path in tables):
         start = np.searchsorted(table[0], np.uint64(low))
         pieces.append(table[:, start : np.searchsorted(table[0], np.uint64(high), "right")])
-    table = np.concatenate(pieces, axis=1)
-    table = table[:, np.lexsort(table[::-1])]  # by hash, then by place
-    first = table[0, 1:] == table[0, :-1]  # equal to the next one ...
-    first[1:] &= ~first[:-1]  # ... and not to the one before
-    save(target, table[:, np.flatnonzero(first)])
+    hashes, places = np.concatenate(pieces, axis=1)
+    order = np.lexsort((places, hashes))
+    equal = np.zeros(len(order) + 1, bool)  # to the one before
+    equal[1:-1] = hashes[order[1:]] == hashes[order[:-1]]
+    drop = equal[:-1] if keep == "first" else equal[:-1] | equal[1:]
+    save(target, np.sort(places[order[drop]]))
 
 
-def lines_to_drop(hashes, place, repeated, keep):
-    """(L,) bool: lines that have a copy; with keep="first", only those that are not the first.
-
-    `place` is the first line's; `repeated` lists arrays of repeated_lines.
-    """
-    drop = np.zeros(len(hashes), bool)
-    for table in repeated if len(hashes) else ():
-        at = np.minimum(np.searchsorted(table[0], hashes), max(0, table.shape[1] - 1))
-        hit = table[0, at] == hashes if table.shape[1] else drop
-        if keep == "first" and table.shape[1]:
-            hit &= table[1, at] != np.arange(len(hashes), dtype=np.uint64) + np.uint64(place)
-        drop |= hit
-    return drop
+def dropped(paths, begin, count):
+    """(count,) bool: which of the numbers from `begin` on are in these sorted files of numbers."""
+    flags = np.zeros(count, bool)
+    for numbers in (np.load(path, mmap_mode="r") for path in paths):
+        low, high = np.searchsorted(numbers, np.array([begin, begin + count], numbers.dtype))
+        flags[(numbers[low:high] - numbers.dtype.type(begin)).astype(np.int64)] = True
+    return flags
 
 
 def output_names(input_files, output_directory):
@@ -890,35 +902,24 @@ def exact_line_deduplication(input_files, output_directory, keep="none", num_par
     targets = output_names(input_files, output_directory)
     with tempfile.TemporaryDirectory(prefix=".lines-", dir=output_directory) as folder:
         tables = [os.path.join(folder, f"{i}.npy") for i in range(len(targets))]
+        parts = [os.path.join(folder, f"part-{part}.npy") for part in range(num_parts)]
+        counts = []
         for i, path in enumerate(input_files):
             with open(path, "rb") as file:
-                sort_lines(hash_lines(file), i, tables[i])
-        parts = [os.path.join(folder, f"part-{part}.npy") for part in range(num_parts)]
+                hashes = hash_lines(file)
+            sort_lines(tables[i], hashes, i)
+            counts.append(len(hashes))
         for part, path in enumerate(parts):
-            repeated_lines(tables, path, part, num_parts)
-        repeated = [np.load(path) for path in parts]
+            repeated_lines(path, tables, keep, part, num_parts)
         for i, path in enumerate(input_files):
             with open(path, "rb") as file, replacing(targets[i]) as out:
-                drop = lines_to_drop(hash_lines(file), i << 40, repeated, keep)
-                file.seek(0)
-                out.writelines(line for line, gone in zip(file, drop) if not gone)
+                gone = dropped(parts, i << 40, counts[i])
+                out.writelines(line for line, drop in zip(file, gone) if not drop)
 
 
 # ---- near-duplicates: MinHash and LSH ------------------------------------------------------------
 
 EMPTY = np.uint32(0xFFFFFFFF)  # fills the signature of a text without words
-
-
-def normalise(text):
-    """Lower case, NFD, no accents, punctuation or symbols, single spaces: CS336's normal form.
-
-    The plain twin of split_words(..., normalised=True).
-
-    >>> normalise("Crème  Brûlée, 50% off!")
-    'creme brulee 50 off'
-    """
-    text, classes = unicodedata.normalize("NFD", text.lower()), character_tables()[0]
-    return " ".join("".join(c for c in text if classes[ord(c)]).split())
 
 
 def shingles(texts, n):
@@ -928,16 +929,12 @@ def shingles(texts, n):
     only itself; one without any word has no shingle.
     """
     words = split_words(texts, normalised=True)
-    begin, end = words.first[:-1], words.first[1:]
-    each = np.append(span_hashes(words, words.start, words.end), np.zeros(n, np.uint64))  # (W + n,)
-    hashes = combine(each, n)  # (W + 1,)
-    whole = np.ones(len(words.start), bool)  # n-grams that end in the document they start in
-    for j in range(1, n):
-        whole[np.maximum(end[end > 0] - j, 0)] = False
-    for i in np.flatnonzero((end > begin) & (end - begin < n)):
-        padded = np.append(each[begin[i] : end[i]], np.zeros(n, np.uint64))
-        hashes[begin[i]], whole[begin[i]] = combine(padded, n)[0], True
-    return hashes[:-1][whole], np.append(0, np.cumsum(whole))[words.first]
+    size = np.diff(words.first)
+    count = np.maximum(size - n + 1, np.minimum(size, 1))  # (D,) shingles
+    first = np.append(0, np.cumsum(count))
+    at = np.arange(first[-1]) + np.repeat(words.first[:-1] - first[:-1], count)  # (S,) first words
+    end = np.minimum(at + n, np.repeat(words.first[1:], count))
+    return span_hashes(prefix_sums(words.hashes), at, end), first
 
 
 def sign(hashes, first, num_hashes, seed=0):
@@ -986,12 +983,6 @@ def band_pairs(rows, near=8):
         left = left[left + step + 1 < len(keys)]
         left = left[keys[left] == keys[left + step + 1]]
     return np.concatenate(pairs)
-
-
-def distinct(values):
-    """Sorted, each once; np.unique takes 50 times as long for 64-bit integers."""
-    values = np.sort(values)
-    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
 def candidate_pairs(signatures, num_bands):
@@ -1109,9 +1100,7 @@ def contaminated(texts, evaluation, n=13):
 @contextlib.contextmanager
 def replacing(path):
     """A file to write that takes the place of `path` only once all of it is there."""
-    for stale in glob.glob(glob.escape(os.fspath(path)) + ".*.tmp"):  # of a run that was killed
-        os.remove(stale)
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    temporary = f"{os.fspath(path)}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -1129,13 +1118,7 @@ def save(path, value):
         if isinstance(value, np.ndarray):
             np.save(file, value)
         else:
-            file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-def load_json(path):
-    """What `save` wrote."""
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+            file.write(json.dumps(value).encode() + b"\n")
 
 
 def bounded_lines(file, counts):
@@ -1193,14 +1176,16 @@ def read_documents(path, text_key="text", main_content=False, counts=None):
     """Documents {"id", "text", "words", ...} of a crawl file (.warc, .wet) or of rows of text."""
     counts, name = Counter() if counts is None else counts, os.path.basename(path)
     crawl = re.search(r"\.(warc|wet)\b", name)
+    ours = os.path.exists(os.path.join(os.path.dirname(path), "settings.json"))  # words are counted
     rows = read_pages(path, main_content, counts) if crawl else read_rows(path, counts)
     for number, row in enumerate(rows):
         text = row.get(text_key, row.get("text"))
         if isinstance(text, str) and text.strip() and "\0" not in text:
             if not text.isascii():  # lone surrogates cannot be written
                 text = text.encode("utf-8", "replace").decode()
+            words = row["words"] if ours and "words" in row else len(text.split())
             yield {**row, "id": str(row.get("id") or f"{name}/{number}"), "text": text,
-                   "words": len(text.split())}
+                   "words": words}
         else:
             counts["no_text"] += 1
 
@@ -1244,16 +1229,25 @@ def sieve(stats, name, docs, check):
 
 
 def sift(target, docs, filters, stats):
-    """Pass documents through filters [(name, check)] to a .jsonl.gz; returns the books.
+    """Pass documents through filters [(name, check)] to a .jsonl.gz; returns how many came in.
 
-    The same documents give the same bytes: the gzip header holds neither time nor name.
+    The books lie beside the target, all that differs between runs (the seconds) in a file of its
+    own. The same documents give the same bytes: the gzip header holds neither time nor name.
     """
-    with replacing(target) as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as file:
-        for batch in batches(docs, lambda doc: len(doc["text"])):
-            for name, check in filters:
-                batch = sieve(stats, name, batch, check)
-            file.write("".join([json.dumps(doc) + "\n" for doc in batch]).encode())
-    return stats
+    began, documents = time.perf_counter(), 0
+    with replacing(target) as raw:
+        with gzip.GzipFile("", "wb", 1, raw, mtime=0) as file:
+            for batch in batches(docs, lambda doc: len(doc["text"])):
+                documents += len(batch)
+                for name, check in filters:
+                    batch = sieve(stats, name, batch, check)
+                file.write("".join([json.dumps(doc) + "\n" for doc in batch]).encode())
+        if len(filters) == 1:  # whose work is to read and to write, too
+            stats["seconds"][filters[0][0]] = time.perf_counter() - began
+        books = os.fspath(target).removesuffix(".jsonl.gz")
+        save(f"{books}.seconds", stats["seconds"])
+        save(f"{books}.json", {key: stats[key] for key in ("filters", "counts", "languages")})
+    return documents
 
 
 def edit(doc, text):
@@ -1297,10 +1291,11 @@ def mask_all(docs, o, stats):
     """Mask personal data; drops nothing."""
     masks = {"emails": mask_emails, "phone numbers": mask_phone_numbers, "IPs": mask_ips}
     for doc in docs:
+        text = doc["text"]
         for name, mask in masks.items():
-            text, found = mask(doc["text"])
+            text, found = mask(text)
             stats["counts"][f"{name} masked"] += found
-            edit(doc, text)
+        edit(doc, text)
     return [None] * len(docs)
 
 
@@ -1320,14 +1315,6 @@ def filters_of(o, stats):
 # ---- many shards, processes and machines ---------------------------------------------------------
 
 
-def do_unit(marker, function, args):
-    """Do one unit of work. Its marker, which holds its books, comes last and means "done"."""
-    stats = function(*args) or {}
-    save(f"{marker}.seconds", stats.pop("seconds", {}))  # apart: all else is the same in every run
-    save(marker, stats)
-    return stats
-
-
 def start_worker(parent):
     """Leave Ctrl-C to the parent, and end with it even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1341,15 +1328,15 @@ def start_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def in_pool(units, processes):
-    """Yield the results of do_unit(*unit) from worker processes, as they come."""
+def in_pool(function, rows, processes):
+    """Yield the results of function(*row) from worker processes, as they come."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     before = set(multiprocessing.active_children())
     # not multiprocessing.Pool, which waits for ever for a worker that was killed
     pool = concurrent.futures.ProcessPoolExecutor(processes, context, start_worker, (os.getpid(),))
     try:
-        for future in concurrent.futures.as_completed([pool.submit(do_unit, *u) for u in units]):
-            yield future.result()
+        for done in concurrent.futures.as_completed([pool.submit(function, *row) for row in rows]):
+            yield done.result()
         pool.shutdown()
     except BaseException as error:
         for child in set(multiprocessing.active_children()) - before:
@@ -1361,80 +1348,73 @@ def in_pool(units, processes):
         raise
 
 
-def map_shards(o, label, folder, names, kind, function, *columns):
-    """Run function(source, target, ...) for every shard; returns targets, <folder>/<name><kind>.
+def map_shards(o, label, function, *columns):
+    """Run function(target, ...) for each row of the columns; returns the targets, the first column.
 
-    Each column holds one argument: a list with a value for every shard, or one value for all. What
-    has a marker is done. Of the others rank r of w takes every w-th, then waits for the markers of
-    the rest: the shared directory is the barrier.
+    A target that exists is done. Of the others rank r of w makes every w-th, then waits for those
+    of the rest: the shared directory is the barrier. What the functions return, if anything, is the
+    number of documents they handled.
     """
-    targets = [os.path.join(folder, name + kind) for name in names]
-    columns = [column if isinstance(column, list) else [column] * len(names) for column in columns]
-    units = [(os.path.join(folder, name + ".json"), function, (source, target, *rest))
-             for name, target, source, *rest in zip(names, targets, *columns)]
-    todo = [unit for unit in units[o.rank :: o.world_size] if not os.path.exists(unit[0])]
+    rows = list(zip(*columns))
+    todo = [row for row in rows[o.rank :: o.world_size] if not os.path.exists(row[0])]
     character_tables()  # before forking: a quarter of a second
     processes, documents = min(o.processes, len(todo)), 0
     began = shown = time.monotonic()
-    results = in_pool(todo, processes) if processes > 1 else (do_unit(*unit) for unit in todo)
-    for done, stats in enumerate(results, 1):
-        documents += max([row["documents"] for row in stats.get("filters", {}).values()], default=0)
+    alone = processes <= 1
+    results = itertools.starmap(function, todo) if alone else in_pool(function, todo, processes)
+    for done, count in enumerate(results, 1):
+        documents += count or 0
         if (now := time.monotonic()) - shown > 2 or done == len(todo):
             shown, each = now, (now - began) / done
             print(f"{label}: {done}/{len(todo)} shards, {documents / (now - began):,.0f} "
                   f"documents/s, {each * (len(todo) - done):.0f} s left", file=sys.stderr)
-    while missing := [unit[0] for unit in units if not os.path.exists(unit[0])]:
+    while missing := [row[0] for row in rows if not os.path.exists(row[0])]:
         time.sleep(0.2)
         if time.monotonic() - shown > 60:
             shown = time.monotonic()
             print(f"{label}: waiting for {len(missing)} shards of other machines, such as "
                   f"{missing[0]}", file=sys.stderr)
-    return targets
+    return [row[0] for row in rows]
 
 
 def begin_stage(o, stage, inputs, *keys):
-    """(<out>/<stage>, its work directory, names of the shards).
-
-    ValueError if the stage was begun with other settings: half of each would be neither.
-    """
+    """(<out>/<stage>, names of its shards). ValueError: it was begun with other settings."""
     folder = os.path.join(o.out, stage)
     os.makedirs(os.path.join(folder, "work"), exist_ok=True)
     settings = {key: getattr(o, key) for key in keys}
     settings["input"] = [[os.path.basename(path), os.path.getsize(path)] for path in inputs]
     path = os.path.join(folder, "settings.json")
-    old = load_json(path) if os.path.exists(path) else settings
+    old = json.loads(Path(path).read_bytes()) if os.path.exists(path) else settings
     for key, value in settings.items():
-        if old.get(key) != value:
+        if old.get(key) != value:  # half of each would be neither
             change = "other files" if key == "input" else f"{old.get(key)}, not {value}"
             raise ValueError(f"--{key.replace('_', '-')}: {folder} was begun with {change}: use "
                              f"the same, another --out, or delete {folder} and the stages behind")
     if o.rank == 0:
         save(path, settings)
     pattern = r"^\d{5}-|\.(gz|jsonl|warc|wet|txt|csv|tsv)\b"  # numbered, so that no two are equal
-    names = [re.sub(pattern, "", os.path.basename(path)) for path in inputs]
-    names = [f"{i:05d}-{name}" for i, name in enumerate(names)]
-    return folder, os.path.join(folder, "work"), names
+    names = (re.sub(pattern, "", os.path.basename(path)) for path in inputs)
+    return folder, [f"{i:05d}-{name}" for i, name in enumerate(names)]
 
 
 # ---- stages: what is done to one shard, and then to all ------------------------------------------
 
 
-def extract_shard(source, target, o):
+def extract_shard(target, source, o):
     """Pages of one crawl file to documents."""
-    began, stats = time.perf_counter(), new_stats()
+    stats = new_stats()
     docs = read_documents(source, o.text_key, o.main_content, stats["counts"])
-    sift(target, docs, [("extract", lambda docs: [None] * len(docs))], stats)
-    stats["seconds"]["extract"] = time.perf_counter() - began
-    return stats
+    return sift(target, docs, [("extract", lambda docs: [None] * len(docs))], stats)
 
 
 def stage_extract(o, inputs):
     """Crawl files to documents."""
-    folder, _, names = begin_stage(o, "extract", inputs, "text_key", "main_content")
-    return map_shards(o, "extract", folder, names, ".jsonl.gz", extract_shard, inputs, o)
+    folder, names = begin_stage(o, "extract", inputs, "text_key", "main_content")
+    targets = [f"{folder}/{name}.jsonl.gz" for name in names]
+    return map_shards(o, "extract", extract_shard, targets, inputs, itertools.repeat(o))
 
 
-def filter_shard(source, target, o):
+def filter_shard(target, source, o):
     """One shard through language, rules, classifiers, decontamination and masking."""
     stats = new_stats()
     docs = read_documents(source, counts=stats["counts"])
@@ -1444,9 +1424,8 @@ def filter_shard(source, target, o):
 def stage_filter(o, inputs):
     """Language, quality rules, classifiers, decontamination, personal data."""
     o.decontaminate = find_inputs(o.decontaminate, "--decontaminate")
-    keys = ("languages", "language_model", "language_threshold", "rules", "drop_above", "pii",
-            "decontaminate", *BAD_LABEL)
-    folder, _, names = begin_stage(o, "filter", inputs, *keys)
+    folder, names = begin_stage(o, "filter", inputs, "languages", "language_model", "rules", "pii",
+                                "language_threshold", "drop_above", "decontaminate", *BAD_LABEL)
     for task in filter(lambda task: getattr(o, task), BAD_LABEL):
         bad_probability("a", task, getattr(o, task))  # a missing model is found before the work
     if o.languages:
@@ -1455,32 +1434,25 @@ def stage_filter(o, inputs):
         found, short = evaluation_ngrams(tuple(o.decontaminate))
         print(f"filter: {len(found):,} 13-grams of evaluation sets; {short} of their texts are "
               "shorter and not looked for", file=sys.stderr)
-    return map_shards(o, "filter", folder, names, ".jsonl.gz", filter_shard, inputs, o)
+    targets = [f"{folder}/{name}.jsonl.gz" for name in names]
+    return map_shards(o, "filter", filter_shard, targets, inputs, itertools.repeat(o))
 
 
-def split_lines(doc):
-    """The lines of a document as they are hashed."""
-    return doc["text"].encode("utf-8", "replace").split(b"\n")
-
-
-def sort_lines_shard(source, target, index):
+def sort_lines_shard(target, source, index):
     """Lines 1: one shard's lines, by hash."""
-    hashes = [hash_lines(split_lines(doc)) for doc in read_documents(source)]
-    sort_lines(np.concatenate([np.zeros(0, np.uint64), *hashes]), index, target)
+    hashes = [hash_lines(doc["text"].encode().split(b"\n")) for doc in read_documents(source)]
+    sort_lines(target, np.concatenate([np.zeros(0, np.uint64), *hashes]), index)
 
 
-def drop_lines_shard(source, target, index, parts, o):
+def drop_lines_shard(target, source, o, index, table, parts):
     """Lines 3: one shard without its repeated lines. Blank lines stay: they mark paragraphs."""
-    repeated, place = [np.load(part, mmap_mode="r") for part in parts], index << 40
+    num_lines = np.load(table, mmap_mode="r").shape[1]
+    gone = iter(dropped(parts, index << 40, num_lines).tolist())
 
     def drop(docs):
-        nonlocal place
         for doc in docs:
-            lines = split_lines(doc)
-            gone = lines_to_drop(hash_lines(lines), place, repeated, o.keep)
-            place += len(lines)
-            kept = (line for line, bad in zip(lines, gone) if not bad or not line.strip())
-            edit(doc, b"\n".join(kept).decode().strip())
+            lines = zip(doc["text"].split("\n"), gone)
+            edit(doc, "\n".join(x for x, bad in lines if not bad or not x.strip()).strip())
         return ["too few words left" if doc["words"] < o.min_words else None for doc in docs]
 
     return sift(target, read_documents(source), [("lines", drop)], new_stats())
@@ -1488,18 +1460,20 @@ def drop_lines_shard(source, target, index, parts, o):
 
 def stage_lines(o, inputs):
     """Lines that occur more than once in the whole crawl."""
-    folder, work, names = begin_stage(o, "lines", inputs, "keep", "min_words")
-    index = list(range(len(names)))
-    tables = map_shards(o, "lines 1/3", work, names, ".npy", sort_lines_shard, inputs, index)
+    folder, names = begin_stage(o, "lines", inputs, "keep", "min_words")
+    each, index = itertools.repeat, range(len(names))
+    tables = [f"{folder}/work/{name}.npy" for name in names]
+    map_shards(o, "lines 1/3", sort_lines_shard, tables, inputs, index)
     num_parts = 1 + sum(map(os.path.getsize, tables)) // (1 << 28)  # 256 MiB at a time
-    parts = [f"part-{part:03d}" for part in range(num_parts)]
-    parts = map_shards(o, "lines 2/3", work, parts, ".npy", repeated_lines,
-                       [tables] * num_parts, list(range(num_parts)), num_parts)
-    return map_shards(o, "lines 3/3", folder, names, ".jsonl.gz", drop_lines_shard, inputs, index,
-                      [parts] * len(names), o)
+    parts = [f"{folder}/work/part-{part:03d}.npy" for part in range(num_parts)]
+    map_shards(o, "lines 2/3", repeated_lines, parts, each(tables), each(o.keep), range(num_parts),
+               each(num_parts))
+    targets = [f"{folder}/{name}.jsonl.gz" for name in names]
+    return map_shards(o, "lines 3/3", drop_lines_shard, targets, inputs, each(o), index, tables,
+                      each(parts))
 
 
-def sign_shard(source, target, o):
+def sign_shard(target, source, o):
     """MinHash 1: signatures (D, K) and shingle sets of one shard; 32 bits of a shingle suffice."""
     signatures, sets = [np.zeros((0, o.num_hashes), np.uint32)], []
     for texts in batches(doc["text"] for doc in read_documents(source)):
@@ -1510,9 +1484,10 @@ def sign_shard(source, target, o):
     save(f"{target}.sets.npy", np.concatenate([np.zeros(0, np.uint32), *sets]))
     save(f"{target}.first.npy", np.cumsum([0] + [len(part) for part in sets]))
     save(target, np.concatenate(signatures))
+    return len(sets)
 
 
-def near_duplicates_part(tables, target, o):
+def near_duplicates_part(target, tables, o):
     """MinHash 2: numbers of the documents to drop, counted through all shards."""
     signatures = [np.load(table, mmap_mode="r") for table in tables]
     begins = np.cumsum([0] + [len(part) for part in signatures])
@@ -1527,13 +1502,12 @@ def near_duplicates_part(tables, target, o):
     save(target, near_duplicates(signatures, shingle_set, o.num_bands, o.jaccard, o.seed))
 
 
-def drop_duplicates_shard(source, target, begin, end, dropped):
-    """MinHash 3: one shard, documents `begin` to `end` of all, without its near-duplicates."""
-    table, numbers = np.load(dropped, mmap_mode="r"), itertools.count(begin)
-    gone = set(table[slice(*np.searchsorted(table, [begin, end]))].tolist())
+def drop_duplicates_shard(target, source, begin, count, numbers):
+    """MinHash 3: one shard, `count` documents from `begin` on of all, without near-duplicates."""
+    gone = iter(dropped([numbers], begin, count))
 
     def drop(docs):
-        return ["near-duplicate of another" if next(numbers) in gone else None for _ in docs]
+        return ["near-duplicate of another" if next(gone) else None for _ in docs]
 
     return sift(target, read_documents(source), [("minhash", drop)], new_stats())
 
@@ -1541,17 +1515,18 @@ def drop_duplicates_shard(source, target, begin, end, dropped):
 def stage_minhash(o, inputs):
     """Near-duplicate documents of the whole crawl."""
     candidate_pairs(np.zeros((0, o.num_hashes), np.uint32), o.num_bands)  # refuses odd bands
-    keys = ("num_hashes", "num_bands", "ngrams", "jaccard", "seed")
-    folder, work, names = begin_stage(o, "minhash", inputs, *keys)
-    tables = map_shards(o, "minhash 1/3", work, names, ".npy", sign_shard, inputs, o)
-    dropped = map_shards(o, "minhash 2/3", work, ["dropped"], ".npy", near_duplicates_part,
-                         [tables], o)
-    begins = np.cumsum([0] + [len(np.load(table, mmap_mode="r")) for table in tables]).tolist()
-    return map_shards(o, "minhash 3/3", folder, names, ".jsonl.gz", drop_duplicates_shard, inputs,
-                      begins[:-1], begins[1:], dropped * len(names))
+    folder, names = begin_stage(o, "minhash", inputs, "num_hashes", "num_bands", "ngrams",
+                                "jaccard", "seed")
+    tables, numbers = [f"{folder}/work/{name}.npy" for name in names], f"{folder}/work/dropped.npy"
+    map_shards(o, "minhash 1/3", sign_shard, tables, inputs, itertools.repeat(o))
+    map_shards(o, "minhash 2/3", near_duplicates_part, [numbers], [tables], [o])
+    counts = [len(np.load(table, mmap_mode="r")) for table in tables]
+    targets = [f"{folder}/{name}.jsonl.gz" for name in names]
+    return map_shards(o, "minhash 3/3", drop_duplicates_shard, targets, inputs,
+                      itertools.accumulate(counts, initial=0), counts, itertools.repeat(numbers))
 
 
-def train_tokenizer(sources, _, target, o):
+def train_tokenizer(target, sources, o):
     """A tokenizer trained on the first gigabyte of the text."""
     from tokenizer import EOT, Tokenizer, train_bpe
 
@@ -1565,36 +1540,35 @@ def train_tokenizer(sources, _, target, o):
     Tokenizer(vocab, merges, [EOT]).save(target)
 
 
-def tokenize_shard(source, target, tokenizer, o):
-    """Ids of one shard's documents, <|endoftext|> after each, to <target>/train and /val.
+def tokenize_shard(target, source, tokenizer, o):
+    """Ids of one shard's documents, <|endoftext|> after each, in train/ and val/ beside its books.
 
     A document is validation if the hash of its text falls below --val-fraction: on every machine
     and in every run the same text lands on the same side.
     """
     from tokenizer import Tokenizer
 
-    coder, ids = Tokenizer.load(tokenizer), {"train": [], "val": []}
+    coder, ids, (folder, name) = Tokenizer.load(tokenizer), {}, os.path.split(target)
     for doc in read_documents(source):
-        digest = hashlib.blake2b(doc["text"].encode("utf-8", "replace"), digest_size=8).digest()
+        digest = hashlib.blake2b(doc["text"].encode(), digest_size=8).digest()
         side = "val" if int.from_bytes(digest, "big") < o.val_fraction * 2**64 else "train"
         new = coder.encode_numpy(doc["text"], allowed_special=())
-        ids[side] += [new, np.array([coder.eot_id], new.dtype)]
+        ids.setdefault(side, []).extend([new, np.array([coder.eot_id], new.dtype)])
     for side, parts in ids.items():
-        if parts:
-            folder = os.path.join(os.path.dirname(target), side)
-            os.makedirs(folder, exist_ok=True)
-            save(os.path.join(folder, os.path.basename(target)), np.concatenate(parts))
-    return {"counts": {f"{side} tokens": sum(map(len, parts)) for side, parts in ids.items()}}
+        os.makedirs(f"{folder}/{side}", exist_ok=True)
+        save(f"{folder}/{side}/{name.removesuffix('.json')}.npy", np.concatenate(parts))
+    save(target, {"counts": {f"{side} tokens": sum(map(len, ids[side])) for side in sorted(ids)}})
 
 
 def stage_tokenize(o, inputs):
     """Token files for train.py, by a tokenizer that is given or trained on this text."""
-    keys = ("tokenizer", "vocab_size", "val_fraction")
-    folder, work, names = begin_stage(o, "tokenize", inputs, *keys)
-    tokenizer = o.tokenizer or os.path.join(folder, "tokenizer.json")
+    folder, names = begin_stage(o, "tokenize", inputs, "tokenizer", "vocab_size", "val_fraction")
+    tokenizer = o.tokenizer or f"{folder}/tokenizer.json"
     if not o.tokenizer:
-        map_shards(o, "tokenizer", work, ["tokenizer"], "", train_tokenizer, [inputs], tokenizer, o)
-    return map_shards(o, "tokenize", folder, names, ".npy", tokenize_shard, inputs, tokenizer, o)
+        map_shards(o, "tokenizer", train_tokenizer, [tokenizer], [inputs], [o])
+    books = [f"{folder}/{name}.json" for name in names]
+    return map_shards(o, "tokenize", tokenize_shard, books, inputs, itertools.repeat(tokenizer),
+                      itertools.repeat(o))
 
 
 STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines,
@@ -1625,8 +1599,9 @@ def collect_books(out):
     total = new_stats()
     for stage in STAGES:
         for path in sorted(glob.glob(os.path.join(glob.escape(out), stage, "*.json"))):
-            stats = load_json(path)
-            stats["seconds"] = load_json(f"{path}.seconds") if "filters" in stats else {}
+            stats = json.loads(Path(path).read_bytes())
+            if "filters" in stats:
+                stats["seconds"] = json.loads(Path(path).with_suffix(".seconds").read_bytes())
             for key in ("counts", "languages", "seconds"):
                 total[key].update(stats.get(key, {}))
             for name, row in stats.get("filters", {}).items():
@@ -1825,7 +1800,6 @@ def machine_texts():
 
 def demo_pages(random):
     """(host, status, content type, page): the machine's English, and what a crawl has beside it."""
-    from html import escape
     for i, (name, text) in enumerate(machine_texts()):
         paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
         if i % 6 == 1:  # personal data

@@ -494,8 +494,9 @@ def test_split_words_is_str_split():
     assert (words.end - words.start).tolist() == [len(word) for word in want]
     assert words.doc.tolist() == [i for i, text in enumerate(texts) for _ in text.split()]
     assert np.diff(words.first).tolist() == [len(text.split()) for text in texts]
-    assert words.alphabetic.tolist() == [any(map(str.isalpha, word)) for word in want]
-    hashes = fd.span_hashes(words, words.start, words.end).tolist()
+    letters = [any(c == 2 for c in words.kinds[a:b]) for a, b in zip(words.start, words.end)]
+    assert letters == [any(map(str.isalpha, word)) for word in want]
+    hashes = words.hashes.tolist()
     by_hash = dict(zip(hashes, want))
     assert [by_hash[value] for value in hashes] == want  # equal hash, equal word
     assert len(by_hash) == len(set(want))
@@ -520,7 +521,7 @@ def test_split_words_normalised_is_normalise():
     nfd = [unicodedata.normalize("NFD", text.lower()) for text in texts]
     words = fd.split_words(nfd, normalised=True)
     want = [word for text in texts for word in fd.normalise(text).split()]
-    hashes = fd.span_hashes(words, words.start, words.end).tolist()
+    hashes = words.hashes.tolist()
     by_hash = dict(zip(hashes, want))
     assert [by_hash[value] for value in hashes] == want and len(by_hash) == len(set(want))
     assert (words.end - words.start).tolist() == [len(word) for word in want]
@@ -719,12 +720,14 @@ def test_line_deduplication_is_its_twin(tmp_path, keep, num_parts):
     assert sorted(os.listdir(tmp_path / "out")) == sorted([*lines, "empty.txt"])
 
 
-def test_repeated_lines_holds_each_once_and_the_place_of_the_first(tmp_path):
-    for source, hashes in enumerate(([7, 5, 7, 9], [5, 7, 1])):
-        fd.sort_lines(np.array(hashes, np.uint64), source, str(tmp_path / f"{source}.npy"))
+@pytest.mark.parametrize("keep, want", [("none", [[0, 1, 2], [0, 1]]), ("first", [[2], [0, 1]])])
+def test_repeated_lines_are_the_places_to_drop(tmp_path, keep, want):
     tables = [str(tmp_path / "0.npy"), str(tmp_path / "1.npy")]
-    fd.repeated_lines(tables, str(tmp_path / "out.npy"))
-    assert np.load(tmp_path / "out.npy").tolist() == [[5, 7], [1, 0]]
+    for source, hashes in enumerate(([7, 5, 7, 9], [5, 7, 1])):
+        fd.sort_lines(tables[source], np.array(hashes, np.uint64), source)
+    fd.repeated_lines(str(tmp_path / "out.npy"), tables, keep)
+    gone = [fd.dropped([tmp_path / "out.npy"], i << 40, count) for i, count in ((0, 4), (1, 3))]
+    assert [np.flatnonzero(flags).tolist() for flags in gone] == want
 
 
 def test_inputs_of_one_name_are_refused(tmp_path):
@@ -1116,11 +1119,10 @@ def kill_self():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
-    units = [(str(tmp_path / f"{i}.json"), kill_self, ()) for i in range(4)]
+def test_a_killed_worker_is_an_error_not_a_hang():
     began = time.perf_counter()
     with pytest.raises(ValueError, match="worker process was killed"):
-        list(fd.in_pool(units, 2))
+        list(fd.in_pool(kill_self, [()] * 4, 2))
     assert time.perf_counter() - began < 10
 
 
@@ -1352,7 +1354,8 @@ def test_memory_stays_flat_over_many_documents(tmp_path):
             file.writelines(json.dumps({"text": good_text(i % 50)}) + "\n" for i in range(count))
         check = ("rules", lambda docs: fd.failed_rules([doc["text"] for doc in docs]))
         tracemalloc.start()
-        stats = fd.sift(tmp_path / "out", fd.read_documents(str(path)), [check], fd.new_stats())
+        stats = fd.new_stats()
+        fd.sift(tmp_path / "out", fd.read_documents(str(path)), [check], stats)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert stats["filters"]["rules"]["documents"] == count
