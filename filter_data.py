@@ -30,6 +30,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import re
@@ -45,6 +46,7 @@ import urllib.request
 import zlib
 from collections import Counter
 from html import escape, unescape
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +60,7 @@ BATCH_CHARS = 1 << 17  # characters handled by one numpy call: its arrays stay i
 
 RECORD_START = re.compile(rb"(?:^|\n)(WARC/\d\.\d+\r?\n(?=[A-Za-z-]+:))")
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+GZIP_MEMBER = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
 
 
 class Page(NamedTuple):
@@ -80,8 +83,8 @@ def inflate(file, counts):
         file.seek(0)
         yield from iter(functools.partial(file.read, 1 << 16), b"")
         return
-    member, whole = 0, False  # where the current gzip member starts
-    while not whole and member is not None:
+    mapped, member, whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, False
+    while not whole:
         file.seek(member)
         raw, inflater = b"", zlib.decompressobj(31)
         with contextlib.suppress(zlib.error):
@@ -95,18 +98,10 @@ def inflate(file, counts):
         if not whole:
             counts["damaged_gzip"] += 1
             yield b"\r\n\r\n"
-            member = next_member(file, member + 1)
-
-
-def next_member(file, offset):
-    """Offset of the next gzip header at or behind `offset`, or None."""
-    file.seek(offset)
-    tail = b""
-    while block := file.read(1 << 20):
-        if found := re.search(rb"\x1f\x8b\x08[\x00-\x1f]", tail + block):
-            return offset - len(tail) + found.start()
-        offset, tail = offset + len(block), block[-3:]
-    return None
+            following = GZIP_MEMBER.search(mapped, member + 1)
+            if not following:
+                return
+            member = following.start()
 
 
 def parse_headers(block):
@@ -235,15 +230,6 @@ WHATWG = {
 WHATWG = {alias: codec for codec, aliases in WHATWG.items() for alias in aliases.split()}
 
 
-def find_codec(label):
-    """Python's codec for a declared charset, or None if there is no such text encoding."""
-    try:
-        b"a".decode(codec := WHATWG.get(label.strip().lower(), label), "replace")
-        return codecs.lookup(codec).name
-    except (LookupError, ValueError):
-        return None
-
-
 def decode_html(body, charset=None):
     """Bytes of a page to text: byte order mark, valid UTF-8, header's charset, <meta>'s, cp1252.
 
@@ -256,9 +242,11 @@ def decode_html(body, charset=None):
         if body.startswith(mark):
             return body[len(mark) :].decode(codec, "replace")
     meta = rb"<(?:meta|\?xml)[^>]{1,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)"
-    meta = re.search(meta, body[:4096], re.IGNORECASE)
-    declared = [find_codec(charset or ""), find_codec(meta[1].decode("latin-1") if meta else "")]
-    declared = [codec for codec in declared if codec]
+    meta, declared = re.search(meta, body[:4096], re.IGNORECASE), []
+    for label in (charset or "", meta[1].decode("latin-1") if meta else ""):
+        with contextlib.suppress(LookupError, ValueError):  # no such encoding, or not one of text
+            b"a".decode(codec := WHATWG.get(label.strip().lower(), label), "replace")
+            declared.append(codecs.lookup(codec).name)
     like_ascii = [c for c in declared if c in ("iso2022_jp", "hz") or b"\0" in body[:64]]
     for codec in (*like_ascii, "utf-8", *declared):
         with contextlib.suppress(ValueError):
@@ -455,19 +443,6 @@ LAST = 0x34000  # no letters are assigned to code points above
 SEVERAL = 0xFFFFFFFF  # marks characters that `normalise` turns into several
 
 
-class Words(NamedTuple):
-    """The words of a batch: D documents, W words, N characters in all, newlines around each."""
-
-    codes: np.ndarray  # (N,) uint32 code points
-    kinds: np.ndarray  # (N,) classes of character_tables; the codes again if normalised
-    sums: np.ndarray  # (N + 1,) prefix_sums of the codes
-    start: np.ndarray  # (W,) each word's first character
-    end: np.ndarray  # (W,) the character behind it
-    first: np.ndarray  # (D + 1,) index of each document's first word
-    doc: np.ndarray  # (W,) which document
-    hashes: np.ndarray  # (W,) uint64, equal for equal words
-
-
 @functools.lru_cache(maxsize=1)
 def character_tables():
     """Two tables over code points: (0x110000,) uint8 class and (0x110000,) uint32 normal form.
@@ -492,7 +467,7 @@ def character_tables():
 def normalise(text):
     """Lower case, NFD, no accents, punctuation or symbols, single spaces: CS336's normal form.
 
-    The plain twin of split_words(..., normalised=True).
+    The plain twin of Words(..., normalised=True).
 
     >>> normalise("Crème  Brûlée, 50% off!")
     'creme brulee 50 off'
@@ -528,17 +503,23 @@ def normal_code_points(texts):
     return codes[keep], np.cumsum(left)
 
 
-def split_words(texts, normalised=False):
-    """Cut a batch of texts, or their normal forms, at white space: -> Words."""
-    codes, bounds = normal_code_points(texts) if normalised else code_points(texts)  # (N,), (D+1,)
-    kinds = codes if normalised else character_tables()[0].take(codes)
-    inside = kinds != (32 if normalised else 3)
-    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
-    start, end = edges[::2].copy(), edges[1::2].copy()
-    first = np.searchsorted(start, bounds)
-    doc = np.repeat(np.arange(len(texts)), np.diff(first))
-    sums = prefix_sums(codes)
-    return Words(codes, kinds, sums, start, end, first, doc, span_hashes(sums, start, end))
+class Words:
+    """A batch of texts, or of their normal forms, cut at white space: D documents, W words."""
+
+    def __init__(self, texts, normalised=False):
+        self.codes, bounds = (normal_code_points if normalised else code_points)(texts)  # (N,)
+        self.kinds = self.codes if normalised else character_tables()[0].take(self.codes)  # (N,)
+        inside = self.kinds != (32 if normalised else 3)
+        edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+        self.start, self.end = edges[::2].copy(), edges[1::2].copy()  # (W,) where it starts, ends
+        self.first = np.searchsorted(self.start, bounds)  # (D + 1,) each document's first word
+        self.doc = np.repeat(np.arange(len(texts)), np.diff(self.first))  # (W,) which document
+        self.sums = prefix_sums(self.codes)  # (N + 1,)
+        self.hashes = span_hashes(self.sums, self.start, self.end)  # (W,) equal for equal words
+
+    def total(self, values):
+        """Sum of the words' values in each document: (W,) -> (D,)."""
+        return np.bincount(self.doc, values, minlength=len(self.first) - 1)
 
 
 @functools.lru_cache(maxsize=8)
@@ -575,12 +556,6 @@ def span_hashes(sums, start, end):
     """
     down = powers(len(sums).bit_length())[1]
     return mix((sums[end] - sums[start]) * down[start])
-
-
-def per_document(values, first):
-    """Sum of the words' values in each document: (W,) -> (D,)."""
-    sums = np.append(0, np.cumsum(values))
-    return sums[first[1:]] - sums[first[:-1]]
 
 
 def distinct(values):
@@ -645,30 +620,25 @@ class Lines:
     """
 
     def __init__(self, words, newlines=1):
-        size, self.words = len(words.start), words
+        size, self.num_documents = len(words.start), len(words.first) - 1
         breaks = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))  # word behind each
         breaks = np.bincount(np.append(breaks, np.repeat(words.first[:-1], 2)), minlength=size + 1)
         begin = np.flatnonzero(breaks[:size] >= newlines)  # (L,) each one's first word
         self.start, self.doc = words.start[begin], words.doc[begin]  # (L,) as in Words
         self.end = words.end[np.append(begin[1:], size)[: len(begin)] - 1]
         self.size = self.end - self.start
+        keys = span_hashes(words.sums, self.start, self.end) + mix(self.doc.astype(np.uint64))
+        order = np.argsort(keys, kind="stable")
+        self.copy = np.zeros(len(keys), bool)  # (L,) equals an earlier one of its document
+        self.copy[order[1:]] = keys[order[1:]] == keys[order[:-1]]
 
-    def count(self, values=None):
+    def total(self, values=None):
         """How many lines a document has, or the sum of their values: (L,) -> (D,)."""
-        return np.bincount(self.doc, values, minlength=len(self.words.first) - 1)
+        return np.bincount(self.doc, values, minlength=self.num_documents)
 
     def share(self, flags, empty=0.0):
         """(D,) share of the lines that have a flag."""
-        return ratio(self.count(flags), self.count(), empty)
-
-    def copies(self):
-        """(L,) bool: lines equal to an earlier one of their document."""
-        keys = span_hashes(self.words.sums, self.start, self.end)
-        keys += mix(self.doc.astype(np.uint64))
-        order = np.argsort(keys, kind="stable")
-        later = np.zeros(len(keys), bool)
-        later[order[1:]] = keys[order[1:]] == keys[order[:-1]]
-        return later
+        return ratio(self.total(flags), self.total(), empty)
 
 
 def repeated_ngrams(words, longest):
@@ -722,9 +692,8 @@ def measure_repetition(texts, words, stop_words):
     """
     size, shares = np.array([max(1, len(text)) for text in texts]), {}
     for name, lines in (("line", Lines(words)), ("paragraph", Lines(words, newlines=2))):
-        copies = lines.copies()
-        shares[f"copied_{name}s"] = lines.share(copies)
-        shares[f"copied_{name}_characters"] = lines.count(copies * lines.size) / size
+        shares[f"copied_{name}s"] = lines.share(lines.copy)
+        shares[f"copied_{name}_characters"] = lines.total(lines.copy * lines.size) / size
     for n, at, same in repeated_ngrams(words, 10):
         count = top_ngram_characters if n < 5 else repeated_ngram_characters
         name = f"top_{n}_gram" if n < 5 else f"repeated_{n}_grams"
@@ -746,15 +715,15 @@ def measure_gopher(texts, words, stop_words):
     letters = np.append(0, np.cumsum(words.kinds == 2))
     with_letter = letters[words.end] > letters[words.start]  # (W,)
     stops = np.zeros((len(texts), len(stop_words)), bool)
-    for j, stop in enumerate(split_words([" ".join(stop_words)]).hashes):
+    for j, stop in enumerate(Words([" ".join(stop_words)]).hashes):
         stops[words.doc[words.hashes == stop], j] = True
     return {
         "words": count,
-        "word_length": ratio(per_document(words.end - words.start, words.first), count),
+        "word_length": ratio(words.total(words.end - words.start), count),
         "symbols": ratio(symbols, count),
         "bullet_lines": lines.share(np.isin(codes[lines.start], [ord(c) for c in "•‣●◦▪-*"])),
         "ellipsis_lines": lines.share(ellipses),
-        "alphabetic": ratio(per_document(with_letter, words.first), count),
+        "alphabetic": ratio(words.total(with_letter), count),
         "stop_words": stops.sum(1) if stop_words else np.full(len(texts), 2),
     }
 
@@ -775,13 +744,12 @@ def measure_fineweb(texts, words, stop_words):
     line_punctuation: share that ends in it. short_lines: share under 30 characters.
     duplicate_line_characters: share of the lines' characters in copies of an earlier line.
     """
-    lines = Lines(words)
-    copies, marks = lines.copies(), [ord(c) for c in TERMINAL]
+    lines, marks = Lines(words), [ord(c) for c in TERMINAL]
     return {
         "line_punctuation": lines.share(np.isin(words.codes[lines.end - 1], marks)),
         "short_lines": lines.share(lines.size < 30, empty=1.0),
-        "duplicate_line_characters": ratio(lines.count(copies * lines.size),
-                                           lines.count(lines.size)),
+        "duplicate_line_characters": ratio(lines.total(lines.copy * lines.size),
+                                           lines.total(lines.size)),
     }
 
 
@@ -796,7 +764,7 @@ def failures(name, texts, words, stop_words=STOP_WORDS):
 
 def failed_rules(texts, rules=tuple(RULES), stop_words=STOP_WORDS):
     """The first rule each text fails, such as "gopher: words", or None; in the order of RULES."""
-    words = split_words(texts) if set(rules) != {"c4"} else None  # which needs none
+    words = Words(texts) if set(rules) != {"c4"} else None  # which needs none
     found = [None] * len(texts)
     for name in (name for name in RULES if name in rules):
         for rule, failed in failures(name, texts, words, stop_words).items():
@@ -811,7 +779,7 @@ def gopher_quality_filter(text):
     50 to 100,000 words of 3 to 10 characters on average, at most 30 % of lines ending in an
     ellipsis, at least 80 % of words with a letter.
     """
-    failed = failures("gopher", [text], split_words([text]))
+    failed = failures("gopher", [text], Words([text]))
     return not any(failed[rule][0] for rule in COURSE_RULES)
 
 
@@ -928,7 +896,7 @@ def shingles(texts, n):
     A document of fewer than n words is one shingle, the hash of all its words, so that it equals
     only itself; one without any word has no shingle.
     """
-    words = split_words(texts, normalised=True)
+    words = Words(texts, normalised=True)
     size = np.diff(words.first)
     count = np.maximum(size - n + 1, np.minimum(size, 1))  # (D,) shingles
     first = np.append(0, np.cumsum(count))
@@ -1089,9 +1057,11 @@ def evaluation_ngrams(paths, n=13):
 def contaminated(texts, evaluation, n=13):
     """(D,) bool: documents that share an n-gram with the evaluation sets (GPT-3, appendix C)."""
     hashes, first = shingles(texts, n)
-    at = np.searchsorted(evaluation, hashes) % max(1, len(evaluation))
-    hit = evaluation[at] == hashes if len(evaluation) else np.zeros(len(hashes), bool)
-    return per_document(hit, first) > 0
+    if not len(evaluation):
+        return np.zeros(len(texts), bool)
+    at = np.searchsorted(evaluation, hashes)
+    hit = np.flatnonzero(evaluation.take(at, mode="clip") == hashes)
+    return np.bincount(np.searchsorted(first, hit, "right") - 1, minlength=len(texts)) > 0
 
 
 # ---- documents in and out ------------------------------------------------------------------------
@@ -1193,46 +1163,42 @@ def read_documents(path, text_key="text", main_content=False, counts=None):
 # ---- filters, and the books of what each saw, dropped and cost -----------------------------------
 
 
-def new_stats():
-    """Empty books of one shard."""
-    return {"filters": {}, "counts": Counter(), "languages": Counter(), "seconds": Counter()}
+def add_books(total, new):
+    """Add the books of a batch or a shard to a total: sums of numbers, lists' five smallest."""
+    for key, value in new.items():
+        if isinstance(value, dict):
+            add_books(total.setdefault(key, {}), value)
+        elif isinstance(value, list):
+            total[key] = sorted(total.get(key, []) + value)[:5]
+        else:
+            total[key] = total.get(key, 0) + value
 
 
-def new_row():
-    """Empty books of one filter."""
-    return {"documents": 0, "words": 0, "kept": 0, "kept_words": 0, "reasons": Counter(),
-            "samples": [[], []]}
-
-
-def sieve(stats, name, docs, check):
+def sieve(books, name, docs, check):
     """Apply one filter to a batch and enter it in the books; returns the documents that stay.
 
     `check(docs)` gives None or the reason to drop for each document, and may edit the text. The
-    five kept and five dropped samples are those with the smallest hash of their id, so that any
-    number of workers agrees on them.
+    samples are those with the smallest hash of their id, so that any number of workers agrees.
     """
-    began, row = time.perf_counter(), stats["filters"].setdefault(name, new_row())
-    row["documents"] += len(docs)
-    row["words"] += sum(doc["words"] for doc in docs)
-    reasons = check(docs)
+    began, words, reasons = time.perf_counter(), sum(doc["words"] for doc in docs), check(docs)
     kept = [doc for doc, reason in zip(docs, reasons) if reason is None]
-    row["kept"] += len(kept)
-    row["kept_words"] += sum(doc["words"] for doc in kept)
-    row["reasons"].update(filter(None, reasons))
+    samples = {"kept": [], "dropped": []}
     for doc, reason in zip(docs, reasons):
-        sample = [zlib.crc32(doc["id"].encode("utf-8", "replace")), doc["id"], reason or ""]
-        samples = row["samples"][reason is not None]
-        if len(samples) < 5 or sample < samples[-1]:
-            samples[:] = sorted([*samples, [*sample, doc["text"][:200]]])[:5]
-    stats["seconds"][name] += time.perf_counter() - began
+        sample = [zlib.crc32(doc["id"].encode("utf-8", "replace")), doc["id"], reason or "",
+                  doc["text"][:200]]
+        samples["kept" if reason is None else "dropped"].append(sample)
+    row = {"documents": len(docs), "words": words, "kept": len(kept), "samples": samples,
+           "kept_words": sum(doc["words"] for doc in kept),
+           "reasons": Counter(filter(None, reasons))}
+    add_books(books, {"filters": {name: row}, "seconds": {name: time.perf_counter() - began}})
     return kept
 
 
-def sift(target, docs, filters, stats):
+def sift(target, docs, filters, books):
     """Pass documents through filters [(name, check)] to a .jsonl.gz; returns how many came in.
 
-    The books lie beside the target, all that differs between runs (the seconds) in a file of its
-    own. The same documents give the same bytes: the gzip header holds neither time nor name.
+    The books go beside it, with all that differs between runs (the seconds) in a file of its own.
+    The same documents give the same bytes: the gzip header holds neither time nor name.
     """
     began, documents = time.perf_counter(), 0
     with replacing(target) as raw:
@@ -1240,13 +1206,13 @@ def sift(target, docs, filters, stats):
             for batch in batches(docs, lambda doc: len(doc["text"])):
                 documents += len(batch)
                 for name, check in filters:
-                    batch = sieve(stats, name, batch, check)
+                    batch = sieve(books, name, batch, check)
                 file.write("".join([json.dumps(doc) + "\n" for doc in batch]).encode())
+        seconds, path = books.pop("seconds", {}), os.fspath(target).removesuffix(".jsonl.gz")
         if len(filters) == 1:  # whose work is to read and to write, too
-            stats["seconds"][filters[0][0]] = time.perf_counter() - began
-        books = os.fspath(target).removesuffix(".jsonl.gz")
-        save(f"{books}.seconds", stats["seconds"])
-        save(f"{books}.json", {key: stats[key] for key in ("filters", "counts", "languages")})
+            seconds = {filters[0][0]: time.perf_counter() - began}
+        save(f"{path}.seconds", seconds)
+        save(f"{path}.json", books)
     return documents
 
 
@@ -1256,18 +1222,18 @@ def edit(doc, text):
         doc.update(text=text, words=len(text.split()))
 
 
-def check_language(docs, o, stats):
+def check_language(docs, o, books):
     """Drop all but the wanted languages, and what may be none of them."""
     reasons = []
     for doc in docs:
         doc["language"], p = identify_language(doc["text"], o.language_model)
-        stats["languages"][doc["language"]] += 1
         sure = None if p >= o.language_threshold else "unsure"
         reasons.append(sure if doc["language"] in o.languages else doc["language"])
+    add_books(books, {"languages": Counter(doc["language"] for doc in docs)})
     return reasons
 
 
-def check_rules(docs, o, stats, names):
+def check_rules(docs, o, books, names):
     """Apply rule sets; C4 takes out lines first."""
     for doc in docs if "c4" in names else ():
         edit(doc, c4_clean(doc["text"]))
@@ -1275,41 +1241,42 @@ def check_rules(docs, o, stats, names):
     return failed_rules([doc["text"] for doc in docs], names, stop_words)
 
 
-def check_classifier(docs, o, stats, task):
+def check_classifier(docs, o, books, task):
     """Drop what a classifier calls bad, from the first 2,000 characters of each document."""
     bad = [bad_probability(doc["text"][:2000], task, getattr(o, task)) for doc in docs]
     return [f"{task} {p:.1f}" if p >= o.drop_above else None for p in bad]
 
 
-def check_evaluation(docs, o, stats):
+def check_evaluation(docs, o, books):
     """Drop documents that contain a piece of an evaluation set."""
     hit = contaminated([doc["text"] for doc in docs], evaluation_ngrams(tuple(o.decontaminate))[0])
     return ["13 words of an evaluation set" if bad else None for bad in hit]
 
 
-def mask_all(docs, o, stats):
+def mask_all(docs, o, books):
     """Mask personal data; drops nothing."""
-    masks = {"emails": mask_emails, "phone numbers": mask_phone_numbers, "IPs": mask_ips}
     for doc in docs:
-        text = doc["text"]
-        for name, mask in masks.items():
-            text, found = mask(text)
-            stats["counts"][f"{name} masked"] += found
+        text, emails = mask_emails(doc["text"])
+        text, numbers = mask_phone_numbers(text)
+        text, ips = mask_ips(text)
         edit(doc, text)
+        books["counts"].update(
+            {"emails masked": emails, "phone numbers masked": numbers, "IPs masked": ips})
     return [None] * len(docs)
 
 
-def filters_of(o, stats):
+def filters_of(o, books):
     """The filters that are switched on, [(name, check)], cheap ones first."""
     checks = {"language": check_language} if o.languages else {}
     for names in (["repetition", "gopher"], ["c4"], ["fineweb"]):
         if names := [name for name in names if name in o.rules]:
             checks[names[-1]] = functools.partial(check_rules, names=names)
-    checks |= {task: functools.partial(check_classifier, task=task)
-               for task in BAD_LABEL if getattr(o, task)}
+    for task in BAD_LABEL:
+        if getattr(o, task):
+            checks[task] = functools.partial(check_classifier, task=task)
     checks |= {"decontaminate": check_evaluation} if o.decontaminate else {}
     checks |= {"pii": mask_all} if o.pii else {}
-    return [(name, functools.partial(check, o=o, stats=stats)) for name, check in checks.items()]
+    return [(name, functools.partial(check, o=o, books=books)) for name, check in checks.items()]
 
 
 # ---- many shards, processes and machines ---------------------------------------------------------
@@ -1378,23 +1345,27 @@ def map_shards(o, label, function, *columns):
 
 
 def begin_stage(o, stage, inputs, *keys):
-    """(<out>/<stage>, names of its shards). ValueError: it was begun with other settings."""
-    folder = os.path.join(o.out, stage)
-    os.makedirs(os.path.join(folder, "work"), exist_ok=True)
+    """Names for a stage's shards, <out>/<stage>/*.jsonl.gz, and for tables, work/*.npy.
+
+    ValueError if the stage was begun with other settings: half of each would be neither.
+    """
+    folder = f"{o.out}/{stage}"
+    os.makedirs(f"{folder}/work", exist_ok=True)
     settings = {key: getattr(o, key) for key in keys}
     settings["input"] = [[os.path.basename(path), os.path.getsize(path)] for path in inputs]
-    path = os.path.join(folder, "settings.json")
-    old = json.loads(Path(path).read_bytes()) if os.path.exists(path) else settings
+    path = Path(folder, "settings.json")
+    old = json.loads(path.read_bytes()) if path.exists() else settings
     for key, value in settings.items():
-        if old.get(key) != value:  # half of each would be neither
+        if old.get(key) != value:
             change = "other files" if key == "input" else f"{old.get(key)}, not {value}"
             raise ValueError(f"--{key.replace('_', '-')}: {folder} was begun with {change}: use "
                              f"the same, another --out, or delete {folder} and the stages behind")
     if o.rank == 0:
         save(path, settings)
     pattern = r"^\d{5}-|\.(gz|jsonl|warc|wet|txt|csv|tsv)\b"  # numbered, so that no two are equal
-    names = (re.sub(pattern, "", os.path.basename(path)) for path in inputs)
-    return folder, [f"{i:05d}-{name}" for i, name in enumerate(names)]
+    names = [re.sub(pattern, "", os.path.basename(path)) for path in inputs]
+    names = [f"{i:05d}-{name}" for i, name in enumerate(names)]
+    return [f"{folder}/{x}.jsonl.gz" for x in names], [f"{folder}/work/{x}.npy" for x in names]
 
 
 # ---- stages: what is done to one shard, and then to all ------------------------------------------
@@ -1402,30 +1373,29 @@ def begin_stage(o, stage, inputs, *keys):
 
 def extract_shard(target, source, o):
     """Pages of one crawl file to documents."""
-    stats = new_stats()
-    docs = read_documents(source, o.text_key, o.main_content, stats["counts"])
-    return sift(target, docs, [("extract", lambda docs: [None] * len(docs))], stats)
+    books = {"counts": Counter()}
+    docs = read_documents(source, o.text_key, o.main_content, books["counts"])
+    return sift(target, docs, [("extract", lambda docs: [None] * len(docs))], books)
 
 
 def stage_extract(o, inputs):
     """Crawl files to documents."""
-    folder, names = begin_stage(o, "extract", inputs, "text_key", "main_content")
-    targets = [f"{folder}/{name}.jsonl.gz" for name in names]
-    return map_shards(o, "extract", extract_shard, targets, inputs, itertools.repeat(o))
+    targets, _ = begin_stage(o, "extract", inputs, "text_key", "main_content")
+    return map_shards(o, "extract", extract_shard, targets, inputs, repeat(o))
 
 
 def filter_shard(target, source, o):
     """One shard through language, rules, classifiers, decontamination and masking."""
-    stats = new_stats()
-    docs = read_documents(source, counts=stats["counts"])
-    return sift(target, docs, filters_of(o, stats), stats)
+    books = {"counts": Counter()}
+    docs = read_documents(source, counts=books["counts"])
+    return sift(target, docs, filters_of(o, books), books)
 
 
 def stage_filter(o, inputs):
     """Language, quality rules, classifiers, decontamination, personal data."""
     o.decontaminate = find_inputs(o.decontaminate, "--decontaminate")
-    folder, names = begin_stage(o, "filter", inputs, "languages", "language_model", "rules", "pii",
-                                "language_threshold", "drop_above", "decontaminate", *BAD_LABEL)
+    targets, _ = begin_stage(o, "filter", inputs, "languages", "language_model", "rules", "pii",
+                             "language_threshold", "drop_above", "decontaminate", *BAD_LABEL)
     for task in filter(lambda task: getattr(o, task), BAD_LABEL):
         bad_probability("a", task, getattr(o, task))  # a missing model is found before the work
     if o.languages:
@@ -1434,8 +1404,7 @@ def stage_filter(o, inputs):
         found, short = evaluation_ngrams(tuple(o.decontaminate))
         print(f"filter: {len(found):,} 13-grams of evaluation sets; {short} of their texts are "
               "shorter and not looked for", file=sys.stderr)
-    targets = [f"{folder}/{name}.jsonl.gz" for name in names]
-    return map_shards(o, "filter", filter_shard, targets, inputs, itertools.repeat(o))
+    return map_shards(o, "filter", filter_shard, targets, inputs, repeat(o))
 
 
 def sort_lines_shard(target, source, index):
@@ -1455,22 +1424,19 @@ def drop_lines_shard(target, source, o, index, table, parts):
             edit(doc, "\n".join(x for x, bad in lines if not bad or not x.strip()).strip())
         return ["too few words left" if doc["words"] < o.min_words else None for doc in docs]
 
-    return sift(target, read_documents(source), [("lines", drop)], new_stats())
+    return sift(target, read_documents(source), [("lines", drop)], {})
 
 
 def stage_lines(o, inputs):
     """Lines that occur more than once in the whole crawl."""
-    folder, names = begin_stage(o, "lines", inputs, "keep", "min_words")
-    each, index = itertools.repeat, range(len(names))
-    tables = [f"{folder}/work/{name}.npy" for name in names]
-    map_shards(o, "lines 1/3", sort_lines_shard, tables, inputs, index)
+    targets, tables = begin_stage(o, "lines", inputs, "keep", "min_words")
+    map_shards(o, "lines 1/3", sort_lines_shard, tables, inputs, itertools.count())
     num_parts = 1 + sum(map(os.path.getsize, tables)) // (1 << 28)  # 256 MiB at a time
-    parts = [f"{folder}/work/part-{part:03d}.npy" for part in range(num_parts)]
-    map_shards(o, "lines 2/3", repeated_lines, parts, each(tables), each(o.keep), range(num_parts),
-               each(num_parts))
-    targets = [f"{folder}/{name}.jsonl.gz" for name in names]
-    return map_shards(o, "lines 3/3", drop_lines_shard, targets, inputs, each(o), index, tables,
-                      each(parts))
+    parts = [f"{o.out}/lines/work/part-{part:03d}.npy" for part in range(num_parts)]
+    map_shards(o, "lines 2/3", repeated_lines, parts, repeat(tables), repeat(o.keep),
+               range(num_parts), repeat(num_parts))
+    return map_shards(o, "lines 3/3", drop_lines_shard, targets, inputs, repeat(o),
+                      itertools.count(), tables, repeat(parts))
 
 
 def sign_shard(target, source, o):
@@ -1509,34 +1475,31 @@ def drop_duplicates_shard(target, source, begin, count, numbers):
     def drop(docs):
         return ["near-duplicate of another" if next(gone) else None for _ in docs]
 
-    return sift(target, read_documents(source), [("minhash", drop)], new_stats())
+    return sift(target, read_documents(source), [("minhash", drop)], {})
 
 
 def stage_minhash(o, inputs):
     """Near-duplicate documents of the whole crawl."""
     candidate_pairs(np.zeros((0, o.num_hashes), np.uint32), o.num_bands)  # refuses odd bands
-    folder, names = begin_stage(o, "minhash", inputs, "num_hashes", "num_bands", "ngrams",
-                                "jaccard", "seed")
-    tables, numbers = [f"{folder}/work/{name}.npy" for name in names], f"{folder}/work/dropped.npy"
-    map_shards(o, "minhash 1/3", sign_shard, tables, inputs, itertools.repeat(o))
+    keys = ("num_hashes", "num_bands", "ngrams", "jaccard", "seed")
+    targets, tables = begin_stage(o, "minhash", inputs, *keys)
+    map_shards(o, "minhash 1/3", sign_shard, tables, inputs, repeat(o))
+    numbers = f"{o.out}/minhash/work/dropped.npy"
     map_shards(o, "minhash 2/3", near_duplicates_part, [numbers], [tables], [o])
     counts = [len(np.load(table, mmap_mode="r")) for table in tables]
-    targets = [f"{folder}/{name}.jsonl.gz" for name in names]
-    return map_shards(o, "minhash 3/3", drop_duplicates_shard, targets, inputs,
-                      itertools.accumulate(counts, initial=0), counts, itertools.repeat(numbers))
+    begins = itertools.accumulate(counts, initial=0)
+    return map_shards(o, "minhash 3/3", drop_duplicates_shard, targets, inputs, begins, counts,
+                      repeat(numbers))
 
 
 def train_tokenizer(target, sources, o):
-    """A tokenizer trained on the first gigabyte of the text."""
+    """A tokenizer trained on the first shards, about a gigabyte of text."""
     from tokenizer import EOT, Tokenizer, train_bpe
 
-    def texts(left=1 << 30):
-        for doc in (doc for source in sources for doc in read_documents(source)):
-            yield doc["text"]
-            if (left := left - len(doc["text"])) < 0:
-                return
-
-    vocab, merges = train_bpe(texts(), o.vocab_size, [EOT], num_processes=1)
+    sizes = itertools.accumulate(map(os.path.getsize, sources))
+    few = [path for path, size in zip(sources, sizes) if size < 1 << 28] or sources[:1]
+    texts = (doc["text"] for path in few for doc in read_documents(path))
+    vocab, merges = train_bpe(texts, o.vocab_size, [EOT], num_processes=o.processes)
     Tokenizer(vocab, merges, [EOT]).save(target)
 
 
@@ -1562,13 +1525,12 @@ def tokenize_shard(target, source, tokenizer, o):
 
 def stage_tokenize(o, inputs):
     """Token files for train.py, by a tokenizer that is given or trained on this text."""
-    folder, names = begin_stage(o, "tokenize", inputs, "tokenizer", "vocab_size", "val_fraction")
-    tokenizer = o.tokenizer or f"{folder}/tokenizer.json"
+    targets, _ = begin_stage(o, "tokenize", inputs, "tokenizer", "vocab_size", "val_fraction")
+    tokenizer = o.tokenizer or f"{o.out}/tokenize/tokenizer.json"
     if not o.tokenizer:
         map_shards(o, "tokenizer", train_tokenizer, [tokenizer], [inputs], [o])
-    books = [f"{folder}/{name}.json" for name in names]
-    return map_shards(o, "tokenize", tokenize_shard, books, inputs, itertools.repeat(tokenizer),
-                      itertools.repeat(o))
+    books = [target.replace(".jsonl.gz", ".json") for target in targets]
+    return map_shards(o, "tokenize", tokenize_shard, books, inputs, repeat(tokenizer), repeat(o))
 
 
 STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines,
@@ -1596,21 +1558,12 @@ def find_inputs(specs, flag="--input"):
 
 def collect_books(out):
     """The books of all shards added up: {"filters", "counts", "languages", "seconds"}."""
-    total = new_stats()
+    total = {"filters": {}, "counts": {}, "languages": {}, "seconds": {}}
     for stage in STAGES:
-        for path in sorted(glob.glob(os.path.join(glob.escape(out), stage, "*.json"))):
-            stats = json.loads(Path(path).read_bytes())
-            if "filters" in stats:
-                stats["seconds"] = json.loads(Path(path).with_suffix(".seconds").read_bytes())
-            for key in ("counts", "languages", "seconds"):
-                total[key].update(stats.get(key, {}))
-            for name, row in stats.get("filters", {}).items():
-                into = total["filters"].setdefault(name, new_row())
-                for key in ("documents", "words", "kept", "kept_words"):
-                    into[key] += row[key]
-                into["reasons"].update(row["reasons"])
-                for mine, new in zip(into["samples"], row["samples"]):
-                    mine[:] = sorted(mine + new)[:5]
+        for path in sorted(Path(out, stage).glob("[0-9]*.json")):
+            add_books(total, json.loads(path.read_bytes()))
+            if (seconds := path.with_suffix(".seconds")).exists():
+                add_books(total, {"seconds": json.loads(seconds.read_bytes())})
     return total
 
 
@@ -1624,11 +1577,11 @@ def funnel(total):
         yield (f"{name:<14}" + "".join(f"{number:>13,}" for number in numbers)
                + f"{(row['documents'] - row['kept']) / removed:>13.1%}"
                + f"{total['seconds'][name]:>13.2f}")
-        for reason, count in row["reasons"].most_common(12):
+        for reason, count in Counter(row["reasons"]).most_common(12):
             yield f"{'':<14}{count:>13,} {reason}"
     for key in ("counts", "languages"):
-        found = (f"{name} {count:,}" for name, count in total[key].most_common(30) if count)
-        yield f"{key}: {', '.join(found)}"
+        found = Counter(total[key]).most_common(30)
+        yield f"{key}: {', '.join(f'{name} {count:,}' for name, count in found if count)}"
     yield "a word is what white space separates"
 
 
@@ -1646,7 +1599,7 @@ def draw_funnel(total, path):
     left.invert_yaxis()
     left.legend()
     left.set(title="documents before and after each filter")
-    right.bar(*zip(*total["languages"].most_common(20) or [("none", 0)]))
+    right.bar(*zip(*Counter(total["languages"]).most_common(20) or [("none", 0)]))
     right.set(title="documents by language", yscale="symlog")
     figure.tight_layout()
     with replacing(path) as file:
@@ -1662,7 +1615,7 @@ def report(o):
     lines = list(funnel(total))
     print("\n".join(lines))
     for name, row in total["filters"].items():
-        for title, samples in zip(("kept", "dropped"), row["samples"]):
+        for title, samples in row["samples"].items():
             lines += ["", f"{name}, {title}:"]
             lines += [f"  {doc} {why}: {' '.join(text.split())}" for _, doc, why, text in samples]
     with replacing(os.path.join(o.out, "report.txt")) as file:
