@@ -44,11 +44,10 @@ import time
 import unicodedata
 import urllib.request
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from html import escape, unescape
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -63,13 +62,10 @@ BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 GZIP_MEMBER = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
 
 
-class Page(NamedTuple):
-    """One downloaded page: a 200 response of a WARC file or a conversion record of a WET file."""
-
-    url: str
-    content_type: str  # text/html, application/xhtml+xml or text/plain
-    charset: str | None  # as the server declared it, which is often wrong
-    body: bytes
+# One downloaded page: a 200 response of a WARC file or a conversion record of a WET file.
+# content_type: text/html, application/xhtml+xml or text/plain; charset: as the server declared it,
+# which is often wrong; body: bytes.
+Page = namedtuple("Page", "url content_type charset body")
 
 
 def inflate(file, counts):
@@ -586,28 +582,6 @@ POLICIES = ("javascript", "terms of use", "privacy policy", "cookie policy", "us
             "uses cookies", "use of cookies", "uses of cookies")
 
 
-# Every rule: what is measured, and the least and the most that passes. The measures of a set are
-# computed together, by the function named like it. In FineWeb's order; "inside" its bounds passes.
-RULES = {
-    "repetition": {  # Gopher (Rae et al. 2021), Table A1
-        "copied_lines": (0, 0.30), "copied_line_characters": (0, 0.20),
-        "copied_paragraphs": (0, 0.30), "copied_paragraph_characters": (0, 0.20),
-        "top_2_gram": (0, 0.20), "top_3_gram": (0, 0.18), "top_4_gram": (0, 0.16),
-        "repeated_5_grams": (0, 0.15), "repeated_6_grams": (0, 0.14),
-        "repeated_7_grams": (0, 0.13), "repeated_8_grams": (0, 0.12),
-        "repeated_9_grams": (0, 0.11), "repeated_10_grams": (0, 0.10)},
-    "gopher": {  # Gopher, A.1.1
-        "words": (50, 100_000), "word_length": (3, 10), "symbols": (0, 0.1),
-        "bullet_lines": (0, 0.9), "ellipsis_lines": (0, 0.3), "alphabetic": (0.8, 1),
-        "stop_words": (2, 8)},
-    "c4": {  # C4 (Raffel et al. 2020), section 2.2
-        "lorem_ipsum": (0, 0), "curly_bracket": (0, 0), "sentences": (3, np.inf)},
-    "fineweb": {  # FineWeb (Penedo et al. 2024), section 3.6; its bounds themselves fail
-        "line_punctuation": (np.nextafter(0.12, 1), 1), "short_lines": (0, np.nextafter(0.67, 0)),
-        "duplicate_line_characters": (0, np.nextafter(0.1, 0))},
-}
-
-
 def ratio(part, whole, empty=0.0):
     """part / whole, and `empty` where there is nothing to divide by."""
     return np.divide(part, whole, out=np.full(len(whole), empty), where=np.asarray(whole) > 0)
@@ -683,83 +657,85 @@ def repeated_ngram_characters(words, n, at, same):
     return np.bincount(words.doc[covered], size, minlength=len(words.first) - 1)
 
 
-def measure_repetition(texts, words, stop_words):
-    """Shares of a document's lines, paragraphs and characters that repeat what it said before.
+# Each of these four yields (rule, (D,) what it measures, the least and the most that passes).
+
+
+def repetition_rules(texts, words, stop_words):
+    """Gopher's repetition rules (Rae et al. 2021, Table A1), all from above.
 
     copied_lines, copied_paragraphs: copies of an earlier one, of all. The others are shares of the
-    characters: those in such copies, those in all copies of the top n-gram, and those in n-grams
-    that occurred before.
+    document's characters: those in such copies, those in all copies of the top n-gram, and those in
+    n-grams that occurred before.
     """
-    size, shares = np.array([max(1, len(text)) for text in texts]), {}
+    size = np.array([max(1, len(text)) for text in texts])
     for name, lines in (("line", Lines(words)), ("paragraph", Lines(words, newlines=2))):
-        shares[f"copied_{name}s"] = lines.share(lines.copy)
-        shares[f"copied_{name}_characters"] = lines.total(lines.copy * lines.size) / size
+        yield f"copied_{name}s", lines.share(lines.copy), 0, 0.30
+        yield f"copied_{name}_characters", lines.total(lines.copy * lines.size) / size, 0, 0.20
+    most = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
     for n, at, same in repeated_ngrams(words, 10):
-        count = top_ngram_characters if n < 5 else repeated_ngram_characters
-        name = f"top_{n}_gram" if n < 5 else f"repeated_{n}_grams"
-        shares[name] = count(words, n, at, same) / size
-    return shares
+        if n < 5:
+            yield f"top_{n}_gram", top_ngram_characters(words, n, at, same) / size, 0, most[n]
+        else:
+            share = repeated_ngram_characters(words, n, at, same) / size
+            yield f"repeated_{n}_grams", share, 0, most[n]
 
 
-def measure_gopher(texts, words, stop_words):
-    """Length and make-up of documents.
+def gopher_rules(texts, words, stop_words):
+    """Gopher's rules of length and make-up (Rae et al. 2021, A.1.1).
 
-    words: how many. word_length: mean characters. symbols: "#" or ellipses for each word, the
-    commoner. bullet_lines, ellipsis_lines: share that starts with a bullet, ends in an ellipsis.
-    alphabetic: share of words with a letter. stop_words: how many of the eight occur.
+    word_length: mean characters. symbols: "#" or ellipses for each word, the commoner. alphabetic:
+    share of words with a letter. stop_words: how many of the eight occur.
     """
     count, lines, codes = np.diff(words.first), Lines(words), words.codes
+    yield "words", count, 50, 100_000
+    yield "word_length", ratio(words.total(words.end - words.start), count), 3, 10
+    symbols = [max(text.count("#"), text.count("...") + text.count("…")) for text in texts]
+    yield "symbols", ratio(symbols, count), 0, 0.1
+    bullets = np.isin(codes[lines.start], [ord(c) for c in "•‣●◦▪-*"])
+    yield "bullet_lines", lines.share(bullets), 0, 0.9
     last = codes[lines.end - [[1], [2], [3]]]  # (3, L) the last characters, backwards
     ellipses = (last == ord(".")).all(0) | (last[0] == ord("…"))
-    symbols = [max(text.count("#"), text.count("...") + text.count("…")) for text in texts]
+    yield "ellipsis_lines", lines.share(ellipses), 0, 0.3
     letters = np.append(0, np.cumsum(words.kinds == 2))
     with_letter = letters[words.end] > letters[words.start]  # (W,)
-    stops = np.zeros((len(texts), len(stop_words)), bool)
-    for j, stop in enumerate(Words([" ".join(stop_words)]).hashes):
-        stops[words.doc[words.hashes == stop], j] = True
-    return {
-        "words": count,
-        "word_length": ratio(words.total(words.end - words.start), count),
-        "symbols": ratio(symbols, count),
-        "bullet_lines": lines.share(np.isin(codes[lines.start], [ord(c) for c in "•‣●◦▪-*"])),
-        "ellipsis_lines": lines.share(ellipses),
-        "alphabetic": ratio(words.total(with_letter), count),
-        "stop_words": stops.sum(1) if stop_words else np.full(len(texts), 2),
-    }
+    yield "alphabetic", ratio(words.total(with_letter), count), 0.8, 1
+    found = np.zeros(len(texts), int)
+    for stop in Words([" ".join(stop_words)]).hashes:
+        found += words.total(words.hashes == stop) > 0
+    yield "stop_words", found, min(2, len(stop_words)), 8
 
 
-def measure_c4(texts, words, stop_words):
-    """How often "lorem ipsum", "{" and ends of sentences (counted up to 3) occur in documents."""
+def c4_rules(texts, words, stop_words):
+    """C4's rules for pages (Raffel et al. 2020, section 2.2); ends of sentences count up to 3."""
     ends = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]").finditer
-    return {
-        "lorem_ipsum": np.array([text.lower().count("lorem ipsum") for text in texts]),
-        "curly_bracket": np.array([text.count("{") for text in texts]),
-        "sentences": np.array([len(list(itertools.islice(ends(text), 3))) for text in texts]),
-    }
+    yield "lorem_ipsum", np.array([text.lower().count("lorem ipsum") for text in texts]), 0, 0
+    yield "curly_bracket", np.array([text.count("{") for text in texts]), 0, 0
+    sentences = [len(list(itertools.islice(ends(text), 3))) for text in texts]
+    yield "sentences", np.array(sentences), 3, 3
 
 
-def measure_fineweb(texts, words, stop_words):
-    """Lines of documents.
+def fineweb_rules(texts, words, stop_words):
+    """FineWeb's rules (Penedo et al. 2024, section 3.6); its bounds themselves fail.
 
-    line_punctuation: share that ends in it. short_lines: share under 30 characters.
+    line_punctuation: share of lines that end in it. short_lines: share under 30 characters.
     duplicate_line_characters: share of the lines' characters in copies of an earlier line.
     """
     lines, marks = Lines(words), [ord(c) for c in TERMINAL]
-    return {
-        "line_punctuation": lines.share(np.isin(words.codes[lines.end - 1], marks)),
-        "short_lines": lines.share(lines.size < 30, empty=1.0),
-        "duplicate_line_characters": ratio(lines.total(lines.copy * lines.size),
-                                           lines.total(lines.size)),
-    }
+    punctuated = lines.share(np.isin(words.codes[lines.end - 1], marks))
+    yield "line_punctuation", punctuated, np.nextafter(0.12, 1), 1
+    yield "short_lines", lines.share(lines.size < 30, empty=1.0), 0, np.nextafter(0.67, 0)
+    copied = ratio(lines.total(lines.copy * lines.size), lines.total(lines.size))
+    yield "duplicate_line_characters", copied, 0, np.nextafter(0.1, 0)
+
+
+RULES = {"repetition": repetition_rules, "gopher": gopher_rules, "c4": c4_rules,
+         "fineweb": fineweb_rules}  # in FineWeb's order
 
 
 def failures(name, texts, words, stop_words=STOP_WORDS):
-    """{rule: (D,) bool, True where it fails} of one set of RULES, for texts split into words."""
-    measure = {"repetition": measure_repetition, "gopher": measure_gopher, "c4": measure_c4,
-               "fineweb": measure_fineweb}[name]
-    found = measure(texts, words, stop_words)
-    return {rule: (found[rule] < least) | (found[rule] > most)
-            for rule, (least, most) in RULES[name].items()}
+    """{rule: (D,) bool, True where it fails} of one set of RULES, for texts split into Words."""
+    return {rule: (measured < least) | (measured > most)
+            for rule, measured, least, most in RULES[name](texts, words, stop_words)}
 
 
 def failed_rules(texts, rules=tuple(RULES), stop_words=STOP_WORDS):
@@ -1043,15 +1019,11 @@ def evaluation_ngrams(paths, n=13):
     `paths` is a tuple. Each string value of a .jsonl or .csv row is a text, and so is any other
     file. Texts of fewer than n words are left out: a match of a few would condemn half the crawl.
     """
-    found, short = [np.zeros(0, np.uint64)], 0
-    for path in paths:
-        values = (value for row in read_rows(path) for value in row.values())
-        for batch in batches(value for value in values if isinstance(value, str)):
-            hashes, first = shingles(batch, n)
-            long = np.array([len(normalise(text).split()) >= n for text in batch])
-            found.append(hashes[np.repeat(long, np.diff(first))])
-            short += int((~long).sum())
-    return distinct(np.concatenate(found)), short
+    values = [value for path in paths for row in read_rows(path) for value in row.values()]
+    texts = [value for value in values if isinstance(value, str)]
+    long = [text for text in texts if len(normalise(text).split()) >= n]
+    found = [shingles(batch, n)[0] for batch in batches(long)]
+    return distinct(np.concatenate([np.zeros(0, np.uint64), *found])), len(texts) - len(long)
 
 
 def contaminated(texts, evaluation, n=13):
@@ -1195,7 +1167,7 @@ def sieve(books, name, docs, check):
 
 
 def sift(target, docs, filters, books):
-    """Pass documents through filters [(name, check)] to a .jsonl.gz; returns how many came in.
+    """Pass documents through filters {name: check} to a .jsonl.gz; returns how many came in.
 
     The books go beside it, with all that differs between runs (the seconds) in a file of its own.
     The same documents give the same bytes: the gzip header holds neither time nor name.
@@ -1205,12 +1177,12 @@ def sift(target, docs, filters, books):
         with gzip.GzipFile("", "wb", 1, raw, mtime=0) as file:
             for batch in batches(docs, lambda doc: len(doc["text"])):
                 documents += len(batch)
-                for name, check in filters:
+                for name, check in filters.items():
                     batch = sieve(books, name, batch, check)
                 file.write("".join([json.dumps(doc) + "\n" for doc in batch]).encode())
         seconds, path = books.pop("seconds", {}), os.fspath(target).removesuffix(".jsonl.gz")
         if len(filters) == 1:  # whose work is to read and to write, too
-            seconds = {filters[0][0]: time.perf_counter() - began}
+            seconds = dict.fromkeys(filters, time.perf_counter() - began)
         save(f"{path}.seconds", seconds)
         save(f"{path}.json", books)
     return documents
@@ -1222,61 +1194,52 @@ def edit(doc, text):
         doc.update(text=text, words=len(text.split()))
 
 
-def check_language(docs, o, books):
-    """Drop all but the wanted languages, and what may be none of them."""
-    reasons = []
-    for doc in docs:
-        doc["language"], p = identify_language(doc["text"], o.language_model)
-        sure = None if p >= o.language_threshold else "unsure"
-        reasons.append(sure if doc["language"] in o.languages else doc["language"])
-    add_books(books, {"languages": Counter(doc["language"] for doc in docs)})
-    return reasons
-
-
-def check_rules(docs, o, books, names):
-    """Apply rule sets; C4 takes out lines first."""
-    for doc in docs if "c4" in names else ():
-        edit(doc, c4_clean(doc["text"]))
-    stop_words = STOP_WORDS if "en" in o.languages else ()
-    return failed_rules([doc["text"] for doc in docs], names, stop_words)
-
-
-def check_classifier(docs, o, books, task):
-    """Drop what a classifier calls bad, from the first 2,000 characters of each document."""
-    bad = [bad_probability(doc["text"][:2000], task, getattr(o, task)) for doc in docs]
-    return [f"{task} {p:.1f}" if p >= o.drop_above else None for p in bad]
-
-
-def check_evaluation(docs, o, books):
-    """Drop documents that contain a piece of an evaluation set."""
-    hit = contaminated([doc["text"] for doc in docs], evaluation_ngrams(tuple(o.decontaminate))[0])
-    return ["13 words of an evaluation set" if bad else None for bad in hit]
-
-
-def mask_all(docs, o, books):
-    """Mask personal data; drops nothing."""
-    for doc in docs:
-        text, emails = mask_emails(doc["text"])
-        text, numbers = mask_phone_numbers(text)
-        text, ips = mask_ips(text)
-        edit(doc, text)
-        books["counts"].update(
-            {"emails masked": emails, "phone numbers masked": numbers, "IPs masked": ips})
-    return [None] * len(docs)
-
-
 def filters_of(o, books):
-    """The filters that are switched on, [(name, check)], cheap ones first."""
-    checks = {"language": check_language} if o.languages else {}
+    """The filters that are switched on, {name: check}, cheap ones first; see sieve."""
+
+    def language(docs):
+        reasons = []
+        for doc in docs:
+            doc["language"], p = identify_language(doc["text"], o.language_model)
+            sure = None if p >= o.language_threshold else "unsure"
+            reasons.append(sure if doc["language"] in o.languages else doc["language"])
+        add_books(books, {"languages": Counter(doc["language"] for doc in docs)})
+        return reasons
+
+    def rules(docs, names):
+        for doc in docs if "c4" in names else ():
+            edit(doc, c4_clean(doc["text"]))
+        stop_words = STOP_WORDS if "en" in o.languages else ()
+        return failed_rules([doc["text"] for doc in docs], names, stop_words)
+
+    def classifier(docs, task):
+        bad = [bad_probability(doc["text"][:2000], task, getattr(o, task)) for doc in docs]
+        return [f"{task} {p:.1f}" if p >= o.drop_above else None for p in bad]
+
+    def evaluation(docs):
+        ngrams, _ = evaluation_ngrams(tuple(o.decontaminate))
+        hit = contaminated([doc["text"] for doc in docs], ngrams)
+        return ["13 words of an evaluation set" if bad else None for bad in hit]
+
+    def personal_data(docs):
+        for doc in docs:
+            text, emails = mask_emails(doc["text"])
+            text, numbers = mask_phone_numbers(text)
+            text, ips = mask_ips(text)
+            edit(doc, text)
+            books["counts"].update(
+                {"emails masked": emails, "phone numbers masked": numbers, "IPs masked": ips})
+        return [None] * len(docs)
+
+    checks = {"language": language} if o.languages else {}
     for names in (["repetition", "gopher"], ["c4"], ["fineweb"]):
         if names := [name for name in names if name in o.rules]:
-            checks[names[-1]] = functools.partial(check_rules, names=names)
+            checks[names[-1]] = functools.partial(rules, names=names)
     for task in BAD_LABEL:
         if getattr(o, task):
-            checks[task] = functools.partial(check_classifier, task=task)
-    checks |= {"decontaminate": check_evaluation} if o.decontaminate else {}
-    checks |= {"pii": mask_all} if o.pii else {}
-    return [(name, functools.partial(check, o=o, books=books)) for name, check in checks.items()]
+            checks[task] = functools.partial(classifier, task=task)
+    checks |= {"decontaminate": evaluation} if o.decontaminate else {}
+    return checks | ({"pii": personal_data} if o.pii else {})
 
 
 # ---- many shards, processes and machines ---------------------------------------------------------
@@ -1375,7 +1338,7 @@ def extract_shard(target, source, o):
     """Pages of one crawl file to documents."""
     books = {"counts": Counter()}
     docs = read_documents(source, o.text_key, o.main_content, books["counts"])
-    return sift(target, docs, [("extract", lambda docs: [None] * len(docs))], books)
+    return sift(target, docs, {"extract": lambda docs: [None] * len(docs)}, books)
 
 
 def stage_extract(o, inputs):
@@ -1424,7 +1387,7 @@ def drop_lines_shard(target, source, o, index, table, parts):
             edit(doc, "\n".join(x for x, bad in lines if not bad or not x.strip()).strip())
         return ["too few words left" if doc["words"] < o.min_words else None for doc in docs]
 
-    return sift(target, read_documents(source), [("lines", drop)], {})
+    return sift(target, read_documents(source), {"lines": drop}, {})
 
 
 def stage_lines(o, inputs):
@@ -1475,7 +1438,7 @@ def drop_duplicates_shard(target, source, begin, count, numbers):
     def drop(docs):
         return ["near-duplicate of another" if next(gone) else None for _ in docs]
 
-    return sift(target, read_documents(source), [("minhash", drop)], {})
+    return sift(target, read_documents(source), {"minhash": drop}, {})
 
 
 def stage_minhash(o, inputs):
@@ -1587,12 +1550,10 @@ def funnel(total):
 
 def draw_funnel(total, path):
     """Documents before and after each filter, and their languages."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    figure = Figure(figsize=(12, 5))
+    left, right = figure.subplots(1, 2)
     for key, shade in (("documents", "0.8"), ("kept", "tab:blue")):
         documents = [row[key] for row in total["filters"].values()]
         left.barh(list(total["filters"]), documents, color=shade, label=key)
@@ -1604,7 +1565,6 @@ def draw_funnel(total, path):
     figure.tight_layout()
     with replacing(path) as file:
         figure.savefig(file, format="png")
-    plt.close(figure)
 
 
 def report(o):
@@ -1628,8 +1588,9 @@ def report(o):
 
 def labelled_texts(o):
     """Yield (label, text) of LABEL=FILE inputs (plain text: each line) or rows with a label."""
-    for pair in (pair for pair in o.labels if "=" not in pair):
-        raise ValueError(f"--labels {pair}: write OLD=NEW, for example 0=toxic")
+    for pair in o.labels:
+        if "=" not in pair:
+            raise ValueError(f"--labels {pair}: write OLD=NEW, for example 0=toxic")
     names = dict(pair.split("=", 1) for pair in o.labels)
     for spec in o.input:
         label, _, path = spec.rpartition("=")
@@ -1637,12 +1598,12 @@ def labelled_texts(o):
             raise ValueError(f"--input {spec}: no such file; give LABEL=FILE, or FILE with a "
                              f"column {o.label_key} (--label-key)")
         for row in read_rows(path):
-            if o.text_key not in row or not (label or row.get(o.label_key)):
+            given, text = label or row.get(o.label_key), row.get(o.text_key)
+            if not given or text is None:
                 raise ValueError(f"--input {path}: a row without {o.text_key!r} or a label; name "
                                  "the columns with --text-key and --label-key")
-            text, given = str(row[o.text_key]), label or str(row[o.label_key])
-            parts = [text] if len(row) > 1 else text.split("\n")
-            yield from ((names.get(given, given), part) for part in parts if part.strip())
+            parts = [str(text)] if len(row) > 1 else str(text).split("\n")
+            yield from ((names.get(str(given), str(given)), x) for x in parts if x.strip())
 
 
 def random_crop(text, random):
@@ -1659,25 +1620,25 @@ def area_under_curve(scores, positive):
     return float((below + up_to).mean() / (2 * len(others)))
 
 
-def fit_fasttext(lines, o):
-    """Train on lines `__label__x text` and put the model where --model says, all or nothing.
+def fit_fasttext(lines, model, epochs=5, seed=0):
+    """Train on lines `__label__x text` and put the model at a path, all or nothing.
 
     One thread, to get the same model every time. But then fastText 0.9.3 initialises a tenth of its
     matrix and leaves the rest as malloc gave it, now and then NaN. A matrix of over 32 MB in a
     process of its own is fresh from the kernel, zeros: hence the many buckets and the subprocess.
     """
-    target = os.path.abspath(o.model)
+    target = os.path.abspath(model)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as folder:
         path = os.path.join(folder, "train.txt")
         with open(path, "w", encoding="utf-8", errors="replace") as file:
             file.writelines(lines)
-        flags = {"input": path, "epoch": o.epochs, "lr": 0.2, "wordNgrams": 2, "dim": 16,
-                 "bucket": 600_000, "thread": 1, "seed": o.seed, "verbose": 0}
+        flags = {"input": path, "epoch": epochs, "lr": 0.2, "wordNgrams": 2, "dim": 16,
+                 "bucket": 600_000, "thread": 1, "seed": seed, "verbose": 0}
         code = f"import fasttext; fasttext.train_supervised(**{flags}).save_model({path!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"--model {o.model}: training failed: {done.stderr[-300:].strip()}")
+            raise ValueError(f"--model {model}: training failed: {done.stderr[-300:].strip()}")
         os.replace(path, target)
     load_fasttext.cache_clear()
 
@@ -1701,15 +1662,14 @@ def train(o):
     lines = [f"__label__{label} {random_crop(texts[i % len(texts)], random)}\n"
              for label, texts in kept.items() for i in range(most)]
     random.shuffle(lines)
-    fit_fasttext(lines, o)
+    fit_fasttext(lines, o.model, o.epochs, o.seed)
+    true = np.array([label for label, _ in tests])
     found = [dict(predict(text, o.model, -1)) for _, text in tests]
-    right = np.mean([max(p, key=p.get) == label for p, (label, _) in zip(found, tests)])
-    told = [f"{o.model}: {len(lines):,} crops; held out {len(tests):,}", f"accuracy {right:.3f}"]
-    for label in sorted(kept):
-        scores = np.array([p.get(label, 0.0) for p in found])
-        auc = area_under_curve(scores, np.array([name == label for name, _ in tests]))
-        told.append(f"AUC {label} {auc:.3f}")
-    print(", ".join(told))
+    right = np.mean([max(p, key=p.get) == label for p, label in zip(found, true)])
+    curves = [area_under_curve(np.array([p.get(label, 0.0) for p in found]), true == label)
+              for label in sorted(kept)]
+    print(f"{o.model}: {len(lines):,} crops; held out {len(tests):,}, accuracy {right:.3f}, "
+          + ", ".join(f"AUC {label} {area:.3f}" for label, area in zip(sorted(kept), curves)))
 
 
 def score(o):
@@ -1739,26 +1699,26 @@ def machine_texts():
     import ast
     import sysconfig
     from pydoc_data.topics import topics
+
     yield from topics.items()
     library = sysconfig.get_paths()["stdlib"]
     for path in sorted(glob.glob(os.path.join(library, "**", "*.py"), recursive=True)):
-        if re.search(r"site-packages|dist-packages|/test", path):
-            continue
-        with contextlib.suppress(SyntaxError, UnicodeDecodeError), open(path, "rb") as f:
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            found = [ast.get_docstring(n) for n in ast.walk(ast.parse(f.read()))
-                     if isinstance(n, kinds)]
-            yield os.path.relpath(path, library), "\n\n".join(t for t in found if t)
+        if not re.search(r"site-packages|dist-packages|/test", path):
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+                kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+                nodes = ast.walk(ast.parse(Path(path).read_bytes()))
+                found = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+                yield os.path.relpath(path, library), "\n\n".join(filter(None, found))
 
 
 def demo_pages(random):
     """(host, status, content type, page): the machine's English, and what a crawl has beside it."""
     for i, (name, text) in enumerate(machine_texts()):
-        paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
+        paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
         if i % 6 == 1:  # personal data
             paragraphs.append(f"Questions go to user{i}@example.org or (555) 010-{i % 10000:04d}, "
                               f"and reports of outages to the machine at 192.0.2.{i % 250}.")
-        body = "".join(f"<p>{escape(p)}</p>" for p in paragraphs)
+        body = "".join(f"<p>{escape(part)}</p>" for part in paragraphs)
         page = (f"<html><head><title>{escape(name)}</title></head><body><nav>Home | Docs | About"
                 f"</nav><h1>{escape(name)}</h1>{body}<footer>All pages of this site may be read by "
                 "everybody, at any time of the day, without asking.</footer></body></html>")
@@ -1786,53 +1746,47 @@ def demo(o):
     chats.jsonl, a question and an answer from every page, for align.py.
     """
     import random
+
     os.makedirs(o.out, exist_ok=True)
     source, records, hosts, chats, lines = random.Random(0), [], Counter(), [], []
     for i, (host, status, kind, page) in enumerate(demo_pages(source)):
         http = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\n\r\n".encode() + page
         head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://{host}.example/{i}"
-                f"\r\nContent-Length: {len(http)}\r\n\r\n").encode()
-        records.append(gzip.compress(head + http + b"\r\n\r\n", 6, mtime=0))
+                f"\r\nContent-Length: {len(http)}\r\n\r\n")
+        records.append(gzip.compress(head.encode() + http + b"\r\n\r\n", 6, mtime=0))
         hosts[host] += 1
     for label, texts in ELSEWHERE.items():
         lines += [f"__label__{label} {' '.join(source.choices(texts, k=5))}\n" for _ in range(200)]
     for name, text in machine_texts():
         lines += [f"__label__en {' '.join(text.split())[:400]}\n"] if text else []
-        answer = next((" ".join(p.split()) for p in text.split("\n\n") if len(p) > 60), "")
-        if answer:
+        if long := [" ".join(part.split()) for part in text.split("\n\n") if len(part) > 60]:
             turns = [{"role": "user", "content": f"What is {name}?"},
-                     {"role": "assistant", "content": answer}]
-            chats.append(json.dumps({"messages": turns}) + "\n")
-    for i in range(4):
-        with replacing(os.path.join(o.out, f"demo-{i}.warc.gz")) as file:
-            file.writelines(records[i::4])
-    with replacing(os.path.join(o.out, "chats.jsonl")) as file:
-        file.write("".join(chats).encode())
-    o.model, o.epochs, o.seed = os.path.join(o.out, "language.bin"), 5, 0
-    fit_fasttext(lines, o)
-    print(f"{o.out}: 4 .warc.gz files of {len(records)} pages ("
-          + ", ".join(f"{n} of {host}.example" for host, n in hosts.items())
-          + "), language.bin, chats.jsonl")
+                     {"role": "assistant", "content": long[0]}]
+            chats.append(json.dumps({"messages": turns}).encode() + b"\n")
+    files = {f"demo-{i}.warc.gz": records[i::4] for i in range(4)} | {"chats.jsonl": chats}
+    for name, parts in files.items():
+        with replacing(os.path.join(o.out, name)) as file:
+            file.writelines(parts)
+    fit_fasttext(lines, os.path.join(o.out, "language.bin"))
+    told = ", ".join(f"{count} of {host}.example" for host, count in hosts.items())
+    print(f"{o.out}: 4 .warc.gz files of {len(records)} pages ({told}), language.bin, chats.jsonl")
 
 
 # ---- measuring against the peers -----------------------------------------------------------------
 
 
 def show(what, ours, mb=None, **peers):
-    """Print a row of the table: medians of three runs, each peer's time over ours."""
-    def seconds(function):
-        times = []
-        for _ in range(4):  # the first warms caches and models, as they are in a long run
-            began, used = time.perf_counter(), time.process_time()
+    """Print a row of the table: medians of three runs in turns, and each peer's time over ours."""
+    times = {name: [] for name in ("ours", *peers)}
+    for _ in range(4):  # the first warms caches and models, as they are in a long run
+        for name, function in {"ours": ours, **peers}.items():
+            began = time.perf_counter()
             function()
-            times.append((time.perf_counter() - began, time.process_time() - used))
-        return [sorted(column)[1] for column in zip(*times[1:])]
-
-    clock, cpu = seconds(ours)
-    rate = f", {mb / clock:.1f} MB/s ({mb / cpu:.1f} by CPU time)" if mb else ""
-    peers = {name: seconds(function)[0] for name, function in peers.items()}
-    peers = "".join(f"; {name} {peer:.3f} s, {peer / clock:.1f}x" for name, peer in peers.items())
-    print(f"{what:<36} ours {clock:.3f} s{rate}{peers}", flush=True)
+            times[name].append(time.perf_counter() - began)
+    clock = {name: sorted(runs[1:])[1] for name, runs in times.items()}
+    peers = [f"; {name} {clock[name]:.3f} s, {clock[name] / clock['ours']:.1f}x" for name in peers]
+    rate = f", {mb / clock['ours']:.1f} MB/s" if mb else ""
+    print(f"{what:<36} ours {clock['ours']:.3f} s{rate}{''.join(peers)}", flush=True)
 
 
 def bench(o):
@@ -1896,14 +1850,12 @@ def bench_pipeline(o, texts, mb, folder):
         with open(f"{folder}/{shard}.wet.gz", "wb") as file:
             file.writelines(gzip.compress(record % (len(b), b)) for b in bodies[shard::8])
     labels = itertools.cycle(BAD_LABEL.values())  # what is learned does not matter here
-    o.model, o.epochs, o.seed = f"{folder}/nsfw.bin", 1, 0
-    fit_fasttext([f"__label__{next(labels)} {' '.join(text.split())}\n" for text in texts], o)
+    lines = [f"__label__{next(labels)} {' '.join(text.split())}\n" for text in texts]
     flags = ["--drop-above", "1"]  # every document meets every classifier
     flags += ["--language-model", o.language_model] if o.language_model else []
     for task in BAD_LABEL:
+        fit_fasttext(lines, f"{folder}/{task}.bin", epochs=1)
         flags += [f"--{task}", f"{folder}/{task}.bin"]
-        if task != "nsfw":
-            shutil.copy(o.model, flags[-1])
 
     def pipeline(processes):
         shutil.rmtree(f"{folder}/out", ignore_errors=True)
@@ -1913,49 +1865,34 @@ def bench_pipeline(o, texts, mb, folder):
             main(["filter", *flags, *more])
             main(["minhash", "--input", f"{folder}/out/filter/*.gz", *more])
 
-    show("WET to deduplicated, one process", lambda: pipeline(1), mb)
-    show("WET to deduplicated, 2 processes", lambda: pipeline(2), one=lambda: pipeline(1))
+    show("WET to deduplicated, 2 processes", lambda: pipeline(2), mb, one=lambda: pipeline(1))
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def at_least(low):
-    """An argparse type: a whole number of at least `low`."""
+def number(kind, least, most=np.inf):
+    """An argparse type: a number of a kind, int or float, between two bounds."""
 
-    def whole_number(text):
-        if not re.fullmatch("[0-9]+", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return int(text)
+    def parse(text):
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return value
 
-    return whole_number
-
-
-def share(text):
-    """An argparse type: a number from 0 to 1."""
-    if not re.fullmatch(r"[01]|[01]?\.[0-9]*", text) or float(text) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return float(text)
+    parse.__name__ = kind.__name__  # in argparse's message when kind(text) fails
+    return parse
 
 
-COMMANDS = {
-    "run": "All stages and the report.",
-    **{name: function.__doc__ for name, function in STAGES.items()},
-    "report": "Print and draw the funnel: documents, words, seconds and samples of each filter.",
-    "train": "Train a fastText classifier.",
-    "score": "Apply a fastText classifier.",
-    "demo": "Write a small crawl, of text found on this machine, to try all this on.",
-    "bench": "Time the parts beside datasketch and datatrove, which must be installed.",
-}
 STAGE = "run extract filter lines minhash tokenize"
-LIST, FILES, SHARE = dict(nargs="*"), dict(nargs="+", required=True), dict(type=share)
+LIST, FILES = dict(nargs="*"), dict(nargs="+", required=True)
+POSITIVE, SHARE = dict(type=number(int, 1)), dict(type=number(float, 0, 1))
 FLAGS = [  # the commands that have it, the flag, its default, other settings, help
     (STAGE + " report", "--out", "data", {}, "directory of everything that is written"),
     ("demo", "--out", "crawl", {}, "directory of the crawl"),
     (STAGE, "--input", None, LIST, "files, directories, patterns (or the stage before's in --out)"),
     ("score bench", "--input", None, FILES, "files, directories, patterns"),
     ("train", "--input", None, FILES, "LABEL=FILE, or files with a column of labels"),
-    (STAGE, "--processes", os.cpu_count() or 1, dict(type=at_least(1)), "workers of this machine"),
+    (STAGE, "--processes", os.cpu_count() or 1, POSITIVE, "workers of this machine"),
     ("run extract train score bench", "--text-key", "text", {}, "column of the text in tables"),
     ("run extract", "--main-content", False, dict(action="store_true"), "no menus and footers"),
     ("run filter bench", "--language-model", None, {}, "lid.176.bin or .ftz (or downloads .ftz)"),
@@ -1968,24 +1905,24 @@ FLAGS = [  # the commands that have it, the flag, its default, other settings, h
     ("run filter", "--decontaminate", [], LIST, "evaluation sets whose 13-grams condemn"),
     ("run filter", "--no-pii", True, dict(dest="pii", action="store_false"), "leave personal data"),
     ("run lines", "--keep", "none", dict(choices=("none", "first")), "copies of a line to keep"),
-    ("run lines", "--min-words", 50, dict(type=at_least(0)), "shortest document left, words"),
-    ("run minhash", "--num-hashes", 112, dict(type=at_least(1)), "hashes of a signature"),
-    ("run minhash", "--num-bands", 14, dict(type=at_least(1)), "LSH bands, a divisor of these"),
-    ("run minhash", "--ngrams", 5, dict(type=at_least(1)), "words of a shingle"),
+    ("run lines", "--min-words", 50, dict(type=number(int, 0)), "shortest document left, words"),
+    ("run minhash", "--num-hashes", 112, POSITIVE, "hashes of a signature"),
+    ("run minhash", "--num-bands", 14, POSITIVE, "LSH bands, a divisor of these"),
+    ("run minhash", "--ngrams", 5, POSITIVE, "words of a shingle"),
     ("run minhash", "--jaccard", 0.8, SHARE, "similarity from which on two are one"),
     ("run tokenize", "--tokenizer", None, {}, "tokenizer.json or its directory (or trains one)"),
-    ("run tokenize", "--vocab-size", 32_000, dict(type=at_least(257)), "tokens of the one trained"),
+    ("run tokenize", "--vocab-size", 32_000, POSITIVE, "tokens of the one trained"),
     ("run tokenize", "--val-fraction", 0.005, SHARE, "share held out for validation"),
     ("train score", "--model", None, dict(required=True), "the fastText model"),
     ("train", "--label-key", "label", {}, "column of the label"),
     ("train", "--labels", [], dict(nargs="*", metavar="OLD=NEW"), "labels to rename"),
-    ("train", "--epochs", 5, dict(type=at_least(1)), "passes over the data"),
-    ("run minhash train", "--seed", 0, dict(type=at_least(0)), "of all that is random"),
+    ("train", "--epochs", 5, POSITIVE, "passes over the data"),
+    ("run minhash train", "--seed", 0, dict(type=number(int, 0)), "of all that is random"),
 ]
 
 
 def run(o):
-    """Run one stage or all, each on what the one before it left."""
+    """All stages and the report: one or all, each on what the one before it left."""
     o.rank, o.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     o.processes = max(1, o.processes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     names = list(STAGES)
@@ -1999,13 +1936,18 @@ def run(o):
         report(o)
 
 
+COMMANDS = {"run": run, **STAGES, "report": report, "train": train, "score": score, "demo": demo,
+            "bench": bench}
+
+
 def main(argv=None):
     """The command line; returns the exit code."""
-    form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in COMMANDS.items():
-        sub = commands.add_parser(command, help=text, description=text, formatter_class=form)
+    for command, function in COMMANDS.items():
+        what = function.__doc__.split("\n")[0]
+        sub = commands.add_parser(command, help=what, description=what,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for users, flag, default, settings, text in FLAGS:
             if command in users.split():
                 sub.add_argument(flag, default=default, help=text, **settings)
@@ -2013,12 +1955,10 @@ def main(argv=None):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # every finished shard is safe
     try:
-        {f.__name__: f for f in (report, train, score, bench, demo)}.get(o.command, run)(o)
-    except (ValueError, OSError) as error:
-        print(f"filter_data.py: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"filter_data.py: {error}: pip install it (see requirements.txt)", file=sys.stderr)
+        (run if o.command in STAGES else COMMANDS[o.command])(o)
+    except (ValueError, OSError, ImportError) as error:
+        hint = ": pip install it (see requirements.txt)" if isinstance(error, ImportError) else ""
+        print(f"filter_data.py: {error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -313,7 +313,7 @@ def test_train_sees_as_many_crops_of_the_same_lengths(tmp_path, monkeypatch):
     rows += [{"text": babble(GERMAN, 3000, i), "label": "de"} for i in range(300)]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     seen = []
-    monkeypatch.setattr(fd, "fit_fasttext", lambda lines, o: seen.extend(lines))
+    monkeypatch.setattr(fd, "fit_fasttext", lambda lines, *_: seen.extend(lines))
     model = str(tmp_path / "m")
     assert fd.main(["train", "--input", str(tmp_path / "x.jsonl"), "--model", model]) == 2
     sizes = {"en": [], "de": []}
@@ -1352,10 +1352,10 @@ def test_memory_stays_flat_over_many_documents(tmp_path):
         path = tmp_path / f"{count}.jsonl.gz"
         with gzip.open(path, "wt", compresslevel=1) as file:
             file.writelines(json.dumps({"text": good_text(i % 50)}) + "\n" for i in range(count))
-        check = ("rules", lambda docs: fd.failed_rules([doc["text"] for doc in docs]))
+        check = {"rules": lambda docs: fd.failed_rules([doc["text"] for doc in docs])}
         tracemalloc.start()
         stats = {}
-        fd.sift(tmp_path / "out", fd.read_documents(str(path)), [check], stats)
+        fd.sift(tmp_path / "out", fd.read_documents(str(path)), check, stats)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert stats["filters"]["rules"]["documents"] == count
