@@ -34,7 +34,6 @@ import mmap
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -517,6 +516,11 @@ class Words:
         """Sum of the words' values in each document: (W,) -> (D,)."""
         return np.bincount(self.doc, values, minlength=len(self.first) - 1)
 
+    @functools.cached_property
+    def lines(self):
+        """Lines of the batch."""
+        return Lines(self)
+
 
 @functools.lru_cache(maxsize=8)
 def powers(size):
@@ -668,7 +672,7 @@ def repetition_rules(texts, words, stop_words):
     n-grams that occurred before.
     """
     size = np.array([max(1, len(text)) for text in texts])
-    for name, lines in (("line", Lines(words)), ("paragraph", Lines(words, newlines=2))):
+    for name, lines in (("line", words.lines), ("paragraph", Lines(words, newlines=2))):
         yield f"copied_{name}s", lines.share(lines.copy), 0, 0.30
         yield f"copied_{name}_characters", lines.total(lines.copy * lines.size) / size, 0, 0.20
     most = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
@@ -686,7 +690,7 @@ def gopher_rules(texts, words, stop_words):
     word_length: mean characters. symbols: "#" or ellipses for each word, the commoner. alphabetic:
     share of words with a letter. stop_words: how many of the eight occur.
     """
-    count, lines, codes = np.diff(words.first), Lines(words), words.codes
+    count, lines, codes = np.diff(words.first), words.lines, words.codes
     yield "words", count, 50, 100_000
     yield "word_length", ratio(words.total(words.end - words.start), count), 3, 10
     symbols = [max(text.count("#"), text.count("...") + text.count("…")) for text in texts]
@@ -696,12 +700,11 @@ def gopher_rules(texts, words, stop_words):
     last = codes[lines.end - [[1], [2], [3]]]  # (3, L) the last characters, backwards
     ellipses = (last == ord(".")).all(0) | (last[0] == ord("…"))
     yield "ellipsis_lines", lines.share(ellipses), 0, 0.3
-    letters = np.append(0, np.cumsum(words.kinds == 2))
-    with_letter = letters[words.end] > letters[words.start]  # (W,)
+    with_letter = np.logical_or.reduceat(words.kinds == 2, words.start)  # (W,)
     yield "alphabetic", ratio(words.total(with_letter), count), 0.8, 1
     found = np.zeros(len(texts), int)
     for stop in Words([" ".join(stop_words)]).hashes:
-        found += words.total(words.hashes == stop) > 0
+        found[words.doc[words.hashes == stop]] += 1  # once a document, however often it occurs
     yield "stop_words", found, min(2, len(stop_words)), 8
 
 
@@ -720,7 +723,7 @@ def fineweb_rules(texts, words, stop_words):
     line_punctuation: share of lines that end in it. short_lines: share under 30 characters.
     duplicate_line_characters: share of the lines' characters in copies of an earlier line.
     """
-    lines, marks = Lines(words), [ord(c) for c in TERMINAL]
+    lines, marks = words.lines, [ord(c) for c in TERMINAL]
     punctuated = lines.share(np.isin(words.codes[lines.end - 1], marks))
     yield "line_punctuation", punctuated, np.nextafter(0.12, 1), 1
     yield "short_lines", lines.share(lines.size < 30, empty=1.0), 0, np.nextafter(0.67, 0)
@@ -784,16 +787,17 @@ def c4_clean(text, min_words=5, terminal_punctuation=False):
 # ---- exact line deduplication --------------------------------------------------------------------
 
 
-def hash_lines(lines):
-    """(L,) uint64 of each line without its line end. A billion lines: 3 % risk of one collision."""
+def sort_lines(target, lines, source):
+    """Save the hashes of lines without their line ends, ascending; returns how many there are.
+
+    The table, (2, L) uint64, holds beside each hash its line's place, source << 40 | line number.
+    Of a billion lines two have the same hash of 64 bits with a probability of 3 %.
+    """
     digests = [hashlib.blake2b(line.rstrip(b"\r\n"), digest_size=8).digest() for line in lines]
-    return np.frombuffer(b"".join(digests), np.uint64)
-
-
-def sort_lines(target, hashes, source):
-    """Save (2, L) uint64: hashes ascending, and each line's place, source << 40 | line number."""
+    hashes = np.frombuffer(b"".join(digests), np.uint64)
     order = np.argsort(hashes, kind="stable")
     save(target, np.stack([hashes[order], order.astype(np.uint64) | np.uint64(source << 40)]))
+    return len(hashes)
 
 
 def repeated_lines(target, tables, keep, part=0, num_parts=1):
@@ -850,9 +854,7 @@ def exact_line_deduplication(input_files, output_directory, keep="none", num_par
         counts = []
         for i, path in enumerate(input_files):
             with open(path, "rb") as file:
-                hashes = hash_lines(file)
-            sort_lines(tables[i], hashes, i)
-            counts.append(len(hashes))
+                counts.append(sort_lines(tables[i], file, i))
         for part, path in enumerate(parts):
             repeated_lines(path, tables, keep, part, num_parts)
         for i, path in enumerate(input_files):
@@ -993,20 +995,17 @@ def minhash_deduplication(
     of similar ones a single member stays. ValueError: num_bands does not divide num_hashes.
     """
     targets = output_names(input_files, output_directory)
-
-    def read(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+    texts = (Path(path).read_text("utf-8", "replace") for path in input_files)
+    signatures = minhash_signatures(texts, num_hashes, ngrams, seed)
 
     @functools.lru_cache(maxsize=1024)
     def shingle_set(i):
-        return distinct(shingles([read(input_files[i])], ngrams)[0])
+        return distinct(shingles([Path(input_files[i]).read_text("utf-8", "replace")], ngrams)[0])
 
-    signatures = minhash_signatures(map(read, input_files), num_hashes, ngrams, seed)
-    dropped = near_duplicates(signatures, shingle_set, num_bands, jaccard_threshold, seed)
-    for i in np.setdiff1d(np.arange(len(targets)), dropped):
-        with open(input_files[i], "rb") as file, replacing(targets[i]) as out:
-            shutil.copyfileobj(file, out)
+    gone = near_duplicates(signatures, shingle_set, num_bands, jaccard_threshold, seed)
+    for i in np.setdiff1d(np.arange(len(targets)), gone):
+        with replacing(targets[i]) as file:
+            file.write(Path(input_files[i]).read_bytes())
 
 
 # ---- decontamination -----------------------------------------------------------------------------
@@ -1181,9 +1180,9 @@ def sift(target, docs, filters, books):
                     batch = sieve(books, name, batch, check)
                 file.write("".join([json.dumps(doc) + "\n" for doc in batch]).encode())
         seconds, path = books.pop("seconds", {}), os.fspath(target).removesuffix(".jsonl.gz")
-        if len(filters) == 1:  # whose work is to read and to write, too
-            seconds = dict.fromkeys(filters, time.perf_counter() - began)
-        save(f"{path}.seconds", seconds)
+        first = next(iter(filters), "")  # for which reading and writing count
+        others = sum(spent for name, spent in seconds.items() if name != first)
+        save(f"{path}.seconds", seconds | {first: time.perf_counter() - began - others})
         save(f"{path}.json", books)
     return documents
 
@@ -1334,31 +1333,27 @@ def begin_stage(o, stage, inputs, *keys):
 # ---- stages: what is done to one shard, and then to all ------------------------------------------
 
 
-def extract_shard(target, source, o):
-    """Pages of one crawl file to documents."""
+def sift_shard(target, source, o):
+    """One file through extraction, and but for the command `extract` through the filters."""
     books = {"counts": Counter()}
     docs = read_documents(source, o.text_key, o.main_content, books["counts"])
-    return sift(target, docs, {"extract": lambda docs: [None] * len(docs)}, books)
+    filters = {} if o.command == "filter" else {"extract": lambda docs: [None] * len(docs)}
+    filters |= {} if o.command == "extract" else filters_of(o, books)
+    return sift(target, docs, filters, books)
 
 
 def stage_extract(o, inputs):
-    """Crawl files to documents."""
+    """Crawl files to documents and no further; `run` and `filter` read crawl files, too."""
     targets, _ = begin_stage(o, "extract", inputs, "text_key", "main_content")
-    return map_shards(o, "extract", extract_shard, targets, inputs, repeat(o))
-
-
-def filter_shard(target, source, o):
-    """One shard through language, rules, classifiers, decontamination and masking."""
-    books = {"counts": Counter()}
-    docs = read_documents(source, counts=books["counts"])
-    return sift(target, docs, filters_of(o, books), books)
+    return map_shards(o, "extract", sift_shard, targets, inputs, repeat(o))
 
 
 def stage_filter(o, inputs):
     """Language, quality rules, classifiers, decontamination, personal data."""
     o.decontaminate = find_inputs(o.decontaminate, "--decontaminate")
-    targets, _ = begin_stage(o, "filter", inputs, "languages", "language_model", "rules", "pii",
-                             "language_threshold", "drop_above", "decontaminate", *BAD_LABEL)
+    keys = ("text_key", "main_content", "languages", "language_model", "language_threshold",
+            "rules", "drop_above", "decontaminate", "pii", *BAD_LABEL)
+    targets, _ = begin_stage(o, "filter", inputs, *keys)
     for task in filter(lambda task: getattr(o, task), BAD_LABEL):
         bad_probability("a", task, getattr(o, task))  # a missing model is found before the work
     if o.languages:
@@ -1367,13 +1362,13 @@ def stage_filter(o, inputs):
         found, short = evaluation_ngrams(tuple(o.decontaminate))
         print(f"filter: {len(found):,} 13-grams of evaluation sets; {short} of their texts are "
               "shorter and not looked for", file=sys.stderr)
-    return map_shards(o, "filter", filter_shard, targets, inputs, repeat(o))
+    return map_shards(o, "filter", sift_shard, targets, inputs, repeat(o))
 
 
 def sort_lines_shard(target, source, index):
     """Lines 1: one shard's lines, by hash."""
-    hashes = [hash_lines(doc["text"].encode().split(b"\n")) for doc in read_documents(source)]
-    sort_lines(target, np.concatenate([np.zeros(0, np.uint64), *hashes]), index)
+    texts = (doc["text"].encode() for doc in read_documents(source))
+    sort_lines(target, (line for text in texts for line in text.split(b"\n")), index)
 
 
 def drop_lines_shard(target, source, o, index, table, parts):
@@ -1858,12 +1853,11 @@ def bench_pipeline(o, texts, mb, folder):
         flags += [f"--{task}", f"{folder}/{task}.bin"]
 
     def pipeline(processes):
-        shutil.rmtree(f"{folder}/out", ignore_errors=True)
-        more = ["--out", f"{folder}/out", "--processes", str(processes)]
+        out = tempfile.mkdtemp(dir=folder)
+        more = ["--out", out, "--processes", str(processes)]
         with contextlib.redirect_stderr(io.StringIO()):
-            main(["extract", "--input", f"{folder}/*.wet.gz", *more])
-            main(["filter", *flags, *more])
-            main(["minhash", "--input", f"{folder}/out/filter/*.gz", *more])
+            main(["filter", "--input", f"{folder}/*.wet.gz", *flags, *more])
+            main(["minhash", "--input", f"{out}/filter/*.gz", *more])
 
     show("WET to deduplicated, 2 processes", lambda: pipeline(2), mb, one=lambda: pipeline(1))
 
@@ -1884,7 +1878,7 @@ def number(kind, least, most=np.inf):
 
 
 STAGE = "run extract filter lines minhash tokenize"
-LIST, FILES = dict(nargs="*"), dict(nargs="+", required=True)
+LIST, FILES, TRUE = dict(nargs="*"), dict(nargs="+", required=True), dict(action="store_true")
 POSITIVE, SHARE = dict(type=number(int, 1)), dict(type=number(float, 0, 1))
 FLAGS = [  # the commands that have it, the flag, its default, other settings, help
     (STAGE + " report", "--out", "data", {}, "directory of everything that is written"),
@@ -1893,8 +1887,8 @@ FLAGS = [  # the commands that have it, the flag, its default, other settings, h
     ("score bench", "--input", None, FILES, "files, directories, patterns"),
     ("train", "--input", None, FILES, "LABEL=FILE, or files with a column of labels"),
     (STAGE, "--processes", os.cpu_count() or 1, POSITIVE, "workers of this machine"),
-    ("run extract train score bench", "--text-key", "text", {}, "column of the text in tables"),
-    ("run extract", "--main-content", False, dict(action="store_true"), "no menus and footers"),
+    ("run extract filter train score bench", "--text-key", "text", {}, "column of the text"),
+    ("run extract filter", "--main-content", False, TRUE, "leave out menus and footers"),
     ("run filter bench", "--language-model", None, {}, "lid.176.bin or .ftz (or downloads .ftz)"),
     ("run filter", "--languages", ["en"], LIST, "ISO 639 codes to keep; none: all"),
     ("run filter", "--language-threshold", 0.65, SHARE, "least probability of it"),
@@ -1930,7 +1924,7 @@ def run(o):
         raise ValueError("--input: name the crawl files, for example --input 'crawl/*.warc.gz'")
     before = names[names.index(o.command) - 1] if o.command in names else ""
     files = find_inputs(o.input or [os.path.join(o.out, before, "*.jsonl.gz")])
-    for stage in names if o.command == "run" else [o.command]:
+    for stage in names[1:] if o.command == "run" else [o.command]:  # filter extracts, too
         files = STAGES[stage](o, files)
     if o.command == "run" and o.rank == 0:
         report(o)
