@@ -1103,22 +1103,15 @@ def read_rows(path, counts=None):
         counts["truncated"] += 1
 
 
-def read_pages(path, main_content, counts):
-    """Rows {"url", "text"} of a crawl file."""
-    for page in read_warc(path, counts=counts):
-        if page.content_type == "text/plain":
-            text = decode_html(page.body, page.charset)
-        else:
-            text = extract_text(page.body, page.charset, main_content)
-        yield {"url": page.url, "text": text}
-
-
 def read_documents(path, text_key="text", main_content=False, counts=None):
     """Documents {"id", "text", "words", ...} of a crawl file (.warc, .wet) or of rows of text."""
     counts, name = Counter() if counts is None else counts, os.path.basename(path)
-    crawl = re.search(r"\.(warc|wet)\b", name)
     ours = os.path.exists(os.path.join(os.path.dirname(path), "settings.json"))  # words are counted
-    rows = read_pages(path, main_content, counts) if crawl else read_rows(path, counts)
+    rows = read_rows(path, counts)
+    if re.search(r"\.(warc|wet)\b", name):
+        rows = ({"url": page.url, "text": extract_text(page.body, page.charset, main_content)
+                 if "html" in page.content_type else decode_html(page.body, page.charset)}
+                for page in read_warc(path, counts=counts))
     for number, row in enumerate(rows):
         text = row.get(text_key, row.get("text"))
         if isinstance(text, str) and text.strip() and "\0" not in text:
@@ -1354,8 +1347,9 @@ def stage_filter(o, inputs):
     keys = ("text_key", "main_content", "languages", "language_model", "language_threshold",
             "rules", "drop_above", "decontaminate", "pii", *BAD_LABEL)
     targets, _ = begin_stage(o, "filter", inputs, *keys)
-    for task in filter(lambda task: getattr(o, task), BAD_LABEL):
-        bad_probability("a", task, getattr(o, task))  # a missing model is found before the work
+    for task in BAD_LABEL:
+        if getattr(o, task):
+            bad_probability("a", task, getattr(o, task))  # a missing model is found before the work
     if o.languages:
         identify_language("a", o.language_model)
     if o.decontaminate:
