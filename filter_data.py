@@ -1106,7 +1106,7 @@ def read_rows(path, counts=None):
 def read_documents(path, text_key="text", main_content=False, counts=None):
     """Documents {"id", "text", "words", ...} of a crawl file (.warc, .wet) or of rows of text."""
     counts, name = Counter() if counts is None else counts, os.path.basename(path)
-    ours = os.path.exists(os.path.join(os.path.dirname(path), "settings.json"))  # words are counted
+    ours = os.path.exists(os.path.join(os.path.dirname(path), "settings.json"))  # a stage's output
     rows = read_rows(path, counts)
     if re.search(r"\.(warc|wet)\b", name):
         rows = ({"url": page.url, "text": extract_text(page.body, page.charset, main_content)
@@ -1117,9 +1117,9 @@ def read_documents(path, text_key="text", main_content=False, counts=None):
         if isinstance(text, str) and text.strip() and "\0" not in text:
             if not text.isascii():  # lone surrogates cannot be written
                 text = text.encode("utf-8", "replace").decode()
-            words = row["words"] if ours and "words" in row else len(text.split())
+            counted = ours and isinstance(row.get("words"), int)
             yield {**row, "id": str(row.get("id") or f"{name}/{number}"), "text": text,
-                   "words": words}
+                   "words": row["words"] if counted else len(text.split())}
         else:
             counts["no_text"] += 1
 
