@@ -6,11 +6,11 @@
     python filter_data.py train --input wiki=good.txt cc=crawl.jsonl.gz --model models/quality.bin
 
 Every stage turns shards, one for each input file, into shards under <out>/<stage>/. A shard is
-written beside its final name and renamed, and its .json comes last, so "done" means "the .json is
-there". That one rule gives resuming after a kill, work split over processes and over machines that
-share the directory, and a barrier between stages, without a server. A *word* is what str.split()
-yields, everywhere in this file: with spaCy's words, where punctuation counts, Gopher's 80 % rule
-drops 114 of 499 pages instead of 3.
+written beside its final name and renamed when all of it and its books are there, so "done" means
+"the file exists". That one rule gives resuming after a kill, work split over processes and over
+machines that share the directory, and a barrier between stages, without a server. A *word* is what
+str.split() yields, everywhere in this file: with spaCy's words, where punctuation counts, Gopher's
+80 % rule drops 114 of 499 pages instead of 3.
 
 Papers: Gopher (Rae et al. 2021, arXiv:2112.11446, A.1.1), C4 (Raffel et al. 2020, JMLR 21), FineWeb
 (Penedo et al. 2024, arXiv:2406.17557), MinHash (Broder 1997), LSH (Leskovec, Rajaraman, Ullman,
@@ -30,10 +30,10 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,9 +43,10 @@ import time
 import unicodedata
 import urllib.request
 import zlib
-from collections import Counter
-from html import unescape
-from typing import NamedTuple
+from collections import Counter, namedtuple
+from html import escape, unescape
+from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 
@@ -57,55 +58,45 @@ BATCH_CHARS = 1 << 17  # characters handled by one numpy call: its arrays stay i
 
 RECORD_START = re.compile(rb"(?:^|\n)(WARC/\d\.\d+\r?\n(?=[A-Za-z-]+:))")
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+GZIP_MEMBER = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
 
 
-class Page(NamedTuple):
-    """One downloaded page: a 200 response of a WARC file or a conversion record of a WET file."""
-
-    url: str
-    content_type: str  # text/html, application/xhtml+xml or text/plain
-    charset: str | None  # as the server declared it, which is often wrong
-    body: bytes
+# One downloaded page: a 200 response of a WARC file or a conversion record of a WET file.
+# content_type: text/html, application/xhtml+xml or text/plain; charset: as the server declared it,
+# which is often wrong; body: bytes.
+Page = namedtuple("Page", "url content_type charset body")
 
 
-def inflate(file, begin, damaged):
-    """Yield the bytes of a plain or gzip file from an offset on, in chunks of up to 1 MiB.
+def inflate(file, counts):
+    """Yield the bytes of a plain or gzip file in chunks of up to 1 MiB.
 
-    Common Crawl compresses each record as a gzip member of its own. At a damaged member the chunks
-    end, and its offset is appended to `damaged`.
+    Common Crawl compresses each record as a gzip member of its own. After a damaged one the next
+    gzip header is searched for from just behind its *start*, because inflating may have swallowed
+    its neighbour before it noticed; a blank line parts what it left from what follows.
     """
-    file.seek(begin)
-    if begin == 0 and file.read(2) != b"\x1f\x8b":
+    if file.read(2) != b"\x1f\x8b":
         file.seek(0)
         yield from iter(functools.partial(file.read, 1 << 16), b"")
         return
-    file.seek(begin)
-    member, raw, inflater = begin, b"", zlib.decompressobj(31)
-    while raw := raw or file.read(1 << 16):
-        try:
-            chunk = inflater.decompress(raw, 1 << 20)
-        except zlib.error:
-            damaged.append(member)
-            return
-        raw = inflater.unconsumed_tail
-        if inflater.eof:
-            raw, inflater = inflater.unused_data, zlib.decompressobj(31)
-            member = file.tell() - len(raw)
-        if chunk:
-            yield chunk
-    if member < file.tell():  # the file ends inside a member
-        damaged.append(member)
-
-
-def next_member(file, offset):
-    """Offset of the next gzip header at or behind `offset`, or None."""
-    file.seek(offset)
-    tail = b""
-    while block := file.read(1 << 20):
-        if found := re.search(rb"\x1f\x8b\x08[\x00-\x1f]", tail + block):
-            return offset - len(tail) + found.start()
-        offset, tail = offset + len(block), block[-3:]
-    return None
+    mapped, member, whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, False
+    while not whole:
+        file.seek(member)
+        raw, inflater = b"", zlib.decompressobj(31)
+        with contextlib.suppress(zlib.error):
+            while raw := raw or file.read(1 << 16):
+                chunk, raw = inflater.decompress(raw, 1 << 20), inflater.unconsumed_tail
+                if inflater.eof:
+                    raw, inflater = inflater.unused_data, zlib.decompressobj(31)
+                    member = file.tell() - len(raw)
+                yield chunk
+            whole = member == file.tell()  # or else the file ends inside a member
+        if not whole:
+            counts["damaged_gzip"] += 1
+            yield b"\r\n\r\n"
+            following = GZIP_MEMBER.search(mapped, member + 1)
+            if not following:
+                return
+            member = following.start()
 
 
 def parse_headers(block):
@@ -125,7 +116,7 @@ def split_records(chunks, max_bytes, counts):
 
     def fill(size):
         """Whether the buffer could be filled up to `size` bytes."""
-        while len(buffer) < size and (chunk := next(chunks, b"")):
+        while len(buffer) < size and (chunk := next(chunks, None)) is not None:
             buffer.extend(chunk)
         return len(buffer) >= size
 
@@ -208,21 +199,15 @@ def read_warc(path, max_bytes=MAX_BYTES, counts=None):
     A record that cannot be used is skipped and counted in `counts`, a Counter: "truncated" (the
     file ends inside it), "misaligned" (its Content-Length is wrong), "too_large" (over `max_bytes`;
     never held in memory), "bad_header", "damaged_gzip", "not_warc". Reading goes on at the next
-    thing that looks like a record. After a damaged gzip member that is searched for from just
-    behind its *start*: inflating may have swallowed its neighbour before it noticed.
+    thing that looks like a record.
     """
-    counts, begin, records = Counter() if counts is None else counts, 0, Counter()
+    counts = Counter() if counts is None else counts
     with open(path, "rb") as file:
-        while begin is not None:
-            damaged = []
-            for headers, block in split_records(inflate(file, begin, damaged), max_bytes, records):
-                if page := page_of(headers, block, max_bytes, counts):
-                    counts["pages"] += 1
-                    yield page
-            counts["damaged_gzip"] += len(damaged)
-            begin = next_member(file, damaged[0] + 1) if damaged else None
-    counts["not_warc"] += records.pop("records", 0) == 0
-    counts.update(records)
+        for headers, block in split_records(inflate(file, counts), max_bytes, counts):
+            if page := page_of(headers, block, max_bytes, counts):
+                counts["pages"] += 1
+                yield page
+    counts["not_warc"] += counts.pop("records", 0) == 0
 
 
 # ---- HTML to text --------------------------------------------------------------------------------
@@ -240,15 +225,6 @@ WHATWG = {
 WHATWG = {alias: codec for codec, aliases in WHATWG.items() for alias in aliases.split()}
 
 
-def find_codec(label):
-    """Python's codec for a declared charset, or None if there is no such text encoding."""
-    try:
-        b"a".decode(codec := WHATWG.get(label.strip().lower(), label), "replace")
-        return codecs.lookup(codec).name
-    except (LookupError, ValueError):
-        return None
-
-
 def decode_html(body, charset=None):
     """Bytes of a page to text: byte order mark, valid UTF-8, header's charset, <meta>'s, cp1252.
 
@@ -261,9 +237,11 @@ def decode_html(body, charset=None):
         if body.startswith(mark):
             return body[len(mark) :].decode(codec, "replace")
     meta = rb"<(?:meta|\?xml)[^>]{1,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)"
-    meta = re.search(meta, body[:4096], re.IGNORECASE)
-    declared = [find_codec(charset or ""), find_codec(meta[1].decode("latin-1") if meta else "")]
-    declared = [codec for codec in declared if codec]
+    meta, declared = re.search(meta, body[:4096], re.IGNORECASE), []
+    for label in (charset or "", meta[1].decode("latin-1") if meta else ""):
+        with contextlib.suppress(LookupError, ValueError):  # no such encoding, or not one of text
+            b"a".decode(codec := WHATWG.get(label.strip().lower(), label), "replace")
+            declared.append(codecs.lookup(codec).name)
     like_ascii = [c for c in declared if c in ("iso2022_jp", "hz") or b"\0" in body[:64]]
     for codec in (*like_ascii, "utf-8", *declared):
         with contextlib.suppress(ValueError):
@@ -439,7 +417,7 @@ def mask_emails(text):
 
 def mask_phone_numbers(text):
     """(text with |||PHONE_NUMBER||| for each phone number, how many were replaced)."""
-    likely = re.search("[0-9]{3}\\)?[ .-]{0,2}[0-9]{3}[ .-]?[0-9]{4}", text)
+    likely = re.search(r"[0-9][0-9][0-9]\)?[ .-]{0,2}[0-9]{3}[ .-]?[0-9]{4}", text)
     likely = likely or re.search(r"\+[1-9]", text)
     return PHONE.subn("|||PHONE_NUMBER|||", text) if likely else (text, 0)
 
@@ -456,21 +434,8 @@ def mask_ips(text):
 # of code points, and all below (words, lines, hashes, n-grams) is arithmetic on whole arrays.
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
-STEP = np.uint64(0xD1342543DE82EF95)  # the same for n-grams
 LAST = 0x34000  # no letters are assigned to code points above
 SEVERAL = 0xFFFFFFFF  # marks characters that `normalise` turns into several
-
-
-class Words(NamedTuple):
-    """The words of a batch: D documents, W words, N characters in all, newlines around each."""
-
-    codes: np.ndarray  # (N,) uint32 code points
-    sums: np.ndarray  # (N,) uint64 prefix sums of codes[i] * BASE**i
-    start: np.ndarray  # (W,) the character before each word
-    end: np.ndarray  # (W,) its last character
-    alphabetic: np.ndarray | None  # (W,) bool: contains a letter; None if normalised
-    first: np.ndarray  # (D + 1,) index of each document's first word
-    doc: np.ndarray  # (W,) which document
 
 
 @functools.lru_cache(maxsize=1)
@@ -494,20 +459,16 @@ def character_tables():
     return classes, normal
 
 
-@functools.lru_cache(maxsize=8)
-def powers(size):
-    """BASE**i and BASE**-i modulo 2**64 for i < 2**size: (2, 2**size) uint64."""
-    size = 1 << size
-    both = np.full((2, size), [[BASE], [pow(int(BASE), -1, 1 << 64)]], np.uint64)
-    both[:, 0] = 1
-    return np.cumprod(both, axis=1, dtype=np.uint64)
+def normalise(text):
+    """Lower case, NFD, no accents, punctuation or symbols, single spaces: CS336's normal form.
 
+    The plain twin of Words(..., normalised=True).
 
-def mix(x):
-    """SplitMix64's finaliser: spreads every input bit over all 64 output bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    >>> normalise("Crème  Brûlée, 50% off!")
+    'creme brulee 50 off'
+    """
+    text, classes = unicodedata.normalize("NFD", text.lower()), character_tables()[0]
+    return " ".join("".join(c for c in text if classes[ord(c)]).split())
 
 
 def code_points(texts):
@@ -537,53 +498,70 @@ def normal_code_points(texts):
     return codes[keep], np.cumsum(left)
 
 
-def split_words(texts, normalised=False):
-    """Cut a batch of texts, or their normal forms, at white space: -> Words."""
-    codes, bounds = normal_code_points(texts) if normalised else code_points(texts)  # (N,), (D+1,)
-    kinds = None if normalised else character_tables()[0].take(codes)
-    inside = codes != 32 if normalised else kinds != 3
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
-    start, end = edges[::2].copy(), edges[1::2].copy()
-    first = np.searchsorted(start, bounds - 1)
-    doc = np.repeat(np.arange(len(texts)), np.diff(first))
-    sums = np.cumsum(codes * powers(len(codes).bit_length())[0, : len(codes)])
-    alphabetic = None if normalised else any_letter(kinds == 2, start, end)
-    return Words(codes, sums, start, end, alphabetic, first, doc)
+class Words:
+    """A batch of texts, or of their normal forms, cut at white space: D documents, W words."""
+
+    def __init__(self, texts, normalised=False):
+        self.codes, bounds = (normal_code_points if normalised else code_points)(texts)  # (N,)
+        self.kinds = self.codes if normalised else character_tables()[0].take(self.codes)  # (N,)
+        inside = self.kinds != (32 if normalised else 3)
+        edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+        self.start, self.end = edges[::2].copy(), edges[1::2].copy()  # (W,) where it starts, ends
+        self.first = np.searchsorted(self.start, bounds)  # (D + 1,) each document's first word
+        self.doc = np.repeat(np.arange(len(texts)), np.diff(self.first))  # (W,) which document
+        self.sums = prefix_sums(self.codes)  # (N + 1,)
+        self.hashes = span_hashes(self.sums, self.start, self.end)  # (W,) equal for equal words
+
+    def total(self, values):
+        """Sum of the words' values in each document: (W,) -> (D,)."""
+        return np.bincount(self.doc, values, minlength=len(self.first) - 1)
+
+    @functools.cached_property
+    def lines(self):
+        """Lines of the batch."""
+        return Lines(self)
 
 
-def any_letter(letters, start, end):
-    """(W,) bool: words with a letter. Nearly all begin with one; only the others are searched."""
-    found = letters[start + 1]
-    other = np.flatnonzero(~found)
-    spans = np.stack([start[other] + 1, end[other] + 1], 1).ravel()
-    found[other] = np.logical_or.reduceat(letters, spans)[::2] if len(other) else False
-    return found
+@functools.lru_cache(maxsize=8)
+def powers(size):
+    """BASE**i and BASE**-i modulo 2**64 for i < 2**size: (2, 2**size) uint64."""
+    size = 1 << size
+    both = np.full((2, size), [[BASE], [pow(int(BASE), -1, 1 << 64)]], np.uint64)
+    both[:, 0] = 1
+    return np.cumprod(both, axis=1, dtype=np.uint64)
 
 
-def span_hashes(words, start, end):
-    """(M,) uint64 hashes of characters start + 1 to end, such as those of words or of lines.
+def mix(x):
+    """SplitMix64's finaliser: spreads every input bit over all 64 output bits."""
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
-    The hash is the polynomial sum(c_i * BASE**i) modulo 2**64 over the span's characters: by prefix
-    sums S over the whole batch (S[end] - S[start]) / BASE**start, one expression for all spans,
+
+def prefix_sums(values):
+    """S[i] = sum of values[j] * BASE**j over j < i, modulo 2**64: (N,) -> (N + 1,) uint64."""
+    sums = np.zeros(len(values) + 1, np.uint64)
+    np.multiply(values, powers(len(sums).bit_length())[0, : len(values)], out=sums[1:])
+    return np.cumsum(sums, out=sums)
+
+
+def span_hashes(sums, start, end):
+    """(M,) uint64 hashes of values start to end - 1 of what prefix_sums was given.
+
+    Values are code points, for hashes of words and lines, or hashes of words, for those of n-grams.
+    The polynomial over a span is (S[end] - S[start]) / BASE**start: one expression for all spans,
     equal for equal spans wherever they stand.
     """
-    down = powers(len(words.codes).bit_length())[1]
-    return (words.sums[end] - words.sums[start]) * down[start]
+    down = powers(len(sums).bit_length())[1]
+    return mix((sums[end] - sums[start]) * down[start])
 
 
-def combine(hashes, n):
-    """Hash of every n consecutive word hashes: (W,) -> (W - n + 1,) uint64; order matters."""
-    total = hashes[: len(hashes) - n + 1].copy()
-    for j in range(1, n):
-        total *= STEP
-        total += hashes[j : j + len(total)]
-    return mix(total)
-
-
-def per_document(values, first):
-    """Sum of the words' values in each document: (W,) -> (D,)."""
-    sums = np.concatenate(([0], np.cumsum(values)))
-    return sums[first[1:]] - sums[first[:-1]]
+def distinct(values):
+    """Sorted, each once; np.unique takes 50 times as long for 64-bit integers."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
 def batches(items, size_of=len):
@@ -603,29 +581,9 @@ def batches(items, size_of=len):
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")  # Gopher, A.1.1
 COURSE_RULES = ("words", "word_length", "ellipsis_lines", "alphabetic")
-TERMINAL = tuple(".!?…\"'”’」』。！？｡؟۔।")
-POLICY = re.compile("javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookies")
-
-# Every rule: what is measured, and the least and the most that passes. The measures of a set are
-# computed together, by the function named like it. In FineWeb's order; "inside" its bounds passes.
-RULES = {
-    "repetition": {  # Gopher (Rae et al. 2021), Table A1
-        "copied_lines": (0, 0.30), "copied_line_characters": (0, 0.20),
-        "copied_paragraphs": (0, 0.30), "copied_paragraph_characters": (0, 0.20),
-        "top_2_gram": (0, 0.20), "top_3_gram": (0, 0.18), "top_4_gram": (0, 0.16),
-        "repeated_5_grams": (0, 0.15), "repeated_6_grams": (0, 0.14),
-        "repeated_7_grams": (0, 0.13), "repeated_8_grams": (0, 0.12),
-        "repeated_9_grams": (0, 0.11), "repeated_10_grams": (0, 0.10)},
-    "gopher": {  # Gopher, A.1.1
-        "words": (50, 100_000), "word_length": (3, 10), "symbols": (0, 0.1),
-        "bullet_lines": (0, 0.9), "ellipsis_lines": (0, 0.3), "alphabetic": (0.8, 1),
-        "stop_words": (2, 8)},
-    "c4": {  # C4 (Raffel et al. 2020), section 2.2
-        "lorem_ipsum": (0, 0), "curly_bracket": (0, 0), "sentences": (3, np.inf)},
-    "fineweb": {  # FineWeb (Penedo et al. 2024), section 3.6; its bounds themselves fail
-        "line_punctuation": (np.nextafter(0.12, 1), 1), "short_lines": (0, np.nextafter(0.67, 0)),
-        "duplicate_line_characters": (0, np.nextafter(0.1, 0))},
-}
+TERMINAL = ".!?…\"'”’」』。！？｡؟۔।"
+POLICIES = ("javascript", "terms of use", "privacy policy", "cookie policy", "use cookies",
+            "uses cookies", "use of cookies", "uses of cookies")
 
 
 def ratio(part, whole, empty=0.0):
@@ -633,26 +591,32 @@ def ratio(part, whole, empty=0.0):
     return np.divide(part, whole, out=np.full(len(whole), empty), where=np.asarray(whole) > 0)
 
 
-def find_lines(words, newlines=1):
-    """Lines that hold a word, or with newlines=2 paragraphs: (L,) start, end (as in Words), doc.
+class Lines:
+    """The lines of a batch that hold a word, or with newlines=2 its paragraphs.
 
     datatrove also counts lines of blanks alone, and so calls them copies of each other.
     """
-    size = len(words.start)
-    breaks = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))  # word behind each
-    breaks = np.bincount(np.append(breaks, np.repeat(words.first[:-1], 2)), minlength=size + 1)
-    begin = np.flatnonzero(breaks[:size] >= newlines)  # (L,) each one's first word
-    last = np.append(begin[1:], size)[: len(begin)] - 1
-    return words.start[begin], words.end[last], words.doc[begin]
 
+    def __init__(self, words, newlines=1):
+        size, self.num_documents = len(words.start), len(words.first) - 1
+        breaks = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))  # word behind each
+        breaks = np.bincount(np.append(breaks, np.repeat(words.first[:-1], 2)), minlength=size + 1)
+        begin = np.flatnonzero(breaks[:size] >= newlines)  # (L,) each one's first word
+        self.start, self.doc = words.start[begin], words.doc[begin]  # (L,) as in Words
+        self.end = words.end[np.append(begin[1:], size)[: len(begin)] - 1]
+        self.size = self.end - self.start
+        keys = span_hashes(words.sums, self.start, self.end) + mix(self.doc.astype(np.uint64))
+        order = np.argsort(keys, kind="stable")
+        self.copy = np.zeros(len(keys), bool)  # (L,) equals an earlier one of its document
+        self.copy[order[1:]] = keys[order[1:]] == keys[order[:-1]]
 
-def repeats(words, start, end, doc):
-    """(L,) bool: spans equal to an earlier one of their document."""
-    keys = mix(span_hashes(words, start, end)) + mix(doc.astype(np.uint64))
-    order = np.argsort(keys, kind="stable")
-    later = np.zeros(len(keys), bool)
-    later[order[1:]] = keys[order[1:]] == keys[order[:-1]]
-    return later
+    def total(self, values=None):
+        """How many lines a document has, or the sum of their values: (L,) -> (D,)."""
+        return np.bincount(self.doc, values, minlength=self.num_documents)
+
+    def share(self, flags, empty=0.0):
+        """(D,) share of the lines that have a flag."""
+        return ratio(self.total(flags), self.total(), empty)
 
 
 def repeated_ngrams(words, longest):
@@ -662,13 +626,13 @@ def repeated_ngrams(words, longest):
     before". Only where the (n - 1)-gram is repeated can the n-gram be, so M shrinks fast. The index
     sits in the low bits of what is sorted, behind 40 or more bits of hash.
     """
-    hashes = span_hashes(words, words.start, words.end)
-    at, totals = np.arange(len(hashes)), hashes + mix(words.doc.astype(np.uint64))
+    at, sums = np.arange(len(words.doc)), prefix_sums(words.hashes)
+    salt = mix(words.doc.astype(np.uint64))  # makes n-grams of different documents differ
     bits = np.uint64(max(20, len(at).bit_length()))
     for n in range(2, longest + 1):
         at = at[at + n <= words.first[words.doc[at] + 1]]
-        totals[at] = mix(totals[at] * STEP + hashes[at + n - 1])
-        keys = np.sort(totals[at] >> bits << bits | at.astype(np.uint64))
+        keys = span_hashes(sums, at, at + n) + salt[at]
+        keys = np.sort(keys >> bits << bits | at.astype(np.uint64))
         at = (keys & ~(~np.uint64(0) << bits)).astype(np.int64)
         same = np.append(False, (keys[1:] ^ keys[:-1]) >> bits == 0)[: len(at)]
         yield n, at, same
@@ -697,95 +661,89 @@ def repeated_ngram_characters(words, n, at, same):
     return np.bincount(words.doc[covered], size, minlength=len(words.first) - 1)
 
 
-def measure_repetition(texts, words, stop_words):
-    """Shares of a document's lines, paragraphs and characters that repeat what it said before.
+# Each of these four yields (rule, (D,) what it measures, the least and the most that passes).
+
+
+def repetition_rules(texts, words, stop_words):
+    """Gopher's repetition rules (Rae et al. 2021, Table A1), all from above.
 
     copied_lines, copied_paragraphs: copies of an earlier one, of all. The others are shares of the
-    characters: those in such copies, those in all copies of the top n-gram, and those in n-grams
-    that occurred before.
+    document's characters: those in such copies, those in all copies of the top n-gram, and those in
+    n-grams that occurred before.
     """
-    size, shares = np.array([max(1, len(text)) for text in texts]), {}
-    for name, newlines in (("line", 1), ("paragraph", 2)):
-        start, end, doc = find_lines(words, newlines)
-        later = repeats(words, start, end, doc)
-        count = functools.partial(np.bincount, doc, minlength=len(texts))
-        shares[f"copied_{name}s"] = ratio(count(later), count())
-        shares[f"copied_{name}_characters"] = count(later * (end - start)) / size
+    size = np.array([max(1, len(text)) for text in texts])
+    for name, lines in (("line", words.lines), ("paragraph", Lines(words, newlines=2))):
+        yield f"copied_{name}s", lines.share(lines.copy), 0, 0.30
+        yield f"copied_{name}_characters", lines.total(lines.copy * lines.size) / size, 0, 0.20
+    most = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
     for n, at, same in repeated_ngrams(words, 10):
-        count = top_ngram_characters if n < 5 else repeated_ngram_characters
-        name = f"top_{n}_gram" if n < 5 else f"repeated_{n}_grams"
-        shares[name] = count(words, n, at, same) / size
-    return shares
+        if n < 5:
+            yield f"top_{n}_gram", top_ngram_characters(words, n, at, same) / size, 0, most[n]
+        else:
+            share = repeated_ngram_characters(words, n, at, same) / size
+            yield f"repeated_{n}_grams", share, 0, most[n]
 
 
-def measure_gopher(texts, words, stop_words):
-    """Length and make-up of documents.
+def gopher_rules(texts, words, stop_words):
+    """Gopher's rules of length and make-up (Rae et al. 2021, A.1.1).
 
-    words: how many. word_length: mean characters. symbols: "#" or ellipses for each word, the
-    commoner. bullet_lines, ellipsis_lines: share that starts with a bullet, ends in an ellipsis.
-    alphabetic: share of words with a letter. stop_words: how many of the eight occur.
+    word_length: mean characters. symbols: "#" or ellipses for each word, the commoner. alphabetic:
+    share of words with a letter. stop_words: how many of the eight occur.
     """
-    count = np.diff(words.first)
-    start, end, doc = find_lines(words)
-    of_lines = functools.partial(np.bincount, doc, minlength=len(texts))
-    bullets = np.isin(words.codes[start + 1], [ord(c) for c in "•‣●◦▪-*"])
-    dots = (words.codes[end] == 46) & (words.codes[end - 1] == 46) & (words.codes[end - 2] == 46)
+    count, lines, codes = np.diff(words.first), words.lines, words.codes
+    yield "words", count, 50, 100_000
+    yield "word_length", ratio(words.total(words.end - words.start), count), 3, 10
     symbols = [max(text.count("#"), text.count("...") + text.count("…")) for text in texts]
-    stops = np.zeros((len(texts), len(stop_words)), bool)
-    hashes, wanted = (span_hashes(some, some.start, some.end)
-                      for some in (words, split_words([" ".join(stop_words)])))
-    for j, hash_ in enumerate(wanted):
-        stops[words.doc[hashes == hash_], j] = True
-    return {
-        "words": count,
-        "word_length": ratio(per_document(words.end - words.start, words.first), count),
-        "symbols": ratio(symbols, count),
-        "bullet_lines": ratio(of_lines(bullets), of_lines()),
-        "ellipsis_lines": ratio(of_lines(dots | (words.codes[end] == ord("…"))), of_lines()),
-        "alphabetic": ratio(per_document(words.alphabetic, words.first), count),
-        "stop_words": stops.sum(1) if stop_words else np.full(len(texts), 2),
-    }
+    yield "symbols", ratio(symbols, count), 0, 0.1
+    bullets = np.isin(codes[lines.start], [ord(c) for c in "•‣●◦▪-*"])
+    yield "bullet_lines", lines.share(bullets), 0, 0.9
+    last = codes[lines.end - [[1], [2], [3]]]  # (3, L) the last characters, backwards
+    ellipses = (last == ord(".")).all(0) | (last[0] == ord("…"))
+    yield "ellipsis_lines", lines.share(ellipses), 0, 0.3
+    with_letter = np.logical_or.reduceat(words.kinds == 2, words.start)  # (W,)
+    yield "alphabetic", ratio(words.total(with_letter), count), 0.8, 1
+    found = np.zeros(len(texts), int)
+    for stop in Words([" ".join(stop_words)]).hashes:
+        found[words.doc[words.hashes == stop]] += 1  # once a document, however often it occurs
+    yield "stop_words", found, min(2, len(stop_words)), 8
 
 
-def measure_c4(texts, words, stop_words):
-    """How often "lorem ipsum", "{" and ends of sentences (counted up to 3) occur in documents."""
+def c4_rules(texts, words, stop_words):
+    """C4's rules for pages (Raffel et al. 2020, section 2.2); ends of sentences count up to 3."""
     ends = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]").finditer
-    return {
-        "lorem_ipsum": np.array([text.lower().count("lorem ipsum") for text in texts]),
-        "curly_bracket": np.array([text.count("{") for text in texts]),
-        "sentences": np.array([len(list(itertools.islice(ends(text), 3))) for text in texts]),
-    }
+    yield "lorem_ipsum", np.array([text.lower().count("lorem ipsum") for text in texts]), 0, 0
+    yield "curly_bracket", np.array([text.count("{") for text in texts]), 0, 0
+    sentences = [len(list(itertools.islice(ends(text), 3))) for text in texts]
+    yield "sentences", np.array(sentences), 3, 3
 
 
-def measure_fineweb(texts, words, stop_words):
-    """Lines of documents.
+def fineweb_rules(texts, words, stop_words):
+    """FineWeb's rules (Penedo et al. 2024, section 3.6); its bounds themselves fail.
 
-    line_punctuation: share that ends in it. short_lines: share under 30 characters.
+    line_punctuation: share of lines that end in it. short_lines: share under 30 characters.
     duplicate_line_characters: share of the lines' characters in copies of an earlier line.
     """
-    start, end, doc = find_lines(words)
-    count = functools.partial(np.bincount, doc, minlength=len(texts))
-    marks = np.isin(words.codes[end], [ord(c) for c in TERMINAL])
-    later = repeats(words, start, end, doc)
-    return {
-        "line_punctuation": ratio(count(marks), count()),
-        "short_lines": ratio(count(end - start < 30), count(), empty=1.0),
-        "duplicate_line_characters": ratio(count(later * (end - start)), count(end - start)),
-    }
+    lines, marks = words.lines, [ord(c) for c in TERMINAL]
+    punctuated = lines.share(np.isin(words.codes[lines.end - 1], marks))
+    yield "line_punctuation", punctuated, np.nextafter(0.12, 1), 1
+    yield "short_lines", lines.share(lines.size < 30, empty=1.0), 0, np.nextafter(0.67, 0)
+    copied = ratio(lines.total(lines.copy * lines.size), lines.total(lines.size))
+    yield "duplicate_line_characters", copied, 0, np.nextafter(0.1, 0)
+
+
+RULES = {"repetition": repetition_rules, "gopher": gopher_rules, "c4": c4_rules,
+         "fineweb": fineweb_rules}  # in FineWeb's order
 
 
 def failures(name, texts, words, stop_words=STOP_WORDS):
-    """{rule: (D,) bool, True where it fails} of one set of RULES, for texts split into words."""
-    measure = {"repetition": measure_repetition, "gopher": measure_gopher, "c4": measure_c4,
-               "fineweb": measure_fineweb}[name]
-    found = measure(texts, words, stop_words)
-    return {rule: (found[rule] < least) | (found[rule] > most)
-            for rule, (least, most) in RULES[name].items()}
+    """{rule: (D,) bool, True where it fails} of one set of RULES, for texts split into Words."""
+    return {rule: (measured < least) | (measured > most)
+            for rule, measured, least, most in RULES[name](texts, words, stop_words)}
 
 
 def failed_rules(texts, rules=tuple(RULES), stop_words=STOP_WORDS):
     """The first rule each text fails, such as "gopher: words", or None; in the order of RULES."""
-    words = split_words(texts) if set(rules) != {"c4"} else None  # which needs none
+    words = Words(texts) if set(rules) != {"c4"} else None  # which needs none
     found = [None] * len(texts)
     for name in (name for name in RULES if name in rules):
         for rule, failed in failures(name, texts, words, stop_words).items():
@@ -800,7 +758,7 @@ def gopher_quality_filter(text):
     50 to 100,000 words of 3 to 10 characters on average, at most 30 % of lines ending in an
     ellipsis, at least 80 % of words with a letter.
     """
-    failed = failures("gopher", [text], split_words([text]))
+    failed = failures("gopher", [text], Words([text]))
     return not any(failed[rule][0] for rule in COURSE_RULES)
 
 
@@ -811,62 +769,64 @@ def c4_clean(text, min_words=5, terminal_punctuation=False):
     throws away 30 % of the tokens, so it is off unless asked for. Blank lines mark paragraphs and
     stay.
     """
-    hit = POLICY.search(text.lower())
+    def mentions_policy(text):
+        text = text.lower()
+        return any(policy in text for policy in POLICIES)
 
-    def good(line):
-        return len(line.split(None, min_words)) >= min_words and not (
-            (hit and POLICY.search(line.lower()))
-            or (terminal_punctuation and not line.rstrip().endswith(TERMINAL)))
-
-    return "\n".join(x for x in text.split("\n") if good(x) or not x.strip()).strip()
+    suspect, kept = mentions_policy(text), []
+    for line in text.split("\n"):
+        words = line.split(None, min_words - 1)
+        if not words or (
+            len(words) == min_words and not (suspect and mentions_policy(line))
+            and (not terminal_punctuation or words[-1].rstrip().endswith(tuple(TERMINAL)))
+        ):
+            kept.append(line)
+    return "\n".join(kept).strip()
 
 
 # ---- exact line deduplication --------------------------------------------------------------------
 
 
-def hash_lines(lines):
-    """(L,) uint64 of each line without its line end. A billion lines: 3 % risk of one collision."""
+def sort_lines(target, lines, source):
+    """Save the hashes of lines without their line ends, ascending; returns how many there are.
+
+    The table, (2, L) uint64, holds beside each hash its line's place, source << 40 | line number.
+    Of a billion lines two have the same hash of 64 bits with a probability of 3 %.
+    """
     digests = [hashlib.blake2b(line.rstrip(b"\r\n"), digest_size=8).digest() for line in lines]
-    return np.frombuffer(b"".join(digests), np.uint64)
-
-
-def sort_lines(hashes, source, target):
-    """Save (2, L) uint64: hashes ascending, and each line's place, source << 40 | line number."""
+    hashes = np.frombuffer(b"".join(digests), np.uint64)
     order = np.argsort(hashes, kind="stable")
     save(target, np.stack([hashes[order], order.astype(np.uint64) | np.uint64(source << 40)]))
+    return len(hashes)
 
 
-def repeated_lines(tables, target, part=0, num_parts=1):
-    """Save (2, R) uint64: hashes that occur more than once, ascending, and the place of the first.
+def repeated_lines(target, tables, keep, part=0, num_parts=1):
+    """Save the places of the lines to drop, ascending: (R,) uint64.
 
-    `tables` are files of sort_lines. Only the hashes in one of `num_parts` equal ranges are read,
-    which bounds the memory: all copies of a line are in the same range.
+    That is of all lines with an equal one in any of the `tables` of sort_lines, or with
+    keep="first" of all but the first of these. Only the hashes in one of `num_parts` equal ranges
+    are read, which bounds the memory: all copies of a line are in the same range.
     """
     low, high = (part << 64) // num_parts, ((part + 1) << 64) // num_parts - 1
-    pieces = [np.zeros((2, 0), np.uint64)]
+    pieces = []
     for table in (np.load(path, mmap_mode="r") for path in tables):
         start = np.searchsorted(table[0], np.uint64(low))
         pieces.append(table[:, start : np.searchsorted(table[0], np.uint64(high), "right")])
-    table = np.concatenate(pieces, axis=1)
-    table = table[:, np.lexsort(table[::-1])]  # by hash, then by place
-    first = table[0, 1:] == table[0, :-1]  # equal to the next one ...
-    first[1:] &= ~first[:-1]  # ... and not to the one before
-    save(target, table[:, np.flatnonzero(first)])
+    hashes, places = np.concatenate(pieces, axis=1)
+    order = np.lexsort((places, hashes))
+    equal = np.zeros(len(order) + 1, bool)  # to the one before
+    equal[1:-1] = hashes[order[1:]] == hashes[order[:-1]]
+    drop = equal[:-1] if keep == "first" else equal[:-1] | equal[1:]
+    save(target, np.sort(places[order[drop]]))
 
 
-def lines_to_drop(hashes, place, repeated, keep):
-    """(L,) bool: lines that have a copy; with keep="first", only those that are not the first.
-
-    `place` is the first line's; `repeated` lists arrays of repeated_lines.
-    """
-    drop = np.zeros(len(hashes), bool)
-    for table in repeated if len(hashes) else ():
-        at = np.minimum(np.searchsorted(table[0], hashes), max(0, table.shape[1] - 1))
-        hit = table[0, at] == hashes if table.shape[1] else drop
-        if keep == "first" and table.shape[1]:
-            hit &= table[1, at] != np.arange(len(hashes), dtype=np.uint64) + np.uint64(place)
-        drop |= hit
-    return drop
+def dropped(paths, begin, count):
+    """(count,) bool: which of the numbers from `begin` on are in these sorted files of numbers."""
+    flags = np.zeros(count, bool)
+    for numbers in (np.load(path, mmap_mode="r") for path in paths):
+        low, high = np.searchsorted(numbers, np.array([begin, begin + count], numbers.dtype))
+        flags[(numbers[low:high] - numbers.dtype.type(begin)).astype(np.int64)] = True
+    return flags
 
 
 def output_names(input_files, output_directory):
@@ -890,35 +850,22 @@ def exact_line_deduplication(input_files, output_directory, keep="none", num_par
     targets = output_names(input_files, output_directory)
     with tempfile.TemporaryDirectory(prefix=".lines-", dir=output_directory) as folder:
         tables = [os.path.join(folder, f"{i}.npy") for i in range(len(targets))]
+        parts = [os.path.join(folder, f"part-{part}.npy") for part in range(num_parts)]
+        counts = []
         for i, path in enumerate(input_files):
             with open(path, "rb") as file:
-                sort_lines(hash_lines(file), i, tables[i])
-        parts = [os.path.join(folder, f"part-{part}.npy") for part in range(num_parts)]
+                counts.append(sort_lines(tables[i], file, i))
         for part, path in enumerate(parts):
-            repeated_lines(tables, path, part, num_parts)
-        repeated = [np.load(path) for path in parts]
+            repeated_lines(path, tables, keep, part, num_parts)
         for i, path in enumerate(input_files):
             with open(path, "rb") as file, replacing(targets[i]) as out:
-                drop = lines_to_drop(hash_lines(file), i << 40, repeated, keep)
-                file.seek(0)
-                out.writelines(line for line, gone in zip(file, drop) if not gone)
+                gone = dropped(parts, i << 40, counts[i])
+                out.writelines(line for line, drop in zip(file, gone) if not drop)
 
 
 # ---- near-duplicates: MinHash and LSH ------------------------------------------------------------
 
 EMPTY = np.uint32(0xFFFFFFFF)  # fills the signature of a text without words
-
-
-def normalise(text):
-    """Lower case, NFD, no accents, punctuation or symbols, single spaces: CS336's normal form.
-
-    The plain twin of split_words(..., normalised=True).
-
-    >>> normalise("Crème  Brûlée, 50% off!")
-    'creme brulee 50 off'
-    """
-    text, classes = unicodedata.normalize("NFD", text.lower()), character_tables()[0]
-    return " ".join("".join(c for c in text if classes[ord(c)]).split())
 
 
 def shingles(texts, n):
@@ -927,17 +874,13 @@ def shingles(texts, n):
     A document of fewer than n words is one shingle, the hash of all its words, so that it equals
     only itself; one without any word has no shingle.
     """
-    words = split_words(texts, normalised=True)
-    begin, end = words.first[:-1], words.first[1:]
-    each = np.append(span_hashes(words, words.start, words.end), np.zeros(n, np.uint64))  # (W + n,)
-    hashes = combine(each, n)  # (W + 1,)
-    whole = np.ones(len(words.start), bool)  # n-grams that end in the document they start in
-    for j in range(1, n):
-        whole[np.maximum(end[end > 0] - j, 0)] = False
-    for i in np.flatnonzero((end > begin) & (end - begin < n)):
-        padded = np.append(each[begin[i] : end[i]], np.zeros(n, np.uint64))
-        hashes[begin[i]], whole[begin[i]] = combine(padded, n)[0], True
-    return hashes[:-1][whole], np.append(0, np.cumsum(whole))[words.first]
+    words = Words(texts, normalised=True)
+    size = np.diff(words.first)
+    count = np.maximum(size - n + 1, np.minimum(size, 1))  # (D,) shingles
+    first = np.append(0, np.cumsum(count))
+    at = np.arange(first[-1]) + np.repeat(words.first[:-1] - first[:-1], count)  # (S,) first words
+    end = np.minimum(at + n, np.repeat(words.first[1:], count))
+    return span_hashes(prefix_sums(words.hashes), at, end), first
 
 
 def sign(hashes, first, num_hashes, seed=0):
@@ -986,12 +929,6 @@ def band_pairs(rows, near=8):
         left = left[left + step + 1 < len(keys)]
         left = left[keys[left] == keys[left + step + 1]]
     return np.concatenate(pairs)
-
-
-def distinct(values):
-    """Sorted, each once; np.unique takes 50 times as long for 64-bit integers."""
-    values = np.sort(values)
-    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
 def candidate_pairs(signatures, num_bands):
@@ -1058,20 +995,17 @@ def minhash_deduplication(
     of similar ones a single member stays. ValueError: num_bands does not divide num_hashes.
     """
     targets = output_names(input_files, output_directory)
-
-    def read(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+    texts = (Path(path).read_text("utf-8", "replace") for path in input_files)
+    signatures = minhash_signatures(texts, num_hashes, ngrams, seed)
 
     @functools.lru_cache(maxsize=1024)
     def shingle_set(i):
-        return distinct(shingles([read(input_files[i])], ngrams)[0])
+        return distinct(shingles([Path(input_files[i]).read_text("utf-8", "replace")], ngrams)[0])
 
-    signatures = minhash_signatures(map(read, input_files), num_hashes, ngrams, seed)
-    dropped = near_duplicates(signatures, shingle_set, num_bands, jaccard_threshold, seed)
-    for i in np.setdiff1d(np.arange(len(targets)), dropped):
-        with open(input_files[i], "rb") as file, replacing(targets[i]) as out:
-            shutil.copyfileobj(file, out)
+    gone = near_duplicates(signatures, shingle_set, num_bands, jaccard_threshold, seed)
+    for i in np.setdiff1d(np.arange(len(targets)), gone):
+        with replacing(targets[i]) as file:
+            file.write(Path(input_files[i]).read_bytes())
 
 
 # ---- decontamination -----------------------------------------------------------------------------
@@ -1084,23 +1018,21 @@ def evaluation_ngrams(paths, n=13):
     `paths` is a tuple. Each string value of a .jsonl or .csv row is a text, and so is any other
     file. Texts of fewer than n words are left out: a match of a few would condemn half the crawl.
     """
-    found, short = [np.zeros(0, np.uint64)], 0
-    for path in paths:
-        values = (value for row in read_rows(path) for value in row.values())
-        for batch in batches(value for value in values if isinstance(value, str)):
-            hashes, first = shingles(batch, n)
-            long = np.array([len(normalise(text).split()) >= n for text in batch])
-            found.append(hashes[np.repeat(long, np.diff(first))])
-            short += int((~long).sum())
-    return distinct(np.concatenate(found)), short
+    values = [value for path in paths for row in read_rows(path) for value in row.values()]
+    texts = [value for value in values if isinstance(value, str)]
+    long = [text for text in texts if len(normalise(text).split()) >= n]
+    found = [shingles(batch, n)[0] for batch in batches(long)]
+    return distinct(np.concatenate([np.zeros(0, np.uint64), *found])), len(texts) - len(long)
 
 
 def contaminated(texts, evaluation, n=13):
     """(D,) bool: documents that share an n-gram with the evaluation sets (GPT-3, appendix C)."""
     hashes, first = shingles(texts, n)
-    at = np.searchsorted(evaluation, hashes) % max(1, len(evaluation))
-    hit = evaluation[at] == hashes if len(evaluation) else np.zeros(len(hashes), bool)
-    return per_document(hit, first) > 0
+    if not len(evaluation):
+        return np.zeros(len(texts), bool)
+    at = np.searchsorted(evaluation, hashes)
+    hit = np.flatnonzero(evaluation.take(at, mode="clip") == hashes)
+    return np.bincount(np.searchsorted(first, hit, "right") - 1, minlength=len(texts)) > 0
 
 
 # ---- documents in and out ------------------------------------------------------------------------
@@ -1109,9 +1041,7 @@ def contaminated(texts, evaluation, n=13):
 @contextlib.contextmanager
 def replacing(path):
     """A file to write that takes the place of `path` only once all of it is there."""
-    for stale in glob.glob(glob.escape(os.fspath(path)) + ".*.tmp"):  # of a run that was killed
-        os.remove(stale)
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    temporary = f"{os.fspath(path)}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -1129,13 +1059,7 @@ def save(path, value):
         if isinstance(value, np.ndarray):
             np.save(file, value)
         else:
-            file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-def load_json(path):
-    """What `save` wrote."""
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+            file.write(json.dumps(value).encode() + b"\n")
 
 
 def bounded_lines(file, counts):
@@ -1179,28 +1103,23 @@ def read_rows(path, counts=None):
         counts["truncated"] += 1
 
 
-def read_pages(path, main_content, counts):
-    """Rows {"url", "text"} of a crawl file."""
-    for page in read_warc(path, counts=counts):
-        if page.content_type == "text/plain":
-            text = decode_html(page.body, page.charset)
-        else:
-            text = extract_text(page.body, page.charset, main_content)
-        yield {"url": page.url, "text": text}
-
-
 def read_documents(path, text_key="text", main_content=False, counts=None):
     """Documents {"id", "text", "words", ...} of a crawl file (.warc, .wet) or of rows of text."""
     counts, name = Counter() if counts is None else counts, os.path.basename(path)
-    crawl = re.search(r"\.(warc|wet)\b", name)
-    rows = read_pages(path, main_content, counts) if crawl else read_rows(path, counts)
+    ours = os.path.exists(os.path.join(os.path.dirname(path), "settings.json"))  # a stage's output
+    rows = read_rows(path, counts)
+    if re.search(r"\.(warc|wet)\b", name):
+        rows = ({"url": page.url, "text": extract_text(page.body, page.charset, main_content)
+                 if "html" in page.content_type else decode_html(page.body, page.charset)}
+                for page in read_warc(path, counts=counts))
     for number, row in enumerate(rows):
         text = row.get(text_key, row.get("text"))
         if isinstance(text, str) and text.strip() and "\0" not in text:
             if not text.isascii():  # lone surrogates cannot be written
                 text = text.encode("utf-8", "replace").decode()
+            counted = ours and isinstance(row.get("words"), int)
             yield {**row, "id": str(row.get("id") or f"{name}/{number}"), "text": text,
-                   "words": len(text.split())}
+                   "words": row["words"] if counted else len(text.split())}
         else:
             counts["no_text"] += 1
 
@@ -1208,52 +1127,57 @@ def read_documents(path, text_key="text", main_content=False, counts=None):
 # ---- filters, and the books of what each saw, dropped and cost -----------------------------------
 
 
-def new_stats():
-    """Empty books of one shard."""
-    return {"filters": {}, "counts": Counter(), "languages": Counter(), "seconds": Counter()}
+def add_books(total, new):
+    """Add the books of a batch or a shard to a total: sums of numbers, lists' five smallest."""
+    for key, value in new.items():
+        if isinstance(value, dict):
+            add_books(total.setdefault(key, {}), value)
+        elif isinstance(value, list):
+            total[key] = sorted(total.get(key, []) + value)[:5]
+        else:
+            total[key] = total.get(key, 0) + value
 
 
-def new_row():
-    """Empty books of one filter."""
-    return {"documents": 0, "words": 0, "kept": 0, "kept_words": 0, "reasons": Counter(),
-            "samples": [[], []]}
-
-
-def sieve(stats, name, docs, check):
+def sieve(books, name, docs, check):
     """Apply one filter to a batch and enter it in the books; returns the documents that stay.
 
     `check(docs)` gives None or the reason to drop for each document, and may edit the text. The
-    five kept and five dropped samples are those with the smallest hash of their id, so that any
-    number of workers agrees on them.
+    samples are those with the smallest hash of their id, so that any number of workers agrees.
     """
-    began, row = time.perf_counter(), stats["filters"].setdefault(name, new_row())
-    row["documents"] += len(docs)
-    row["words"] += sum(doc["words"] for doc in docs)
-    reasons = check(docs)
+    began, words, reasons = time.perf_counter(), sum(doc["words"] for doc in docs), check(docs)
     kept = [doc for doc, reason in zip(docs, reasons) if reason is None]
-    row["kept"] += len(kept)
-    row["kept_words"] += sum(doc["words"] for doc in kept)
-    row["reasons"].update(filter(None, reasons))
+    samples = {"kept": [], "dropped": []}
     for doc, reason in zip(docs, reasons):
-        sample = [zlib.crc32(doc["id"].encode("utf-8", "replace")), doc["id"], reason or ""]
-        samples = row["samples"][reason is not None]
-        if len(samples) < 5 or sample < samples[-1]:
-            samples[:] = sorted([*samples, [*sample, doc["text"][:200]]])[:5]
-    stats["seconds"][name] += time.perf_counter() - began
+        sample = [zlib.crc32(doc["id"].encode("utf-8", "replace")), doc["id"], reason or "",
+                  doc["text"][:200]]
+        samples["kept" if reason is None else "dropped"].append(sample)
+    row = {"documents": len(docs), "words": words, "kept": len(kept), "samples": samples,
+           "kept_words": sum(doc["words"] for doc in kept),
+           "reasons": Counter(filter(None, reasons))}
+    add_books(books, {"filters": {name: row}, "seconds": {name: time.perf_counter() - began}})
     return kept
 
 
-def sift(target, docs, filters, stats):
-    """Pass documents through filters [(name, check)] to a .jsonl.gz; returns the books.
+def sift(target, docs, filters, books):
+    """Pass documents through filters {name: check} to a .jsonl.gz; returns how many came in.
 
+    The books go beside it, with all that differs between runs (the seconds) in a file of its own.
     The same documents give the same bytes: the gzip header holds neither time nor name.
     """
-    with replacing(target) as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as file:
-        for batch in batches(docs, lambda doc: len(doc["text"])):
-            for name, check in filters:
-                batch = sieve(stats, name, batch, check)
-            file.write("".join([json.dumps(doc) + "\n" for doc in batch]).encode())
-    return stats
+    began, documents = time.perf_counter(), 0
+    with replacing(target) as raw:
+        with gzip.GzipFile("", "wb", 1, raw, mtime=0) as file:
+            for batch in batches(docs, lambda doc: len(doc["text"])):
+                documents += len(batch)
+                for name, check in filters.items():
+                    batch = sieve(books, name, batch, check)
+                file.write("".join([json.dumps(doc) + "\n" for doc in batch]).encode())
+        seconds, path = books.pop("seconds", {}), os.fspath(target).removesuffix(".jsonl.gz")
+        first = next(iter(filters), "")  # for which reading and writing count
+        others = sum(spent for name, spent in seconds.items() if name != first)
+        save(f"{path}.seconds", seconds | {first: time.perf_counter() - began - others})
+        save(f"{path}.json", books)
+    return documents
 
 
 def edit(doc, text):
@@ -1262,70 +1186,55 @@ def edit(doc, text):
         doc.update(text=text, words=len(text.split()))
 
 
-def check_language(docs, o, stats):
-    """Drop all but the wanted languages, and what may be none of them."""
-    reasons = []
-    for doc in docs:
-        doc["language"], p = identify_language(doc["text"], o.language_model)
-        stats["languages"][doc["language"]] += 1
-        sure = None if p >= o.language_threshold else "unsure"
-        reasons.append(sure if doc["language"] in o.languages else doc["language"])
-    return reasons
+def filters_of(o, books):
+    """The filters that are switched on, {name: check}, cheap ones first; see sieve."""
 
+    def language(docs):
+        reasons = []
+        for doc in docs:
+            doc["language"], p = identify_language(doc["text"], o.language_model)
+            sure = None if p >= o.language_threshold else "unsure"
+            reasons.append(sure if doc["language"] in o.languages else doc["language"])
+        add_books(books, {"languages": Counter(doc["language"] for doc in docs)})
+        return reasons
 
-def check_rules(docs, o, stats, names):
-    """Apply rule sets; C4 takes out lines first."""
-    for doc in docs if "c4" in names else ():
-        edit(doc, c4_clean(doc["text"]))
-    stop_words = STOP_WORDS if "en" in o.languages else ()
-    return failed_rules([doc["text"] for doc in docs], names, stop_words)
+    def rules(docs, names):
+        for doc in docs if "c4" in names else ():
+            edit(doc, c4_clean(doc["text"]))
+        stop_words = STOP_WORDS if "en" in o.languages else ()
+        return failed_rules([doc["text"] for doc in docs], names, stop_words)
 
+    def classifier(docs, task):
+        bad = [bad_probability(doc["text"][:2000], task, getattr(o, task)) for doc in docs]
+        return [f"{task} {p:.1f}" if p >= o.drop_above else None for p in bad]
 
-def check_classifier(docs, o, stats, task):
-    """Drop what a classifier calls bad, from the first 2,000 characters of each document."""
-    bad = [bad_probability(doc["text"][:2000], task, getattr(o, task)) for doc in docs]
-    return [f"{task} {p:.1f}" if p >= o.drop_above else None for p in bad]
+    def evaluation(docs):
+        ngrams, _ = evaluation_ngrams(tuple(o.decontaminate))
+        hit = contaminated([doc["text"] for doc in docs], ngrams)
+        return ["13 words of an evaluation set" if bad else None for bad in hit]
 
-
-def check_evaluation(docs, o, stats):
-    """Drop documents that contain a piece of an evaluation set."""
-    hit = contaminated([doc["text"] for doc in docs], evaluation_ngrams(tuple(o.decontaminate))[0])
-    return ["13 words of an evaluation set" if bad else None for bad in hit]
-
-
-def mask_all(docs, o, stats):
-    """Mask personal data; drops nothing."""
-    masks = {"emails": mask_emails, "phone numbers": mask_phone_numbers, "IPs": mask_ips}
-    for doc in docs:
-        for name, mask in masks.items():
-            text, found = mask(doc["text"])
-            stats["counts"][f"{name} masked"] += found
+    def personal_data(docs):
+        for doc in docs:
+            text, emails = mask_emails(doc["text"])
+            text, numbers = mask_phone_numbers(text)
+            text, ips = mask_ips(text)
             edit(doc, text)
-    return [None] * len(docs)
+            books["counts"].update(
+                {"emails masked": emails, "phone numbers masked": numbers, "IPs masked": ips})
+        return [None] * len(docs)
 
-
-def filters_of(o, stats):
-    """The filters that are switched on, [(name, check)], cheap ones first."""
-    checks = {"language": check_language} if o.languages else {}
+    checks = {"language": language} if o.languages else {}
     for names in (["repetition", "gopher"], ["c4"], ["fineweb"]):
         if names := [name for name in names if name in o.rules]:
-            checks[names[-1]] = functools.partial(check_rules, names=names)
-    checks |= {task: functools.partial(check_classifier, task=task)
-               for task in BAD_LABEL if getattr(o, task)}
-    checks |= {"decontaminate": check_evaluation} if o.decontaminate else {}
-    checks |= {"pii": mask_all} if o.pii else {}
-    return [(name, functools.partial(check, o=o, stats=stats)) for name, check in checks.items()]
+            checks[names[-1]] = functools.partial(rules, names=names)
+    for task in BAD_LABEL:
+        if getattr(o, task):
+            checks[task] = functools.partial(classifier, task=task)
+    checks |= {"decontaminate": evaluation} if o.decontaminate else {}
+    return checks | ({"pii": personal_data} if o.pii else {})
 
 
 # ---- many shards, processes and machines ---------------------------------------------------------
-
-
-def do_unit(marker, function, args):
-    """Do one unit of work. Its marker, which holds its books, comes last and means "done"."""
-    stats = function(*args) or {}
-    save(f"{marker}.seconds", stats.pop("seconds", {}))  # apart: all else is the same in every run
-    save(marker, stats)
-    return stats
 
 
 def start_worker(parent):
@@ -1341,15 +1250,15 @@ def start_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def in_pool(units, processes):
-    """Yield the results of do_unit(*unit) from worker processes, as they come."""
+def in_pool(function, rows, processes):
+    """Yield the results of function(*row) from worker processes, as they come."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     before = set(multiprocessing.active_children())
     # not multiprocessing.Pool, which waits for ever for a worker that was killed
     pool = concurrent.futures.ProcessPoolExecutor(processes, context, start_worker, (os.getpid(),))
     try:
-        for future in concurrent.futures.as_completed([pool.submit(do_unit, *u) for u in units]):
-            yield future.result()
+        for done in concurrent.futures.as_completed([pool.submit(function, *row) for row in rows]):
+            yield done.result()
         pool.shutdown()
     except BaseException as error:
         for child in set(multiprocessing.active_children()) - before:
@@ -1361,48 +1270,46 @@ def in_pool(units, processes):
         raise
 
 
-def map_shards(o, label, folder, names, kind, function, *columns):
-    """Run function(source, target, ...) for every shard; returns targets, <folder>/<name><kind>.
+def map_shards(o, label, function, *columns):
+    """Run function(target, ...) for each row of the columns; returns the targets, the first column.
 
-    Each column holds one argument: a list with a value for every shard, or one value for all. What
-    has a marker is done. Of the others rank r of w takes every w-th, then waits for the markers of
-    the rest: the shared directory is the barrier.
+    A target that exists is done. Of the others rank r of w makes every w-th, then waits for those
+    of the rest: the shared directory is the barrier. What the functions return, if anything, is the
+    number of documents they handled.
     """
-    targets = [os.path.join(folder, name + kind) for name in names]
-    columns = [column if isinstance(column, list) else [column] * len(names) for column in columns]
-    units = [(os.path.join(folder, name + ".json"), function, (source, target, *rest))
-             for name, target, source, *rest in zip(names, targets, *columns)]
-    todo = [unit for unit in units[o.rank :: o.world_size] if not os.path.exists(unit[0])]
+    rows = list(zip(*columns))
+    todo = [row for row in rows[o.rank :: o.world_size] if not os.path.exists(row[0])]
     character_tables()  # before forking: a quarter of a second
     processes, documents = min(o.processes, len(todo)), 0
     began = shown = time.monotonic()
-    results = in_pool(todo, processes) if processes > 1 else (do_unit(*unit) for unit in todo)
-    for done, stats in enumerate(results, 1):
-        documents += max([row["documents"] for row in stats.get("filters", {}).values()], default=0)
+    alone = processes <= 1
+    results = itertools.starmap(function, todo) if alone else in_pool(function, todo, processes)
+    for done, count in enumerate(results, 1):
+        documents += count or 0
         if (now := time.monotonic()) - shown > 2 or done == len(todo):
             shown, each = now, (now - began) / done
             print(f"{label}: {done}/{len(todo)} shards, {documents / (now - began):,.0f} "
                   f"documents/s, {each * (len(todo) - done):.0f} s left", file=sys.stderr)
-    while missing := [unit[0] for unit in units if not os.path.exists(unit[0])]:
+    while missing := [row[0] for row in rows if not os.path.exists(row[0])]:
         time.sleep(0.2)
         if time.monotonic() - shown > 60:
             shown = time.monotonic()
             print(f"{label}: waiting for {len(missing)} shards of other machines, such as "
                   f"{missing[0]}", file=sys.stderr)
-    return targets
+    return [row[0] for row in rows]
 
 
 def begin_stage(o, stage, inputs, *keys):
-    """(<out>/<stage>, its work directory, names of the shards).
+    """Names for a stage's shards, <out>/<stage>/*.jsonl.gz, and for tables, work/*.npy.
 
     ValueError if the stage was begun with other settings: half of each would be neither.
     """
-    folder = os.path.join(o.out, stage)
-    os.makedirs(os.path.join(folder, "work"), exist_ok=True)
+    folder = f"{o.out}/{stage}"
+    os.makedirs(f"{folder}/work", exist_ok=True)
     settings = {key: getattr(o, key) for key in keys}
     settings["input"] = [[os.path.basename(path), os.path.getsize(path)] for path in inputs]
-    path = os.path.join(folder, "settings.json")
-    old = load_json(path) if os.path.exists(path) else settings
+    path = Path(folder, "settings.json")
+    old = json.loads(path.read_bytes()) if path.exists() else settings
     for key, value in settings.items():
         if old.get(key) != value:
             change = "other files" if key == "input" else f"{old.get(key)}, not {value}"
@@ -1413,93 +1320,78 @@ def begin_stage(o, stage, inputs, *keys):
     pattern = r"^\d{5}-|\.(gz|jsonl|warc|wet|txt|csv|tsv)\b"  # numbered, so that no two are equal
     names = [re.sub(pattern, "", os.path.basename(path)) for path in inputs]
     names = [f"{i:05d}-{name}" for i, name in enumerate(names)]
-    return folder, os.path.join(folder, "work"), names
+    return [f"{folder}/{x}.jsonl.gz" for x in names], [f"{folder}/work/{x}.npy" for x in names]
 
 
 # ---- stages: what is done to one shard, and then to all ------------------------------------------
 
 
-def extract_shard(source, target, o):
-    """Pages of one crawl file to documents."""
-    began, stats = time.perf_counter(), new_stats()
-    docs = read_documents(source, o.text_key, o.main_content, stats["counts"])
-    sift(target, docs, [("extract", lambda docs: [None] * len(docs))], stats)
-    stats["seconds"]["extract"] = time.perf_counter() - began
-    return stats
+def sift_shard(target, source, o):
+    """One file through extraction, and but for the command `extract` through the filters."""
+    books = {"counts": Counter()}
+    docs = read_documents(source, o.text_key, o.main_content, books["counts"])
+    filters = {} if o.command == "filter" else {"extract": lambda docs: [None] * len(docs)}
+    filters |= {} if o.command == "extract" else filters_of(o, books)
+    return sift(target, docs, filters, books)
 
 
 def stage_extract(o, inputs):
-    """Crawl files to documents."""
-    folder, _, names = begin_stage(o, "extract", inputs, "text_key", "main_content")
-    return map_shards(o, "extract", folder, names, ".jsonl.gz", extract_shard, inputs, o)
-
-
-def filter_shard(source, target, o):
-    """One shard through language, rules, classifiers, decontamination and masking."""
-    stats = new_stats()
-    docs = read_documents(source, counts=stats["counts"])
-    return sift(target, docs, filters_of(o, stats), stats)
+    """Crawl files to documents and no further; `run` and `filter` read crawl files, too."""
+    targets, _ = begin_stage(o, "extract", inputs, "text_key", "main_content")
+    return map_shards(o, "extract", sift_shard, targets, inputs, repeat(o))
 
 
 def stage_filter(o, inputs):
     """Language, quality rules, classifiers, decontamination, personal data."""
     o.decontaminate = find_inputs(o.decontaminate, "--decontaminate")
-    keys = ("languages", "language_model", "language_threshold", "rules", "drop_above", "pii",
-            "decontaminate", *BAD_LABEL)
-    folder, _, names = begin_stage(o, "filter", inputs, *keys)
-    for task in filter(lambda task: getattr(o, task), BAD_LABEL):
-        bad_probability("a", task, getattr(o, task))  # a missing model is found before the work
+    keys = ("text_key", "main_content", "languages", "language_model", "language_threshold",
+            "rules", "drop_above", "decontaminate", "pii", *BAD_LABEL)
+    targets, _ = begin_stage(o, "filter", inputs, *keys)
+    for task in BAD_LABEL:
+        if getattr(o, task):
+            bad_probability("a", task, getattr(o, task))  # a missing model is found before the work
     if o.languages:
         identify_language("a", o.language_model)
     if o.decontaminate:
         found, short = evaluation_ngrams(tuple(o.decontaminate))
         print(f"filter: {len(found):,} 13-grams of evaluation sets; {short} of their texts are "
               "shorter and not looked for", file=sys.stderr)
-    return map_shards(o, "filter", folder, names, ".jsonl.gz", filter_shard, inputs, o)
+    return map_shards(o, "filter", sift_shard, targets, inputs, repeat(o))
 
 
-def split_lines(doc):
-    """The lines of a document as they are hashed."""
-    return doc["text"].encode("utf-8", "replace").split(b"\n")
-
-
-def sort_lines_shard(source, target, index):
+def sort_lines_shard(target, source, index):
     """Lines 1: one shard's lines, by hash."""
-    hashes = [hash_lines(split_lines(doc)) for doc in read_documents(source)]
-    sort_lines(np.concatenate([np.zeros(0, np.uint64), *hashes]), index, target)
+    texts = (doc["text"].encode() for doc in read_documents(source))
+    sort_lines(target, (line for text in texts for line in text.split(b"\n")), index)
 
 
-def drop_lines_shard(source, target, index, parts, o):
+def drop_lines_shard(target, source, o, index, table, parts):
     """Lines 3: one shard without its repeated lines. Blank lines stay: they mark paragraphs."""
-    repeated, place = [np.load(part, mmap_mode="r") for part in parts], index << 40
+    num_lines = np.load(table, mmap_mode="r").shape[1]
+    gone = iter(dropped(parts, index << 40, num_lines).tolist())
 
     def drop(docs):
-        nonlocal place
         for doc in docs:
-            lines = split_lines(doc)
-            gone = lines_to_drop(hash_lines(lines), place, repeated, o.keep)
-            place += len(lines)
-            kept = (line for line, bad in zip(lines, gone) if not bad or not line.strip())
-            edit(doc, b"\n".join(kept).decode().strip())
+            lines = zip(doc["text"].split("\n"), gone)
+            edit(doc, "\n".join(x for x, bad in lines if not bad or not x.strip()).strip())
         return ["too few words left" if doc["words"] < o.min_words else None for doc in docs]
 
-    return sift(target, read_documents(source), [("lines", drop)], new_stats())
+    return sift(target, read_documents(source), {"lines": drop}, {})
 
 
 def stage_lines(o, inputs):
     """Lines that occur more than once in the whole crawl."""
-    folder, work, names = begin_stage(o, "lines", inputs, "keep", "min_words")
-    index = list(range(len(names)))
-    tables = map_shards(o, "lines 1/3", work, names, ".npy", sort_lines_shard, inputs, index)
+    targets, tables = begin_stage(o, "lines", inputs, "keep", "min_words")
+    map_shards(o, "lines 1/3", sort_lines_shard, tables, inputs, itertools.count())
     num_parts = 1 + sum(map(os.path.getsize, tables)) // (1 << 28)  # 256 MiB at a time
-    parts = [f"part-{part:03d}" for part in range(num_parts)]
-    parts = map_shards(o, "lines 2/3", work, parts, ".npy", repeated_lines,
-                       [tables] * num_parts, list(range(num_parts)), num_parts)
-    return map_shards(o, "lines 3/3", folder, names, ".jsonl.gz", drop_lines_shard, inputs, index,
-                      [parts] * len(names), o)
+    parts = [f"{o.out}/lines/work/part-{part:03d}.npy" for part in range(num_parts)]
+    map_shards(o, "lines 2/3", repeated_lines, parts, repeat(tables), repeat(o.keep),
+               range(num_parts), repeat(num_parts))
+    return map_shards(o, "lines 3/3", drop_lines_shard, targets, inputs, repeat(o),
+                      itertools.count(), tables, repeat(parts))
 
 
-def sign_shard(source, target, o):
+def sign_shard(target, source, o):
     """MinHash 1: signatures (D, K) and shingle sets of one shard; 32 bits of a shingle suffice."""
     signatures, sets = [np.zeros((0, o.num_hashes), np.uint32)], []
     for texts in batches(doc["text"] for doc in read_documents(source)):
@@ -1510,9 +1402,10 @@ def sign_shard(source, target, o):
     save(f"{target}.sets.npy", np.concatenate([np.zeros(0, np.uint32), *sets]))
     save(f"{target}.first.npy", np.cumsum([0] + [len(part) for part in sets]))
     save(target, np.concatenate(signatures))
+    return len(sets)
 
 
-def near_duplicates_part(tables, target, o):
+def near_duplicates_part(target, tables, o):
     """MinHash 2: numbers of the documents to drop, counted through all shards."""
     signatures = [np.load(table, mmap_mode="r") for table in tables]
     begins = np.cumsum([0] + [len(part) for part in signatures])
@@ -1527,74 +1420,69 @@ def near_duplicates_part(tables, target, o):
     save(target, near_duplicates(signatures, shingle_set, o.num_bands, o.jaccard, o.seed))
 
 
-def drop_duplicates_shard(source, target, begin, end, dropped):
-    """MinHash 3: one shard, documents `begin` to `end` of all, without its near-duplicates."""
-    table, numbers = np.load(dropped, mmap_mode="r"), itertools.count(begin)
-    gone = set(table[slice(*np.searchsorted(table, [begin, end]))].tolist())
+def drop_duplicates_shard(target, source, begin, count, numbers):
+    """MinHash 3: one shard, `count` documents from `begin` on of all, without near-duplicates."""
+    gone = iter(dropped([numbers], begin, count))
 
     def drop(docs):
-        return ["near-duplicate of another" if next(numbers) in gone else None for _ in docs]
+        return ["near-duplicate of another" if next(gone) else None for _ in docs]
 
-    return sift(target, read_documents(source), [("minhash", drop)], new_stats())
+    return sift(target, read_documents(source), {"minhash": drop}, {})
 
 
 def stage_minhash(o, inputs):
     """Near-duplicate documents of the whole crawl."""
     candidate_pairs(np.zeros((0, o.num_hashes), np.uint32), o.num_bands)  # refuses odd bands
     keys = ("num_hashes", "num_bands", "ngrams", "jaccard", "seed")
-    folder, work, names = begin_stage(o, "minhash", inputs, *keys)
-    tables = map_shards(o, "minhash 1/3", work, names, ".npy", sign_shard, inputs, o)
-    dropped = map_shards(o, "minhash 2/3", work, ["dropped"], ".npy", near_duplicates_part,
-                         [tables], o)
-    begins = np.cumsum([0] + [len(np.load(table, mmap_mode="r")) for table in tables]).tolist()
-    return map_shards(o, "minhash 3/3", folder, names, ".jsonl.gz", drop_duplicates_shard, inputs,
-                      begins[:-1], begins[1:], dropped * len(names))
+    targets, tables = begin_stage(o, "minhash", inputs, *keys)
+    map_shards(o, "minhash 1/3", sign_shard, tables, inputs, repeat(o))
+    numbers = f"{o.out}/minhash/work/dropped.npy"
+    map_shards(o, "minhash 2/3", near_duplicates_part, [numbers], [tables], [o])
+    counts = [len(np.load(table, mmap_mode="r")) for table in tables]
+    begins = itertools.accumulate(counts, initial=0)
+    return map_shards(o, "minhash 3/3", drop_duplicates_shard, targets, inputs, begins, counts,
+                      repeat(numbers))
 
 
-def train_tokenizer(sources, _, target, o):
-    """A tokenizer trained on the first gigabyte of the text."""
+def train_tokenizer(target, sources, o):
+    """A tokenizer trained on the first shards, about a gigabyte of text."""
     from tokenizer import EOT, Tokenizer, train_bpe
 
-    def texts(left=1 << 30):
-        for doc in (doc for source in sources for doc in read_documents(source)):
-            yield doc["text"]
-            if (left := left - len(doc["text"])) < 0:
-                return
-
-    vocab, merges = train_bpe(texts(), o.vocab_size, [EOT], num_processes=1)
+    sizes = itertools.accumulate(map(os.path.getsize, sources))
+    few = [path for path, size in zip(sources, sizes) if size < 1 << 28] or sources[:1]
+    texts = (doc["text"] for path in few for doc in read_documents(path))
+    vocab, merges = train_bpe(texts, o.vocab_size, [EOT], num_processes=o.processes)
     Tokenizer(vocab, merges, [EOT]).save(target)
 
 
-def tokenize_shard(source, target, tokenizer, o):
-    """Ids of one shard's documents, <|endoftext|> after each, to <target>/train and /val.
+def tokenize_shard(target, source, tokenizer, o):
+    """Ids of one shard's documents, <|endoftext|> after each, in train/ and val/ beside its books.
 
     A document is validation if the hash of its text falls below --val-fraction: on every machine
     and in every run the same text lands on the same side.
     """
     from tokenizer import Tokenizer
 
-    coder, ids = Tokenizer.load(tokenizer), {"train": [], "val": []}
+    coder, ids, (folder, name) = Tokenizer.load(tokenizer), {}, os.path.split(target)
     for doc in read_documents(source):
-        digest = hashlib.blake2b(doc["text"].encode("utf-8", "replace"), digest_size=8).digest()
+        digest = hashlib.blake2b(doc["text"].encode(), digest_size=8).digest()
         side = "val" if int.from_bytes(digest, "big") < o.val_fraction * 2**64 else "train"
         new = coder.encode_numpy(doc["text"], allowed_special=())
-        ids[side] += [new, np.array([coder.eot_id], new.dtype)]
+        ids.setdefault(side, []).extend([new, np.array([coder.eot_id], new.dtype)])
     for side, parts in ids.items():
-        if parts:
-            folder = os.path.join(os.path.dirname(target), side)
-            os.makedirs(folder, exist_ok=True)
-            save(os.path.join(folder, os.path.basename(target)), np.concatenate(parts))
-    return {"counts": {f"{side} tokens": sum(map(len, parts)) for side, parts in ids.items()}}
+        os.makedirs(f"{folder}/{side}", exist_ok=True)
+        save(f"{folder}/{side}/{name.removesuffix('.json')}.npy", np.concatenate(parts))
+    save(target, {"counts": {f"{side} tokens": sum(map(len, ids[side])) for side in sorted(ids)}})
 
 
 def stage_tokenize(o, inputs):
     """Token files for train.py, by a tokenizer that is given or trained on this text."""
-    keys = ("tokenizer", "vocab_size", "val_fraction")
-    folder, work, names = begin_stage(o, "tokenize", inputs, *keys)
-    tokenizer = o.tokenizer or os.path.join(folder, "tokenizer.json")
+    targets, _ = begin_stage(o, "tokenize", inputs, "tokenizer", "vocab_size", "val_fraction")
+    tokenizer = o.tokenizer or f"{o.out}/tokenize/tokenizer.json"
     if not o.tokenizer:
-        map_shards(o, "tokenizer", work, ["tokenizer"], "", train_tokenizer, [inputs], tokenizer, o)
-    return map_shards(o, "tokenize", folder, names, ".npy", tokenize_shard, inputs, tokenizer, o)
+        map_shards(o, "tokenizer", train_tokenizer, [tokenizer], [inputs], [o])
+    books = [target.replace(".jsonl.gz", ".json") for target in targets]
+    return map_shards(o, "tokenize", tokenize_shard, books, inputs, repeat(tokenizer), repeat(o))
 
 
 STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines,
@@ -1622,20 +1510,12 @@ def find_inputs(specs, flag="--input"):
 
 def collect_books(out):
     """The books of all shards added up: {"filters", "counts", "languages", "seconds"}."""
-    total = new_stats()
+    total = {"filters": {}, "counts": {}, "languages": {}, "seconds": {}}
     for stage in STAGES:
-        for path in sorted(glob.glob(os.path.join(glob.escape(out), stage, "*.json"))):
-            stats = load_json(path)
-            stats["seconds"] = load_json(f"{path}.seconds") if "filters" in stats else {}
-            for key in ("counts", "languages", "seconds"):
-                total[key].update(stats.get(key, {}))
-            for name, row in stats.get("filters", {}).items():
-                into = total["filters"].setdefault(name, new_row())
-                for key in ("documents", "words", "kept", "kept_words"):
-                    into[key] += row[key]
-                into["reasons"].update(row["reasons"])
-                for mine, new in zip(into["samples"], row["samples"]):
-                    mine[:] = sorted(mine + new)[:5]
+        for path in sorted(Path(out, stage).glob("[0-9]*.json")):
+            add_books(total, json.loads(path.read_bytes()))
+            if (seconds := path.with_suffix(".seconds")).exists():
+                add_books(total, {"seconds": json.loads(seconds.read_bytes())})
     return total
 
 
@@ -1649,34 +1529,31 @@ def funnel(total):
         yield (f"{name:<14}" + "".join(f"{number:>13,}" for number in numbers)
                + f"{(row['documents'] - row['kept']) / removed:>13.1%}"
                + f"{total['seconds'][name]:>13.2f}")
-        for reason, count in row["reasons"].most_common(12):
+        for reason, count in Counter(row["reasons"]).most_common(12):
             yield f"{'':<14}{count:>13,} {reason}"
     for key in ("counts", "languages"):
-        found = (f"{name} {count:,}" for name, count in total[key].most_common(30) if count)
-        yield f"{key}: {', '.join(found)}"
+        found = Counter(total[key]).most_common(30)
+        yield f"{key}: {', '.join(f'{name} {count:,}' for name, count in found if count)}"
     yield "a word is what white space separates"
 
 
 def draw_funnel(total, path):
     """Documents before and after each filter, and their languages."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    figure = Figure(figsize=(12, 5))
+    left, right = figure.subplots(1, 2)
     for key, shade in (("documents", "0.8"), ("kept", "tab:blue")):
         documents = [row[key] for row in total["filters"].values()]
         left.barh(list(total["filters"]), documents, color=shade, label=key)
     left.invert_yaxis()
     left.legend()
     left.set(title="documents before and after each filter")
-    right.bar(*zip(*total["languages"].most_common(20) or [("none", 0)]))
+    right.bar(*zip(*Counter(total["languages"]).most_common(20) or [("none", 0)]))
     right.set(title="documents by language", yscale="symlog")
     figure.tight_layout()
     with replacing(path) as file:
         figure.savefig(file, format="png")
-    plt.close(figure)
 
 
 def report(o):
@@ -1687,7 +1564,7 @@ def report(o):
     lines = list(funnel(total))
     print("\n".join(lines))
     for name, row in total["filters"].items():
-        for title, samples in zip(("kept", "dropped"), row["samples"]):
+        for title, samples in row["samples"].items():
             lines += ["", f"{name}, {title}:"]
             lines += [f"  {doc} {why}: {' '.join(text.split())}" for _, doc, why, text in samples]
     with replacing(os.path.join(o.out, "report.txt")) as file:
@@ -1700,8 +1577,9 @@ def report(o):
 
 def labelled_texts(o):
     """Yield (label, text) of LABEL=FILE inputs (plain text: each line) or rows with a label."""
-    for pair in (pair for pair in o.labels if "=" not in pair):
-        raise ValueError(f"--labels {pair}: write OLD=NEW, for example 0=toxic")
+    for pair in o.labels:
+        if "=" not in pair:
+            raise ValueError(f"--labels {pair}: write OLD=NEW, for example 0=toxic")
     names = dict(pair.split("=", 1) for pair in o.labels)
     for spec in o.input:
         label, _, path = spec.rpartition("=")
@@ -1709,12 +1587,12 @@ def labelled_texts(o):
             raise ValueError(f"--input {spec}: no such file; give LABEL=FILE, or FILE with a "
                              f"column {o.label_key} (--label-key)")
         for row in read_rows(path):
-            if o.text_key not in row or not (label or row.get(o.label_key)):
+            given, text = label or row.get(o.label_key), row.get(o.text_key)
+            if not given or text is None:
                 raise ValueError(f"--input {path}: a row without {o.text_key!r} or a label; name "
                                  "the columns with --text-key and --label-key")
-            text, given = str(row[o.text_key]), label or str(row[o.label_key])
-            parts = [text] if len(row) > 1 else text.split("\n")
-            yield from ((names.get(given, given), part) for part in parts if part.strip())
+            parts = [str(text)] if len(row) > 1 else str(text).split("\n")
+            yield from ((names.get(str(given), str(given)), x) for x in parts if x.strip())
 
 
 def random_crop(text, random):
@@ -1731,25 +1609,25 @@ def area_under_curve(scores, positive):
     return float((below + up_to).mean() / (2 * len(others)))
 
 
-def fit_fasttext(lines, o):
-    """Train on lines `__label__x text` and put the model where --model says, all or nothing.
+def fit_fasttext(lines, model, epochs=5, seed=0):
+    """Train on lines `__label__x text` and put the model at a path, all or nothing.
 
     One thread, to get the same model every time. But then fastText 0.9.3 initialises a tenth of its
     matrix and leaves the rest as malloc gave it, now and then NaN. A matrix of over 32 MB in a
     process of its own is fresh from the kernel, zeros: hence the many buckets and the subprocess.
     """
-    target = os.path.abspath(o.model)
+    target = os.path.abspath(model)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as folder:
         path = os.path.join(folder, "train.txt")
         with open(path, "w", encoding="utf-8", errors="replace") as file:
             file.writelines(lines)
-        flags = {"input": path, "epoch": o.epochs, "lr": 0.2, "wordNgrams": 2, "dim": 16,
-                 "bucket": 600_000, "thread": 1, "seed": o.seed, "verbose": 0}
+        flags = {"input": path, "epoch": epochs, "lr": 0.2, "wordNgrams": 2, "dim": 16,
+                 "bucket": 600_000, "thread": 1, "seed": seed, "verbose": 0}
         code = f"import fasttext; fasttext.train_supervised(**{flags}).save_model({path!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"--model {o.model}: training failed: {done.stderr[-300:].strip()}")
+            raise ValueError(f"--model {model}: training failed: {done.stderr[-300:].strip()}")
         os.replace(path, target)
     load_fasttext.cache_clear()
 
@@ -1773,15 +1651,14 @@ def train(o):
     lines = [f"__label__{label} {random_crop(texts[i % len(texts)], random)}\n"
              for label, texts in kept.items() for i in range(most)]
     random.shuffle(lines)
-    fit_fasttext(lines, o)
+    fit_fasttext(lines, o.model, o.epochs, o.seed)
+    true = np.array([label for label, _ in tests])
     found = [dict(predict(text, o.model, -1)) for _, text in tests]
-    right = np.mean([max(p, key=p.get) == label for p, (label, _) in zip(found, tests)])
-    told = [f"{o.model}: {len(lines):,} crops; held out {len(tests):,}", f"accuracy {right:.3f}"]
-    for label in sorted(kept):
-        scores = np.array([p.get(label, 0.0) for p in found])
-        auc = area_under_curve(scores, np.array([name == label for name, _ in tests]))
-        told.append(f"AUC {label} {auc:.3f}")
-    print(", ".join(told))
+    right = np.mean([max(p, key=p.get) == label for p, label in zip(found, true)])
+    curves = [area_under_curve(np.array([p.get(label, 0.0) for p in found]), true == label)
+              for label in sorted(kept)]
+    print(f"{o.model}: {len(lines):,} crops; held out {len(tests):,}, accuracy {right:.3f}, "
+          + ", ".join(f"AUC {label} {area:.3f}" for label, area in zip(sorted(kept), curves)))
 
 
 def score(o):
@@ -1811,27 +1688,26 @@ def machine_texts():
     import ast
     import sysconfig
     from pydoc_data.topics import topics
+
     yield from topics.items()
     library = sysconfig.get_paths()["stdlib"]
     for path in sorted(glob.glob(os.path.join(library, "**", "*.py"), recursive=True)):
-        if re.search(r"site-packages|dist-packages|/test", path):
-            continue
-        with contextlib.suppress(SyntaxError, UnicodeDecodeError), open(path, "rb") as f:
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            found = [ast.get_docstring(n) for n in ast.walk(ast.parse(f.read()))
-                     if isinstance(n, kinds)]
-            yield os.path.relpath(path, library), "\n\n".join(t for t in found if t)
+        if not re.search(r"site-packages|dist-packages|/test", path):
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+                kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+                nodes = ast.walk(ast.parse(Path(path).read_bytes()))
+                found = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+                yield os.path.relpath(path, library), "\n\n".join(filter(None, found))
 
 
 def demo_pages(random):
     """(host, status, content type, page): the machine's English, and what a crawl has beside it."""
-    from html import escape
     for i, (name, text) in enumerate(machine_texts()):
-        paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
+        paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
         if i % 6 == 1:  # personal data
             paragraphs.append(f"Questions go to user{i}@example.org or (555) 010-{i % 10000:04d}, "
                               f"and reports of outages to the machine at 192.0.2.{i % 250}.")
-        body = "".join(f"<p>{escape(p)}</p>" for p in paragraphs)
+        body = "".join(f"<p>{escape(part)}</p>" for part in paragraphs)
         page = (f"<html><head><title>{escape(name)}</title></head><body><nav>Home | Docs | About"
                 f"</nav><h1>{escape(name)}</h1>{body}<footer>All pages of this site may be read by "
                 "everybody, at any time of the day, without asking.</footer></body></html>")
@@ -1859,53 +1735,47 @@ def demo(o):
     chats.jsonl, a question and an answer from every page, for align.py.
     """
     import random
+
     os.makedirs(o.out, exist_ok=True)
     source, records, hosts, chats, lines = random.Random(0), [], Counter(), [], []
     for i, (host, status, kind, page) in enumerate(demo_pages(source)):
         http = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\n\r\n".encode() + page
         head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://{host}.example/{i}"
-                f"\r\nContent-Length: {len(http)}\r\n\r\n").encode()
-        records.append(gzip.compress(head + http + b"\r\n\r\n", 6, mtime=0))
+                f"\r\nContent-Length: {len(http)}\r\n\r\n")
+        records.append(gzip.compress(head.encode() + http + b"\r\n\r\n", 6, mtime=0))
         hosts[host] += 1
     for label, texts in ELSEWHERE.items():
         lines += [f"__label__{label} {' '.join(source.choices(texts, k=5))}\n" for _ in range(200)]
     for name, text in machine_texts():
         lines += [f"__label__en {' '.join(text.split())[:400]}\n"] if text else []
-        answer = next((" ".join(p.split()) for p in text.split("\n\n") if len(p) > 60), "")
-        if answer:
+        if long := [" ".join(part.split()) for part in text.split("\n\n") if len(part) > 60]:
             turns = [{"role": "user", "content": f"What is {name}?"},
-                     {"role": "assistant", "content": answer}]
-            chats.append(json.dumps({"messages": turns}) + "\n")
-    for i in range(4):
-        with replacing(os.path.join(o.out, f"demo-{i}.warc.gz")) as file:
-            file.writelines(records[i::4])
-    with replacing(os.path.join(o.out, "chats.jsonl")) as file:
-        file.write("".join(chats).encode())
-    o.model, o.epochs, o.seed = os.path.join(o.out, "language.bin"), 5, 0
-    fit_fasttext(lines, o)
-    print(f"{o.out}: 4 .warc.gz files of {len(records)} pages ("
-          + ", ".join(f"{n} of {host}.example" for host, n in hosts.items())
-          + "), language.bin, chats.jsonl")
+                     {"role": "assistant", "content": long[0]}]
+            chats.append(json.dumps({"messages": turns}).encode() + b"\n")
+    files = {f"demo-{i}.warc.gz": records[i::4] for i in range(4)} | {"chats.jsonl": chats}
+    for name, parts in files.items():
+        with replacing(os.path.join(o.out, name)) as file:
+            file.writelines(parts)
+    fit_fasttext(lines, os.path.join(o.out, "language.bin"))
+    told = ", ".join(f"{count} of {host}.example" for host, count in hosts.items())
+    print(f"{o.out}: 4 .warc.gz files of {len(records)} pages ({told}), language.bin, chats.jsonl")
 
 
 # ---- measuring against the peers -----------------------------------------------------------------
 
 
 def show(what, ours, mb=None, **peers):
-    """Print a row of the table: medians of three runs, each peer's time over ours."""
-    def seconds(function):
-        times = []
-        for _ in range(4):  # the first warms caches and models, as they are in a long run
-            began, used = time.perf_counter(), time.process_time()
+    """Print a row of the table: medians of three runs in turns, and each peer's time over ours."""
+    times = {name: [] for name in ("ours", *peers)}
+    for _ in range(4):  # the first warms caches and models, as they are in a long run
+        for name, function in {"ours": ours, **peers}.items():
+            began = time.perf_counter()
             function()
-            times.append((time.perf_counter() - began, time.process_time() - used))
-        return [sorted(column)[1] for column in zip(*times[1:])]
-
-    clock, cpu = seconds(ours)
-    rate = f", {mb / clock:.1f} MB/s ({mb / cpu:.1f} by CPU time)" if mb else ""
-    peers = {name: seconds(function)[0] for name, function in peers.items()}
-    peers = "".join(f"; {name} {peer:.3f} s, {peer / clock:.1f}x" for name, peer in peers.items())
-    print(f"{what:<36} ours {clock:.3f} s{rate}{peers}", flush=True)
+            times[name].append(time.perf_counter() - began)
+    clock = {name: sorted(runs[1:])[1] for name, runs in times.items()}
+    peers = [f"; {name} {clock[name]:.3f} s, {clock[name] / clock['ours']:.1f}x" for name in peers]
+    rate = f", {mb / clock['ours']:.1f} MB/s" if mb else ""
+    print(f"{what:<36} ours {clock['ours']:.3f} s{rate}{''.join(peers)}", flush=True)
 
 
 def bench(o):
@@ -1969,68 +1839,50 @@ def bench_pipeline(o, texts, mb, folder):
         with open(f"{folder}/{shard}.wet.gz", "wb") as file:
             file.writelines(gzip.compress(record % (len(b), b)) for b in bodies[shard::8])
     labels = itertools.cycle(BAD_LABEL.values())  # what is learned does not matter here
-    o.model, o.epochs, o.seed = f"{folder}/nsfw.bin", 1, 0
-    fit_fasttext([f"__label__{next(labels)} {' '.join(text.split())}\n" for text in texts], o)
+    lines = [f"__label__{next(labels)} {' '.join(text.split())}\n" for text in texts]
     flags = ["--drop-above", "1"]  # every document meets every classifier
     flags += ["--language-model", o.language_model] if o.language_model else []
     for task in BAD_LABEL:
+        fit_fasttext(lines, f"{folder}/{task}.bin", epochs=1)
         flags += [f"--{task}", f"{folder}/{task}.bin"]
-        if task != "nsfw":
-            shutil.copy(o.model, flags[-1])
 
     def pipeline(processes):
-        shutil.rmtree(f"{folder}/out", ignore_errors=True)
-        more = ["--out", f"{folder}/out", "--processes", str(processes)]
+        out = tempfile.mkdtemp(dir=folder)
+        more = ["--out", out, "--processes", str(processes)]
         with contextlib.redirect_stderr(io.StringIO()):
-            main(["extract", "--input", f"{folder}/*.wet.gz", *more])
-            main(["filter", *flags, *more])
-            main(["minhash", "--input", f"{folder}/out/filter/*.gz", *more])
+            main(["filter", "--input", f"{folder}/*.wet.gz", *flags, *more])
+            main(["minhash", "--input", f"{out}/filter/*.gz", *more])
 
-    show("WET to deduplicated, one process", lambda: pipeline(1), mb)
-    show("WET to deduplicated, 2 processes", lambda: pipeline(2), one=lambda: pipeline(1))
+    show("WET to deduplicated, 2 processes", lambda: pipeline(2), mb, one=lambda: pipeline(1))
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def at_least(low):
-    """An argparse type: a whole number of at least `low`."""
+def number(kind, least, most=np.inf):
+    """An argparse type: a number of a kind, int or float, between two bounds."""
 
-    def whole_number(text):
-        if not re.fullmatch("[0-9]+", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return int(text)
+    def parse(text):
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return value
 
-    return whole_number
-
-
-def share(text):
-    """An argparse type: a number from 0 to 1."""
-    if not re.fullmatch(r"[01]|[01]?\.[0-9]*", text) or float(text) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return float(text)
+    parse.__name__ = kind.__name__  # in argparse's message when kind(text) fails
+    return parse
 
 
-COMMANDS = {
-    "run": "All stages and the report.",
-    **{name: function.__doc__ for name, function in STAGES.items()},
-    "report": "Print and draw the funnel: documents, words, seconds and samples of each filter.",
-    "train": "Train a fastText classifier.",
-    "score": "Apply a fastText classifier.",
-    "demo": "Write a small crawl, of text found on this machine, to try all this on.",
-    "bench": "Time the parts beside datasketch and datatrove, which must be installed.",
-}
 STAGE = "run extract filter lines minhash tokenize"
-LIST, FILES, SHARE = dict(nargs="*"), dict(nargs="+", required=True), dict(type=share)
+LIST, FILES, TRUE = dict(nargs="*"), dict(nargs="+", required=True), dict(action="store_true")
+POSITIVE, SHARE = dict(type=number(int, 1)), dict(type=number(float, 0, 1))
 FLAGS = [  # the commands that have it, the flag, its default, other settings, help
     (STAGE + " report", "--out", "data", {}, "directory of everything that is written"),
     ("demo", "--out", "crawl", {}, "directory of the crawl"),
     (STAGE, "--input", None, LIST, "files, directories, patterns (or the stage before's in --out)"),
     ("score bench", "--input", None, FILES, "files, directories, patterns"),
     ("train", "--input", None, FILES, "LABEL=FILE, or files with a column of labels"),
-    (STAGE, "--processes", os.cpu_count() or 1, dict(type=at_least(1)), "workers of this machine"),
-    ("run extract train score bench", "--text-key", "text", {}, "column of the text in tables"),
-    ("run extract", "--main-content", False, dict(action="store_true"), "no menus and footers"),
+    (STAGE, "--processes", os.cpu_count() or 1, POSITIVE, "workers of this machine"),
+    ("run extract filter train score bench", "--text-key", "text", {}, "column of the text"),
+    ("run extract filter", "--main-content", False, TRUE, "leave out menus and footers"),
     ("run filter bench", "--language-model", None, {}, "lid.176.bin or .ftz (or downloads .ftz)"),
     ("run filter", "--languages", ["en"], LIST, "ISO 639 codes to keep; none: all"),
     ("run filter", "--language-threshold", 0.65, SHARE, "least probability of it"),
@@ -2041,24 +1893,24 @@ FLAGS = [  # the commands that have it, the flag, its default, other settings, h
     ("run filter", "--decontaminate", [], LIST, "evaluation sets whose 13-grams condemn"),
     ("run filter", "--no-pii", True, dict(dest="pii", action="store_false"), "leave personal data"),
     ("run lines", "--keep", "none", dict(choices=("none", "first")), "copies of a line to keep"),
-    ("run lines", "--min-words", 50, dict(type=at_least(0)), "shortest document left, words"),
-    ("run minhash", "--num-hashes", 112, dict(type=at_least(1)), "hashes of a signature"),
-    ("run minhash", "--num-bands", 14, dict(type=at_least(1)), "LSH bands, a divisor of these"),
-    ("run minhash", "--ngrams", 5, dict(type=at_least(1)), "words of a shingle"),
+    ("run lines", "--min-words", 50, dict(type=number(int, 0)), "shortest document left, words"),
+    ("run minhash", "--num-hashes", 112, POSITIVE, "hashes of a signature"),
+    ("run minhash", "--num-bands", 14, POSITIVE, "LSH bands, a divisor of these"),
+    ("run minhash", "--ngrams", 5, POSITIVE, "words of a shingle"),
     ("run minhash", "--jaccard", 0.8, SHARE, "similarity from which on two are one"),
     ("run tokenize", "--tokenizer", None, {}, "tokenizer.json or its directory (or trains one)"),
-    ("run tokenize", "--vocab-size", 32_000, dict(type=at_least(257)), "tokens of the one trained"),
+    ("run tokenize", "--vocab-size", 32_000, POSITIVE, "tokens of the one trained"),
     ("run tokenize", "--val-fraction", 0.005, SHARE, "share held out for validation"),
     ("train score", "--model", None, dict(required=True), "the fastText model"),
     ("train", "--label-key", "label", {}, "column of the label"),
     ("train", "--labels", [], dict(nargs="*", metavar="OLD=NEW"), "labels to rename"),
-    ("train", "--epochs", 5, dict(type=at_least(1)), "passes over the data"),
-    ("run minhash train", "--seed", 0, dict(type=at_least(0)), "of all that is random"),
+    ("train", "--epochs", 5, POSITIVE, "passes over the data"),
+    ("run minhash train", "--seed", 0, dict(type=number(int, 0)), "of all that is random"),
 ]
 
 
 def run(o):
-    """Run one stage or all, each on what the one before it left."""
+    """All stages and the report: one or all, each on what the one before it left."""
     o.rank, o.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     o.processes = max(1, o.processes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     names = list(STAGES)
@@ -2066,19 +1918,24 @@ def run(o):
         raise ValueError("--input: name the crawl files, for example --input 'crawl/*.warc.gz'")
     before = names[names.index(o.command) - 1] if o.command in names else ""
     files = find_inputs(o.input or [os.path.join(o.out, before, "*.jsonl.gz")])
-    for stage in names if o.command == "run" else [o.command]:
+    for stage in names[1:] if o.command == "run" else [o.command]:  # filter extracts, too
         files = STAGES[stage](o, files)
     if o.command == "run" and o.rank == 0:
         report(o)
 
 
+COMMANDS = {"run": run, **STAGES, "report": report, "train": train, "score": score, "demo": demo,
+            "bench": bench}
+
+
 def main(argv=None):
     """The command line; returns the exit code."""
-    form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in COMMANDS.items():
-        sub = commands.add_parser(command, help=text, description=text, formatter_class=form)
+    for command, function in COMMANDS.items():
+        what = function.__doc__.split("\n")[0]
+        sub = commands.add_parser(command, help=what, description=what,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for users, flag, default, settings, text in FLAGS:
             if command in users.split():
                 sub.add_argument(flag, default=default, help=text, **settings)
@@ -2086,12 +1943,10 @@ def main(argv=None):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # every finished shard is safe
     try:
-        {f.__name__: f for f in (report, train, score, bench, demo)}.get(o.command, run)(o)
-    except (ValueError, OSError) as error:
-        print(f"filter_data.py: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"filter_data.py: {error}: pip install it (see requirements.txt)", file=sys.stderr)
+        (run if o.command in STAGES else COMMANDS[o.command])(o)
+    except (ValueError, OSError, ImportError) as error:
+        hint = ": pip install it (see requirements.txt)" if isinstance(error, ImportError) else ""
+        print(f"filter_data.py: {error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
