@@ -408,26 +408,25 @@ def check_tensor_parallel(n):
     equals_single(mesh=dict(tp=n))
     equals_single(mesh=dict(tp=n), tie_embeddings=True, logit_softcap=15.0)
     group, (x, y) = dist.group.WORLD, tokens()
-    for sequence in (False, True):
-        for changes in (dict(), dict(bias=True, ffn="gelu", norm_type="layer", qk_norm=False,
-                                     position="learned"), dict(residual_scalars=True)):
-            plain, model = transformer(**changes), transformer(**changes)
-            partials = D.tensor_parallel(model, group, sequence)
-            with D.CommCounter() as counter:
-                model.loss(x, y).backward()
-            plain.loss(x, y).backward()
-            sent = counter.total("all_reduce") + counter.total("all_gather") + counter.total(
-                "reduce_scatter")
-            layers = 4 * 4 * x.numel() * 32 * 4 * 2 * (n - 1) / n
-            edges = 2 * x.numel() * 32 * 4 * 2 * (n - 1) / n  # embedding, head
-            loss = 3 * x.numel() * 4 * 2 * (n - 1) / n
-            assert sent == pytest.approx(layers + edges + loss)
-            D.sum_gradients(partials, group)
-            want = {k: p.grad for k, p in plain.named_parameters()}
-            same({getattr(p, "full_name", k): D.whole(p.grad, p)
-                  for k, p in model.named_parameters()}, want)
-            with torch.no_grad():
-                torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+    for changes in (dict(), dict(bias=True, ffn="gelu", norm_type="layer", qk_norm=False,
+                                 position="learned"), dict(residual_scalars=True)):
+        plain, model = transformer(**changes), transformer(**changes)
+        partials = D.tensor_parallel(model, group)
+        with D.CommCounter() as counter:
+            model.loss(x, y).backward()
+        plain.loss(x, y).backward()
+        sent = counter.total("all_reduce") + counter.total("all_gather") + counter.total(
+            "reduce_scatter")
+        layers = 4 * 4 * x.numel() * 32 * 4 * 2 * (n - 1) / n
+        edges = 2 * x.numel() * 32 * 4 * 2 * (n - 1) / n  # embedding, head
+        loss = 3 * x.numel() * 4 * 2 * (n - 1) / n
+        assert sent == pytest.approx(layers + edges + loss)
+        D.sum_gradients(partials, group)
+        want = {k: p.grad for k, p in plain.named_parameters()}
+        same({getattr(p, "full_name", k): D.whole(p.grad, p)
+              for k, p in model.named_parameters()}, want)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
     for length in (16, 13):  # 13 does not divide: padded, which changes nothing before
         p = D.Parallel(transformer(), D.Mesh(tp=n))
         total = D.all_reduce(p.loss(x[:, :length], y[:, :length]), group)
@@ -470,7 +469,7 @@ def check_ring_attention(n):
     for ours, theirs in zip(mine, whole):
         torch.testing.assert_close(ours.grad, D.zigzag(theirs.grad, group))
     kv = 2 * mine[1].numel() * 8
-    assert counter.total("send") == (n - 1) * kv + n * 2 * kv
+    assert counter.total("send") == 3 * (n - 1) * kv  # once forwards, twice backwards
     with pytest.raises(ValueError, match="7 tokens are not a multiple"):
         D.zigzag(torch.zeros(1, 7), group)
 
@@ -749,8 +748,8 @@ def test_pipeline_tables(p, m):
         for tick, row in enumerate(table):
             for rank, entry in enumerate(row):
                 if entry:
-                    assert (entry[0], entry[1], entry[2] * p + rank) not in when
-                    when[entry[0], entry[1], entry[2] * p + rank] = tick
+                    assert entry not in when and entry[2] % p == rank
+                    when[entry] = tick
         last = p * chunks - 1
         assert len(when) == 2 * m * p * chunks
         for kind, micro, stage in when:
@@ -900,7 +899,7 @@ def test_plan_bytes_are_those_of_a_real_step_on_1024_ranks(mesh):
     assert sum(memory.values()) == pytest.approx(peak + 2 * state, rel=0.05)
 
 
-def test_plan_command(capsys, tmp_path):
+def test_plan_command(capsys):
     best = D.main(["plan", "--model", "8b", "--gpus", "64", "--tokens-per-step", "1048576"])
     table = capsys.readouterr().out
     assert max(map(len, table.splitlines()[:12])) <= 100 and "tok/s/GPU" in table
@@ -909,10 +908,6 @@ def test_plan_command(capsys, tmp_path):
     for c in best:
         a = c["layout"]
         assert a.dp * a.fsdp * a.tp * a.pp * a.cp * a.ep == 64 and c["gigabytes"] < 80
-    config = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=100,
-                  intermediate_size=128)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    D.main(["plan", "--model", str(tmp_path), "--gpus", "8", "--tokens-per-step", "65536"])
 
 
 @pytest.mark.parametrize("flags,message", [
