@@ -23,8 +23,9 @@ import os
 import shutil
 import sys
 import time
+from collections import namedtuple
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -91,19 +92,15 @@ class Mesh:
     FSDP one. dp copies the model, ep splits its experts (and its data), cp the sequence.
     """
 
-    AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
-
-    def __init__(self, **sizes):
-        if unknown := set(sizes) - set(self.AXES):
-            raise ValueError(f"Mesh: no axis {', '.join(unknown)}, only {', '.join(self.AXES)}")
-        self.sizes, world = {a: sizes.get(a, 1) for a in self.AXES}, dist.get_world_size()
-        if self.size(*self.AXES) != world:
+    def __init__(self, pp=1, dp=1, fsdp=1, ep=1, cp=1, tp=1):
+        self.sizes = dict(pp=pp, dp=dp, fsdp=fsdp, ep=ep, cp=cp, tp=tp)
+        world, asked = dist.get_world_size(), self.size(*self.sizes)
+        if asked != world:
             product = " x ".join(f"{a} {n}" for a, n in self.sizes.items() if n != 1) or "1"
-            raise ValueError(f"Mesh: {product} = {self.size(*self.AXES)} ranks, "
-                             f"but there are {world}")
+            raise ValueError(f"Mesh: {product} = {asked} ranks, but there are {world}")
         self.ranks = np.arange(world).reshape(list(self.sizes.values()))
         self.groups = {}
-        for axis in self.AXES:
+        for axis in self.sizes:
             self.group(axis)
 
     def group(self, *axes):
@@ -111,9 +108,9 @@ class Mesh:
 
         A new combination is made by all ranks together: ask for it everywhere, in the same order.
         """
-        key = tuple(a for a in self.AXES if a in axes and self.sizes[a] > 1)
+        key = tuple(a for a, n in self.sizes.items() if a in axes and n > 1)
         if key not in self.groups:
-            index = [self.AXES.index(a) for a in key]
+            index = [list(self.sizes).index(a) for a in key]
             rows = np.moveaxis(self.ranks, index, range(-len(index), 0))
             rows = rows.reshape(-1, self.size(*key)).tolist()
             self.groups[key], _ = dist.new_subgroups_by_enumeration(rows)
@@ -402,10 +399,6 @@ class DDP(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
-
-    def loss(self, *args, **kwargs):
-        """module.loss, for models that have it."""
-        return self.module.loss(*args, **kwargs)
 
     def ready(self, p):
         """Hook: p has its gradient. Buckets leave in their order, so that all ranks agree on it,
@@ -1347,7 +1340,7 @@ class Parallel:
         if size("ep") > 1 and not model.config.num_experts:
             raise ValueError("--ep: the model has no experts")
         start_alike(model)
-        self.model = self.runner = model
+        self.model, self.runner, self.synced = model, model, None  # by DDP or FSDP
         self.train, self.eval = model.train, model.eval
         splits = {"ep": expert_parallel, "cp": context_parallel, "tp": tensor_parallel}
         for axis in (a for a in splits if size(a) > 1):
@@ -1356,9 +1349,10 @@ class Parallel:
             self.runner = Stage(model, mesh.rank("pp"), size("pp"))
         later = {"dp", "ep", "cp"}  # to sum over after the backward pass
         if size("fsdp") > 1:
-            self.runner = FSDP(self.runner, compute_dtype, group=mesh.group("fsdp"), average=False)
+            self.runner = self.synced = FSDP(self.runner, compute_dtype,
+                                             group=mesh.group("fsdp"), average=False)
         elif size("ep", "pp") == 1 and size("dp", "cp") > 1:
-            self.runner = DDP(model, group=mesh.group("dp", "cp"), average=False)
+            self.synced = DDP(model, group=mesh.group("dp", "cp"), average=False)
             later = set()
         self.sums = {"": mesh.group(*later), "expert": mesh.group(*later - {"ep"}),
                      "partial": mesh.group(*later | {"tp"})}  # .kind of a parameter: the ranks
@@ -1413,12 +1407,12 @@ class Parallel:
 
     def no_sync(self):
         """For all micro-batches but the last, where gradients need not travel with each."""
-        return self.runner.no_sync() if isinstance(self.runner, DDP) else nullcontext()
+        return self.synced.no_sync() if isinstance(self.synced, DDP) else nullcontext()
 
     def finish(self):
         """Sum every gradient over the ranks that have part of it."""
-        if isinstance(self.runner, (DDP, FSDP)):
-            self.runner.finish_gradient_synchronization()
+        if self.synced:
+            self.synced.finish_gradient_synchronization()
         if self.ties:
             sum_tied([getattr(self.runner, "module", self.runner)], self.mesh.group("pp"),
                      self.mesh.size("fsdp", "tp"))
@@ -1490,47 +1484,27 @@ MODELS = {  # Llama 3.2 1B, Llama 3.1 (arXiv:2407.21783, table 3), Qwen3-30B-A3B
 }
 
 
-@dataclass
-class Hardware:
-    """A GPU and its node. efficiency is the share of the dense bf16 peak that a step's arithmetic
-    reaches: one figure a GPU, from one published run (RESULTS.md). It and FP8 are fitted."""
-
-    tflops: float
-    memory: float
-    nvlink: float
-    network: float
-    efficiency: float
-    node: int = 8
-
-
+# A GPU and its node. efficiency is the share of the dense bf16 peak that a step's arithmetic
+# reaches: one figure a GPU, from one published run (RESULTS.md). It and FP8 are fitted.
 UNITS = {"tflops": "dense bf16 TFLOP/s", "memory": "GB", "nvlink": "GB/s one way in a node",
          "network": "GB/s one way between nodes, a GPU", "node": "GPUs a node",
          "efficiency": "share of the peak that computing reaches"}
+Hardware = namedtuple("Hardware", UNITS)
 HARDWARE = {
-    "a100": Hardware(312, 80, 300, 25, 0.57),
-    "h100": Hardware(989, 80, 450, 50, 0.41),
-    "h200": Hardware(989, 141, 450, 50, 0.41),
-    "b200": Hardware(2250, 180, 900, 50, 0.41),
+    "a100": Hardware(312, 80, 300, 25, 8, 0.57),
+    "h100": Hardware(989, 80, 450, 50, 8, 0.41),
+    "h200": Hardware(989, 141, 450, 50, 8, 0.41),
+    "b200": Hardware(2250, 180, 900, 50, 8, 0.41),
 }
 RECOMPUTE = {"none": 0.0, "selective": 0.5, "full": 1.0}  # of a forward pass, done again
 FP8 = 2048  # d_model at which casting to float8 takes as long as the product saves: fitted to the
 # same run with float8, it predicts the larger models' gain
 
 
-@dataclass
-class Layout:
-    """One way to split a run: ranks an axis, sequences a micro-batch, what is recomputed. Tensor
-    parallel ranks split the sequence between the matrices, too."""
-
-    dp: int = 1
-    fsdp: int = 1
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    ep: int = 1
-    micro: int = 1
-    recompute: str = "none"
-    chunks: int = 1  # stages a rank, of interleaved pipelines
+# One way to split a run: ranks an axis, sequences a micro-batch, what is recomputed, and stages a
+# rank (of interleaved pipelines). Tensor parallel ranks split the sequence, too.
+Layout = namedtuple("Layout", "dp fsdp tp pp cp ep micro recompute chunks",
+                    defaults=(1, 1, 1, 1, 1, 1, 1, "none", 1))
 
 
 def plan_bytes(s, a, T, m):
@@ -1541,7 +1515,7 @@ def plan_bytes(s, a, T, m):
     tp     4 all-gathers and 4 reduce-scatters a layer, of bf16 activations; 3 more where it is
            recomputed (which ends before the last one); 4 at the embedding and the head
     pp     activations and their gradients over each boundary, bf16
-    cp     keys and values: N-1 hops forwards, and N backwards with their gradients
+    cp     keys and values, N-1 hops: forwards, when recomputed, and their gradients back
     ep     dispatch and combine, each way and pass: 4 times k rows a token
     """
     tokens = a.micro * T / a.cp  # of a micro-batch on this rank, before tensor parallelism
@@ -1549,7 +1523,7 @@ def plan_bytes(s, a, T, m):
     weights = L * s.layer(s.experts / a.ep) / a.tp
     activations = tokens * s.d_model * 2
     kv = 2 * tokens * s.kv_heads / a.tp * s.d_head * 2
-    again = 3 * (a.recompute == "full")
+    full = a.recompute == "full"
 
     def share(n):
         return (n - 1) / n
@@ -1557,9 +1531,9 @@ def plan_bytes(s, a, T, m):
     return {
         "fsdp": m * share(a.fsdp) * (weights * (2 * 2 + 4) + tables * (2 + 4)),
         "dp": 2 * share(a.dp) * 4 * (weights + tables) / a.fsdp,
-        "tp": m * share(a.tp) * activations * ((8 + again) * L + 4 / a.pp),
+        "tp": m * share(a.tp) * activations * ((8 + 3 * full) * L + 4 / a.pp),
         "pp": m * 2 * activations / a.tp * a.chunks * (a.pp > 1),
-        "cp": m * L * kv * ((a.cp - 1) + 2 * a.cp) * (a.cp > 1),
+        "cp": m * L * kv * (a.cp - 1) * (3 + full),
         "ep": m * L * 4 * s.experts_per_token * activations * share(a.ep),
     }
 
@@ -1657,7 +1631,7 @@ def layouts(s, gpus, T, tokens_per_step, node):
 def run_plan(args):
     """Print the ten best layouts; returns the costs of all that fit, best first."""
     changes = {name: value for name, value in vars(args).items() if name in UNITS and value}
-    hw, s, T = replace(HARDWARE[args.gpu], **changes), MODELS.get(args.model), args.context_length
+    hw, s, T = HARDWARE[args.gpu]._replace(**changes), MODELS.get(args.model), args.context_length
     if s is None:
         raise ValueError(f"--model {args.model}: not one of {', '.join(MODELS)}")
     if args.tokens_per_step % T:
@@ -1675,7 +1649,7 @@ def run_plan(args):
     best = {}  # of each split, the fastest micro-batch and recomputation
     for c in sorted(costs, key=lambda c: c["step"]):
         if c["gigabytes"] <= 0.9 * hw.memory:
-            best.setdefault(tuple(getattr(c["layout"], axis) for axis in Mesh.AXES), c)
+            best.setdefault(c["layout"]._replace(micro=1, recompute="none", chunks=1), c)
     print(f"{args.model}: {s.total() / 1e9:.2f}B parameters, {s.flops(T) / 1e9:.1f} GFLOP a token "
           f"at T {T}; {args.gpus} x {args.gpu}")
     print_plan(list(best.values())[:10])

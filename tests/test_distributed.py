@@ -122,7 +122,7 @@ def check_mesh(n):
     assert dist.get_world_size(mesh.group("pp")) == 1
     with pytest.raises(ValueError, match=f"dp 3 = 3 ranks, but there are {n}"):
         D.Mesh(dp=3)
-    with pytest.raises(ValueError, match="no axis zp"):
+    with pytest.raises(TypeError, match="zp"):
         D.Mesh(zp=n)
 
 
@@ -736,6 +736,23 @@ def test_checkpoint_of_four_ranks_opens_in_one_process(worlds):
 
 
 # ---- one process ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked,ranks,threads", [
+    (None, 1, [8]), (None, 2, [4]), ("3", 1, []), ("3", 2, []), ("1", 1, []),
+    ("1", 2, [4]),  # what torchrun sets by itself
+])
+def test_threads_are_as_many_as_omp_num_threads_says(asked, ranks, threads, monkeypatch):
+    called = []
+    monkeypatch.setattr(torch, "set_num_threads", called.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    D.init_distributed("cpu")
+    assert called == threads
 
 
 @pytest.mark.parametrize("p,m", [(1, 3), (2, 2), (2, 8), (4, 4), (4, 16)])
