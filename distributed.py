@@ -123,11 +123,6 @@ class Mesh:
         return dist.get_rank(self.group(*axes))
 
 
-def peer(rank, group):
-    """The number that rank of the group has among all ranks."""
-    return dist.get_global_rank(group or dist.group.WORLD, rank)
-
-
 def gather_objects(value, group=None):
     """What every rank of the group gave, on every one of them."""
     everyone = [None] * dist.get_world_size(group)
@@ -149,7 +144,7 @@ def start_alike(module, group=None):
         raise ValueError("the ranks' models differ in the names, shapes or types of their "
                          "parameters; give every rank the same flags and checkpoint")
     for tensor in tensors:
-        dist.broadcast(tensor.data, peer(0, group), group=group)
+        dist.broadcast(tensor.data, group=group, group_src=0)
 
 
 # ---- collectives, with gradients ---------------------------------------------------------------
@@ -473,7 +468,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for rank in range(len(self.held)):
             if params := [p for p, owner in self.owner.items() if owner == rank]:
                 flat = flatten([p.detach() for p in params])
-                dist.broadcast(flat, peer(rank, self.group), group=self.group)
+                dist.broadcast(flat, group=self.group, group_src=rank)
                 torch._foreach_copy_(params, unflatten(flat, params))
         return loss
 
@@ -773,25 +768,19 @@ def tensor_parallel(model, group):
         raise ValueError(f"tensor parallel: num_experts={c.num_experts}, kv_rank={c.kv_rank}, "
                          f"value_embeddings={c.value_embeddings} must be 0, qk_norm not 'full'")
     for name, m in list(model.named_modules()):
-        if name.endswith((".attn", ".ffn")):
+        part = name.rpartition(".")[2]
+        if part in ("attn", "ffn"):
             m.register_forward_pre_hook(
                 lambda m, args: (gather_sequence(args[0], group), *args[1:]))
-        if name.endswith((".q", ".k", ".v", ".w1", ".w3")):  # W (F, D) -> (F/N, D)
+        elif part in ("q", "k", "v", "w1", "w3", "lm_head"):  # W (F, D) -> (F/N, D)
             for p_name, p in list(m.named_parameters()):
                 m.register_parameter(p_name, split_parameter(p, 0, group))
-        elif name.endswith((".o", ".w2")):  # W (D, F) -> (D, F/N)
+        elif part in ("o", "w2"):  # W (D, F) -> (D, F/N)
             m.weight = split_parameter(m.weight, 1, group)
-            m.register_parameter("row_bias", m.bias)  # added once, to the sum
-            m.bias = None
-            if m.row_bias is not None:
-                m.row_bias.full_name = f"{name}.bias"
-            m.register_forward_hook(lambda m, x, y: scatter_sequence(y, group) + (
-                0 if m.row_bias is None else m.row_bias))
-        elif name == "pos":  # (T, D) -> (T/N, D)
+            m.forward = partial(row_parallel, m, group)
+        elif part == "pos":  # (T, D) -> (T/N, D)
             m.register_forward_hook(lambda m, x, y: own(y, group, -2))
     model.embed = table = VocabParallelEmbedding(model.embed, group)
-    if not c.tie_embeddings:
-        model.lm_head.weight = split_parameter(model.lm_head.weight, 0, group)
     partials = [p for p in model.parameters() if not hasattr(p, "splits")]
     for p in partials:
         p.kind = "partial"
@@ -802,6 +791,12 @@ def tensor_parallel(model, group):
     model.positions = lambda T, device: positions(  # a pipeline's later stages see T/N positions
         T if model.embed is table else T * n, device).clamp(max=length - 1)
     return partials
+
+
+def row_parallel(linear, group, x):
+    """What a linear layer makes of inputs x (B, T, F/N) that the ranks share: sums (B, T/N, D)."""
+    bias = None if linear.bias is None else linear.bias / dist.get_world_size(group)
+    return scatter_sequence(F.linear(x, linear.weight, bias), group)
 
 
 def local_logits(model, group, hidden):
@@ -872,8 +867,8 @@ def shift(x, group, by, works=None):
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     came, x = torch.empty_like(x), x.contiguous()
     started = dist.batch_isend_irecv([
-        dist.P2POp(dist.isend, x, peer((rank + by) % n, group), group),
-        dist.P2POp(dist.irecv, came, peer((rank - by) % n, group), group)])
+        dist.P2POp(dist.isend, x, group=group, group_peer=(rank + by) % n),
+        dist.P2POp(dist.irecv, came, group=group, group_peer=(rank - by) % n)])
     if works is None:
         finish(started)
     else:
@@ -1051,7 +1046,7 @@ class Pipeline:
         ranks meet in the same order. Nobody waits until it needs what comes."""
         if self.message is None:  # the first tick: the first stage tells what its output is like
             told = [(tuple(made.shape), made.dtype) if made is not None else None]
-            dist.broadcast_object_list(told, peer(0, self.group), group=self.group)
+            dist.broadcast_object_list(told, group=self.group, group_src=0)
             self.message = torch.empty(told[0][0], dtype=told[0][1], device="meta")
         ops, works = [], []
         for source, (kind, micro, stage) in [(r, entry) for r, entry in enumerate(row) if entry]:
@@ -1059,13 +1054,14 @@ class Pipeline:
             target = stage % self.p
             if not 0 <= stage <= self.last or self.rank not in (source, target):
                 continue
-            came = made if source == target else torch.empty_like(self.message, device=device)
-            if self.rank == target:
+            if source == target:
+                self.inbox[kind, micro, stage] = [], made
+            elif self.rank == source:
+                ops.append(dist.P2POp(dist.isend, made, group=self.group, group_peer=target))
+            else:
+                came = torch.empty_like(self.message, device=device)
                 self.inbox[kind, micro, stage] = works, came
-            if source != target:
-                send = self.rank == source
-                ops.append(dist.P2POp(dist.isend if send else dist.irecv, made if send else came,
-                                      peer(target if send else source, self.group), self.group))
+                ops.append(dist.P2POp(dist.irecv, came, group=self.group, group_peer=source))
         works += dist.batch_isend_irecv(ops) if ops else []
         return works
 
@@ -1745,8 +1741,7 @@ def bench_wrappers(device):
     config = model_py.ModelConfig(vocab_size=4096, context_length=256, d_model=256, num_layers=6,
                                   num_heads=4)
     ids = torch.randint(0, 4096, (4, 257), device=device)
-    inputs, targets, first = ids[:, :-1], ids[:, 1:], 0.0
-    adamw = torch.optim.AdamW
+    first, adamw = 0.0, torch.optim.AdamW
     rows = [("torch DDP", nn.parallel.DistributedDataParallel, adamw),
             *((f"ours, {mode}", partial(DDP, mode=mode), adamw)
               for mode in ("naive", "flat", "overlap", "bucket")),
@@ -1756,32 +1751,29 @@ def bench_wrappers(device):
     for name, wrap, make in rows:
         torch.manual_seed(0)
         wrapped = wrap(model_py.Transformer(config).to(device))
-        optimizer, kept = make(wrapped.parameters(), lr=1e-3), []
-
-        def step(wrapped=wrapped, optimizer=optimizer, kept=kept):
-            logits = wrapped(inputs)
-            F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-            if isinstance(wrapped, (DDP, FSDP)):
-                wrapped.finish_gradient_synchronization()
-            optimizer.step()
-            kept.append(state_bytes(wrapped, optimizer))
-            optimizer.zero_grad(set_to_none=True)
-
+        step = partial(training_step, wrapped, make(wrapped.parameters(), lr=1e-3), ids)
         seconds = median_seconds(step)
         with CommCounter() as counter:
-            step()
+            state = step()
         first = seconds if "torch" in name else first
         sent = f"{counter.total() / 1e6:.2f}" if "ours" in name else ""  # torch's go other ways
-        say(f"{name:<22} {seconds * 1e3:>8.1f} {sent:>9} {max(kept) / 1e6:>12.2f} "
+        say(f"{name:<22} {seconds * 1e3:>8.1f} {sent:>9} {state / 1e6:>12.2f} "
             f"{seconds / first:>5.2f}")
 
 
-def state_bytes(module, optimizer):
-    """Bytes of parameters, gradients and optimizer state that this rank keeps between passes."""
-    tensors = [t for p in module.parameters() for t in (p, p.grad)]
+def training_step(wrapped, optimizer, ids):
+    """Returns the bytes of parameters, gradients and optimizer state that this rank has then."""
+    logits = wrapped(ids[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    if isinstance(wrapped, (DDP, FSDP)):
+        wrapped.finish_gradient_synchronization()
+    optimizer.step()
+    tensors = [t for p in wrapped.parameters() for t in (p, p.grad)]
     tensors += [v for state in optimizer.state.values() for v in state.values()]
     local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors if torch.is_tensor(t))
-    return sum(t.nbytes for t in local)
+    size = sum(t.nbytes for t in local)
+    optimizer.zero_grad(set_to_none=True)
+    return size
 
 
 def run_bench(args):
