@@ -492,9 +492,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 class ShardedLayer:
     """The 2-D weights of one layer: each rank keeps 1/N of the rows of every one.
 
-    gather() starts one all-gather for all of them; wait() puts the whole weights into the modules.
-    The whole weights are the same tensors all the time, since autograd remembers them: between uses
-    only their storage goes (resize_(0)), which is what frees the memory.
+    gather() starts an all-gather of each; wait() puts the whole weights into the modules. These are
+    the same tensors all the time, since autograd remembers them: between uses only their storage
+    goes (resize_(0)), which is what frees the memory. It has room for the last rank's padding.
     """
 
     def __init__(self, places, fsdp):
@@ -508,8 +508,8 @@ class ShardedLayer:
         for full, _ in self.learns:
             full.register_post_accumulate_grad_hook(self.accumulated)
         self.missing = len(self.learns)  # gradients until the layer is done with
-        self.gathering = self.reducing = None  # (work, buffer) of what is under way
-        self.gathered = True
+        self.gathering, self.reducing = [], []  # works; (work, result, shard)
+        self.gathered = True  # or on the way
         self.free()
 
     def show(self, weights):
@@ -518,27 +518,23 @@ class ShardedLayer:
                 module._parameters[name] = weight
 
     def gather(self):
-        if self.gathered or self.gathering:
+        if self.gathered:
             return
-        mine = flatten([s.detach().to(self.full[0].dtype) for s in self.shards])
-        out = mine.new_empty(self.n * len(mine))
-        self.gathering = all_gather_single(out, mine, group=self.group, async_op=True), out
+        for full, shard in zip(self.full, self.shards):
+            full.untyped_storage().resize_(self.n * shard.numel() * full.element_size())
+            # .data, since autograd must not take this for a change of the weight
+            room = full.data.as_strided((self.n * shard.shape[0], shard.shape[1]), full.stride())
+            self.gathering.append(all_gather_single(room, shard.detach().to(full.dtype),
+                                                    group=self.group, async_op=True))
+        self.gathered = True
 
     def wait(self):
         self.gather()
-        if self.gathered:
-            return
-        work, out = self.gathering
-        work.wait()
-        pieces = out.view(self.n, -1).split([s.numel() for s in self.shards], 1)
-        for full, piece in zip(self.full, pieces):  # (N, elements of a rank), a row from each
-            full.untyped_storage().resize_(piece.nbytes)
-            # .data, since autograd must not take this for a change of the weight
-            full.data.as_strided(piece.shape, (piece.shape[1], 1)).copy_(piece)
+        finish(self.gathering)
         self.show(self.full)
-        self.gathering, self.gathered = None, True
 
     def free(self):
+        finish(self.gathering)
         if self.gathered:
             for full in self.full:
                 full.untyped_storage().resize_(0)
@@ -560,29 +556,22 @@ class ShardedLayer:
     def reduce(self):
         """Start the reduce-scatter of the whole gradients."""
         self.settle()
-        rows = []
         for full, shard in self.learns:
             grad = torch.zeros_like(full) if full.grad is None else full.grad
-            grad = grad.to(self.fsdp.reduce_dtype).flatten()
-            missing = self.n * shard.numel() - len(grad)
-            rows.append((F.pad(grad, (0, missing)) if missing else grad).view(self.n, -1))
-            full.grad = None
-        flat = torch.cat(rows, 1) if len(rows) > 1 else rows[0]  # (N, elements of a rank)
-        del rows, grad
-        out = flat.new_empty(flat.shape[1])
-        self.reducing = reduce_scatter_single(out, flat.view(-1), group=self.group,
-                                              async_op=True), out
+            full.grad, padding = None, self.n * shard.shape[0] - len(full)
+            grad = grad.to(self.fsdp.reduce_dtype)
+            grad = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
+            out = grad.new_empty(shard.shape)
+            work = reduce_scatter_single(out, grad, group=self.group, async_op=True)
+            self.reducing.append((work, out, shard))
 
     def settle(self):
-        """Wait for the reduction under way; its result joins the shards' gradients."""
-        if self.reducing:
-            work, out = self.reducing
+        """Wait for the reductions under way; their results join the shards' gradients."""
+        for work, out, shard in self.reducing:
             work.wait()
-            shards = [shard for _, shard in self.learns]
-            for shard, piece in zip(shards, unflatten(out, shards)):
-                grad = piece.mul(self.fsdp.scale).to(shard.dtype)
-                shard.grad = grad if shard.grad is None else shard.grad + grad
-            self.reducing = None
+            grad = out.mul_(self.fsdp.scale).to(shard.dtype)
+            shard.grad = grad if shard.grad is None else shard.grad + grad
+        self.reducing = []
 
 
 class FSDP(nn.Module):

@@ -317,13 +317,11 @@ def check_fsdp_storage_and_bytes(n):
         sizes = [p.numel() * 4 for p in model.parameters() if p.ndim == 2]
         root = model.embed.weight.numel() * 4 + model.lm_head.weight.numel() * 4
         small = sum(p.numel() * 4 for p in model.parameters() if p.ndim < 2)
-        wrapped, most = D.FSDP(model, prefetch=prefetch), [0, 0]
+        wrapped, most = D.FSDP(model, prefetch=prefetch), [0]
 
-        def look(*_, wrapped=wrapped, most=most):
-            live = sum(any(f.untyped_storage().nbytes() for f in layer.full)
-                       for layer in wrapped.order)
-            coming = sum(bool(layer.gathering) for layer in wrapped.order)
-            most[:] = max(most[0], live), max(most[1], live + coming)
+        def look(*_, wrapped=wrapped, most=most):  # whole, or on their way
+            most[0] = max(most[0], sum(any(f.untyped_storage().nbytes() for f in layer.full)
+                                       for layer in wrapped.order))
 
         for module in model.layers.modules():
             module.register_forward_hook(look)
@@ -332,7 +330,7 @@ def check_fsdp_storage_and_bytes(n):
             wrapped.loss(*tokens()).backward()
             wrapped.finish_gradient_synchronization()
         look()
-        assert 1 <= most[0] <= most[1] <= prefetch + 1, (prefetch, most)
+        assert 1 <= most[0] <= prefetch + 1, (prefetch, most)
         assert all(f.untyped_storage().nbytes() == 0 for layer in (*wrapped.order, *wrapped.root)
                    for f in layer.full)
         share, whole = (n - 1) / n, sum(sizes)
@@ -351,7 +349,7 @@ def check_fsdp_gathers_late(n):
     wrapped = D.FSDP(model, prefetch=2)
     for i, (layer, block) in enumerate(zip(wrapped.order, model.layers)):
         def gather(i=i, layer=layer, real=layer.gather):
-            if not layer.gathered and not layer.gathering:
+            if not layer.gathered:
                 events.append(("gather", i))
             real()
         layer.gather = gather
