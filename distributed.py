@@ -60,9 +60,8 @@ def init_distributed(device="auto"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if os.environ.get("OMP_NUM_THREADS") in ((None, "", "1") if ranks_here > 1 else (None, "")):
-        has_affinity = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
         torch.set_num_threads(max(1, cores // ranks_here))
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -200,7 +199,7 @@ def all_reduce(x, group):
 def all_gather(x, group, dim=0):
     """Every rank's x, one after the other along dim."""
     out = x.new_empty(dist.get_world_size(group), *x.shape)
-    all_gather_single(out.flatten(0, 1) if x.ndim else out, x.contiguous(), group=group)
+    all_gather_single(out.flatten(0, 1), x.contiguous(), group=group)
     return torch.cat(out.unbind(0), dim) if dim else out.flatten(0, 1)
 
 
@@ -508,8 +507,7 @@ class ShardedLayer:
         for full, _ in self.learns:
             full.register_post_accumulate_grad_hook(self.accumulated)
         self.missing = len(self.learns)  # gradients until the layer is done with
-        self.gathering, self.reducing = [], []  # works; (work, result, shard)
-        self.gathered = True  # or on the way
+        self.gathering, self.gathered = [], True  # works; or on the way
         self.free()
 
     def show(self, weights):
@@ -554,8 +552,9 @@ class ShardedLayer:
         self.free()
 
     def reduce(self):
-        """Start the reduce-scatter of the whole gradients."""
-        self.settle()
+        """Start the reduce-scatter of the whole gradients, when those of the layer before are done:
+        until then the sent ones stay in memory."""
+        self.fsdp.settle()
         for full, shard in self.learns:
             grad = torch.zeros_like(full) if full.grad is None else full.grad
             full.grad, padding = None, self.n * shard.shape[0] - len(full)
@@ -563,15 +562,7 @@ class ShardedLayer:
             grad = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
             out = grad.new_empty(shard.shape)
             work = reduce_scatter_single(out, grad, group=self.group, async_op=True)
-            self.reducing.append((work, out, shard))
-
-    def settle(self):
-        """Wait for the reductions under way; their results join the shards' gradients."""
-        for work, out, shard in self.reducing:
-            work.wait()
-            grad = out.mul_(self.fsdp.scale).to(shard.dtype)
-            shard.grad = grad if shard.grad is None else shard.grad + grad
-        self.reducing = []
+            self.fsdp.reducing.append((work, out, shard))
 
 
 class FSDP(nn.Module):
@@ -600,6 +591,7 @@ class FSDP(nn.Module):
         self.compute_dtype, self.reduce_dtype = compute_dtype, reduce_dtype
         self.scale = 1 / dist.get_world_size(group) if average else 1
         self.syncing, self.backward_runs = True, False
+        self.reducing = []  # (work, result, shard) on their way
         self.small = [p for p in module.parameters() if p.ndim != 2 and p.requires_grad]
         modules, places = list(module.modules()), {}  # {parameter: [(module, name), ...]}
         for m in modules:
@@ -658,11 +650,19 @@ class FSDP(nn.Module):
         """module.loss, for models that have it."""
         return self.run(self.module.loss, *args, **kwargs)
 
+    def settle(self):
+        """Wait for the reductions under way; their results join the shards' gradients."""
+        for work, out, shard in self.reducing:
+            work.wait()
+            grad = out.mul_(self.scale).to(shard.dtype)
+            shard.grad = grad if shard.grad is None else shard.grad + grad
+        self.reducing = []
+
     def finish_gradient_synchronization(self):
         """Reduce what is left, of layers of which not all weights were used; wait for the rest."""
         for layer in (*self.root, *self.order):
             layer.done()
-            layer.settle()
+        self.settle()
         if self.syncing:
             for p in self.small:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -402,6 +402,14 @@ def check_fsdp_recomputes(n):
 # ---- splits of the model -------------------------------------------------------------------------
 
 
+def pads_to_nothing_else(mesh, length, **changes):
+    """Sequences of any length up to the context's have the loss that one process gives them."""
+    x, y = (t[:, :length] for t in tokens())
+    total = D.Parallel(transformer(**changes), D.Mesh(**mesh)).loss(x, y)
+    dist.all_reduce(total)
+    torch.testing.assert_close(total, transformer(**changes).loss(x, y, reduction="sum").detach())
+
+
 def check_tensor_parallel(n):
     equals_single(mesh=dict(tp=n))
     equals_single(mesh=dict(tp=n), tie_embeddings=True, logit_softcap=15.0)
@@ -426,10 +434,9 @@ def check_tensor_parallel(n):
         with torch.no_grad():
             torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
     for length in (16, 13):  # 13 does not divide: padded, which changes nothing before
-        p = D.Parallel(transformer(), D.Mesh(tp=n))
-        total = D.all_reduce(p.loss(x[:, :length], y[:, :length]), group)
-        torch.testing.assert_close(total, transformer().loss(x[:, :length], y[:, :length],
-                                                             reduction="sum").detach())
+        pads_to_nothing_else(dict(tp=n), length)
+        pads_to_nothing_else(dict(tp=n), length, context_length=13 + 3 * (length == 16),
+                             position="learned")
     for wrong, message in ((dict(num_heads=1, num_kv_heads=1), "num_heads=1"),
                            (dict(qk_norm="full"), "qk_norm"), (MOE, "num_experts=4")):
         with pytest.raises(ValueError, match=message):
@@ -493,6 +500,7 @@ def check_ring_work_is_even(n):
 
 def check_context_parallel(n):
     equals_single(mesh=dict(cp=n))
+    pads_to_nothing_else(dict(cp=n), 13)
     with pytest.raises(ValueError, match="sliding_window"):
         D.context_parallel(transformer(sliding_window=4), dist.group.WORLD)
 
@@ -552,6 +560,7 @@ def check_hybrids(n):
     equals_single(mesh=dict(dp=2, pp=2))
     equals_single("fsdp", mesh=dict(fsdp=2, pp=2), tie_embeddings=True)
     equals_single(mesh=dict(cp=2, tp=2))
+    pads_to_nothing_else(dict(cp=2, tp=2), 13)
     equals_single(mesh=dict(ep=2, dp=2), **MOE)
     equals_single("fsdp", mesh=dict(ep=2, fsdp=2), **MOE)
     equals_single("fsdp", mesh=dict(cp=2, fsdp=2))
