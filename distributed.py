@@ -1615,8 +1615,9 @@ def layouts(s, gpus, T, tokens_per_step, node):
 
 def run_plan(args):
     """Print the ten best layouts; returns the costs of all that fit, best first."""
-    changes = {name: value for name, value in vars(args).items() if name in UNITS and value}
-    hw, s, T = HARDWARE[args.gpu]._replace(**changes), MODELS.get(args.model), args.context_length
+    given = {name: getattr(args, name) for name in UNITS}
+    hw = HARDWARE[args.gpu]._replace(**{k: v for k, v in given.items() if v is not None})
+    s, T = MODELS.get(args.model), args.context_length
     if s is None:
         raise ValueError(f"--model {args.model}: not one of {', '.join(MODELS)}")
     if args.tokens_per_step % T:
