@@ -16,7 +16,6 @@ E d_head, V vocabulary, F d_ff; N ranks of the group at hand.
 
 import argparse
 import atexit
-import hashlib
 import itertools
 import json
 import math
@@ -24,8 +23,9 @@ import os
 import shutil
 import sys
 import time
+from collections import namedtuple
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,8 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 # torch 2.13 gave two collectives new names
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = (getattr(dist, "reduce_scatter_single", None)
-                         or dist.reduce_scatter_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # ---- start-up ----------------------------------------------------------------------------------
 
@@ -49,16 +48,21 @@ reduce_scatter_single = (getattr(dist, "reduce_scatter_single", None)
 def init_distributed(device="auto"):
     """Join torchrun's ranks, or be the only rank of a world of one; returns this rank's device.
 
-    NCCL where the device is a GPU, gloo elsewhere; the CPU's cores are shared out among the ranks
-    of a machine. Torn down when the process ends, or by close_distributed.
+    NCCL where the device is a GPU, gloo elsewhere. Torn down when the process ends, or by
+    close_distributed. The CPU's cores are shared out among the ranks of a machine, unless
+    OMP_NUM_THREADS says how many threads to take. But torchrun sets that to 1 by itself if it
+    starts several ranks, so from there a 1 counts as unset (or a 64-core machine would use two
+    cores for two ranks); to hold ranks to fewer cores than there are, use taskset.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     device = torch.device(kind)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if os.environ.get("OMP_NUM_THREADS") in ((None, "", "1") if ranks_here > 1 else (None, "")):
+        torch.set_num_threads(max(1, cores // ranks_here))
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -87,19 +91,15 @@ class Mesh:
     FSDP one. dp copies the model, ep splits its experts (and its data), cp the sequence.
     """
 
-    AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
-
-    def __init__(self, **sizes):
-        if unknown := set(sizes) - set(self.AXES):
-            raise ValueError(f"Mesh: no axis {', '.join(unknown)}, only {', '.join(self.AXES)}")
-        self.sizes, world = {a: sizes.get(a, 1) for a in self.AXES}, dist.get_world_size()
-        if self.size(*self.AXES) != world:
+    def __init__(self, pp=1, dp=1, fsdp=1, ep=1, cp=1, tp=1):
+        self.sizes = dict(pp=pp, dp=dp, fsdp=fsdp, ep=ep, cp=cp, tp=tp)
+        world, asked = dist.get_world_size(), self.size(*self.sizes)
+        if asked != world:
             product = " x ".join(f"{a} {n}" for a, n in self.sizes.items() if n != 1) or "1"
-            raise ValueError(f"Mesh: {product} = {self.size(*self.AXES)} ranks, "
-                             f"but there are {world}")
+            raise ValueError(f"Mesh: {product} = {asked} ranks, but there are {world}")
         self.ranks = np.arange(world).reshape(list(self.sizes.values()))
         self.groups = {}
-        for axis in self.AXES:
+        for axis in self.sizes:
             self.group(axis)
 
     def group(self, *axes):
@@ -107,9 +107,9 @@ class Mesh:
 
         A new combination is made by all ranks together: ask for it everywhere, in the same order.
         """
-        key = tuple(a for a in self.AXES if a in axes and self.sizes[a] > 1)
+        key = tuple(a for a, n in self.sizes.items() if a in axes and n > 1)
         if key not in self.groups:
-            index = [self.AXES.index(a) for a in key]
+            index = [list(self.sizes).index(a) for a in key]
             rows = np.moveaxis(self.ranks, index, range(-len(index), 0))
             rows = rows.reshape(-1, self.size(*key)).tolist()
             self.groups[key], _ = dist.new_subgroups_by_enumeration(rows)
@@ -122,9 +122,11 @@ class Mesh:
         return dist.get_rank(self.group(*axes))
 
 
-def peer(rank, group):
-    """The number that rank of the group has among all ranks."""
-    return dist.get_global_rank(group or dist.group.WORLD, rank)
+def gather_objects(value, group=None):
+    """What every rank of the group gave, on every one of them."""
+    everyone = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone
 
 
 def start_alike(module, group=None):
@@ -135,15 +137,13 @@ def start_alike(module, group=None):
     tensors = [*module.parameters(), *module.buffers()]
     if not tensors or tensors[0].is_meta:
         return
-    text = repr([(n, tuple(p.shape), str(p.dtype)) for n, p in module.named_parameters()])
-    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-    ends = torch.tensor([digest, -digest], device=tensors[0].device)
-    dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
-    if ends[0] != -ends[1]:
+    mine = [(name, tuple(p.shape), p.dtype) for name, p in module.named_parameters()]
+    everyone = gather_objects(mine, group)
+    if any(other != everyone[0] for other in everyone):
         raise ValueError("the ranks' models differ in the names, shapes or types of their "
                          "parameters; give every rank the same flags and checkpoint")
     for tensor in tensors:
-        dist.broadcast(tensor.data, peer(0, group), group=group)
+        dist.broadcast(tensor.data, group=group, group_src=0)
 
 
 # ---- collectives, with gradients ---------------------------------------------------------------
@@ -169,14 +169,13 @@ class CommCounter(TorchDispatchMode):
         if function.namespace == "c10d" and name in self.NAMES:
             label, times = self.NAMES[name]
             tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:2]
-            size = max(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-            group = dist.ProcessGroup.unbox(
-                next(a for a in args if isinstance(a, torch.ScriptObject)))
+            size = max(t.nbytes for t in tensors if torch.is_tensor(t))
+            group = next(a for a in args if isinstance(a, torch.ScriptObject))
+            group = dist.ProcessGroup.unbox(group)
             n = group.size()
             sent = size if times is None else times * size * (n - 1) / n
             if label == "all_to_all" and args[4]:  # uneven: all rows but those for itself
-                row = args[1].element_size() * args[1][:1].numel()
-                sent = row * (sum(args[4]) - args[4][group.rank()])
+                sent = args[1][:1].nbytes * (sum(args[4]) - args[4][group.rank()])
             self.log.append((label, sent, n))
         return function(*args, **(kwargs or {}))
 
@@ -200,7 +199,7 @@ def all_reduce(x, group):
 def all_gather(x, group, dim=0):
     """Every rank's x, one after the other along dim."""
     out = x.new_empty(dist.get_world_size(group), *x.shape)
-    all_gather_single(out.flatten(0, 1) if x.ndim else out, x.contiguous(), group=group)
+    all_gather_single(out.flatten(0, 1), x.contiguous(), group=group)
     return torch.cat(out.unbind(0), dim) if dim else out.flatten(0, 1)
 
 
@@ -220,6 +219,11 @@ def all_to_all(x, group, sends=None, receives=None):
     return out
 
 
+def own(x, group, dim=0):
+    """This rank's piece along dim of what every rank has: all_gather's opposite."""
+    return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
+
+
 def finish(works):
     while works:  # once each: gloo would wait for another message the second time
         works.pop().wait()
@@ -231,29 +235,11 @@ class Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, there, back):
         ctx.back = back
-        y = there(x)
-        return y.view_as(y) if y is x else y
+        return there(x)
 
     @staticmethod
     def backward(ctx, dy):
         return ctx.back(dy.contiguous()), None, None
-
-
-def pair(there, back):
-    return lambda x, group: Exchange.apply(x, partial(there, group=group),
-                                           partial(back, group=group))
-
-
-def same(x, group):
-    return x
-
-
-# Into a region where each rank does part of the work on the same x, and out of it, where partial
-# results add up; the last two for a sequence that is split outside: (B, T/N, D) <-> (B, T, D).
-enter = pair(same, all_reduce)
-leave = pair(all_reduce, same)
-gather_sequence = pair(partial(all_gather, dim=1), partial(reduce_scatter, dim=1))
-scatter_sequence = pair(partial(reduce_scatter, dim=1), partial(all_gather, dim=1))
 
 
 def flatten(tensors):
@@ -285,14 +271,10 @@ def sum_gradients(parameters, group=None):
 
 
 def cut(x, dim, group):
-    """This rank's piece of x along dim, zero rows filling up the last ones."""
+    """This rank's piece of x along dim, zeros filling up the last ones."""
     n, size = dist.get_world_size(group), x.shape[dim]
-    rows = -(-size // n)
-    first = dist.get_rank(group) * rows
-    piece = x.narrow(dim, min(first, size), max(0, min(rows, size - first)))
-    missing = list(piece.shape)
-    missing[dim] = rows - piece.shape[dim]
-    return torch.cat((piece, piece.new_zeros(missing)), dim) if missing[dim] else piece.clone()
+    padding = [0, 0] * (x.ndim - 1 - dim) + [0, -size % n]
+    return own(F.pad(x, padding), group, dim).clone()
 
 
 def split_parameter(p, dim, group):
@@ -318,6 +300,16 @@ def whole_shape(p):
     for dim, _, size in reversed(getattr(p, "splits", [])):
         shape[dim] = size
     return tuple(shape)
+
+
+def box(p):
+    """(first index, one past the last) per dimension of this rank's piece of p in the whole."""
+    low, high = [0] * p.ndim, list(whole_shape(p))
+    for dim, group, size in getattr(p, "splits", []):
+        rows = -(-size // dist.get_world_size(group))
+        low[dim] += dist.get_rank(group) * rows
+        high[dim] = min(high[dim], low[dim] + rows)
+    return low, high
 
 
 def named(model):
@@ -358,12 +350,11 @@ def fill_buckets(params, limit):
     """Lists of successive parameters of one type, as many in each as fit `limit` bytes."""
     buckets, room = [], 0
     for p in params:
-        size = p.numel() * p.element_size()
-        if not buckets or size > room or buckets[-1][0].dtype != p.dtype:
+        if not buckets or p.nbytes > room or buckets[-1][0].dtype != p.dtype:
             buckets.append([])
             room = limit
         buckets[-1].append(p)
-        room -= size
+        room -= p.nbytes
     return buckets
 
 
@@ -383,53 +374,48 @@ class DDP(nn.Module):
 
     def __init__(self, module, mode="bucket", bucket_mb=25, group=None, average=True):
         super().__init__()
-        if mode not in ("naive", "flat", "overlap", "bucket"):
-            raise ValueError(f"mode {mode!r} is not one of naive, flat, overlap, bucket")
+        limits = {"naive": 0, "flat": math.inf, "overlap": 0, "bucket": bucket_mb * 2**20}
+        if mode not in limits:
+            raise ValueError(f"mode {mode!r} is not one of {', '.join(limits)}")
         start_alike(module, group)
         self.module, self.group, self.syncing = module, group, True
         self.scale = 1 / dist.get_world_size(group) if average else 1
-        limit = {"flat": math.inf, "bucket": bucket_mb * 2**20}.get(mode, 0)
         self.params = [p for p in module.parameters() if p.requires_grad]
-        self.buckets = fill_buckets(self.params[::-1], limit)  # the last gradients come first
+        self.buckets = fill_buckets(self.params[::-1], limits[mode])  # the last gradient is first
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         for p in self.params if mode in ("overlap", "bucket") else ():
             p.register_post_accumulate_grad_hook(self.ready)
         self.reset()
 
     def reset(self):
-        self.next, self.flying = 0, []  # the first bucket not sent; what is on its way
+        self.flying = []  # (work, flat gradients) of the buckets on their way
         self.missing = [len(bucket) for bucket in self.buckets]
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
-
-    def loss(self, *args, **kwargs):
-        """module.loss, for models that have it."""
-        return self.module.loss(*args, **kwargs)
 
     def ready(self, p):
         """Hook: p has its gradient. Buckets leave in their order, so that all ranks agree on it,
         whichever parameters a rank leaves unused."""
         if not self.syncing:
             return
-        if self.bucket_of[p] < self.next:
+        if self.bucket_of[p] < len(self.flying):
             raise RuntimeError("a second backward pass before finish_gradient_synchronization(); "
                                "put the first ones under no_sync()")
         self.missing[self.bucket_of[p]] -= 1
-        while self.next < len(self.buckets) and not self.missing[self.next]:
+        while len(self.flying) < len(self.buckets) and not self.missing[len(self.flying)]:
             self.send()
 
     def send(self):
-        bucket = self.buckets[self.next]
+        bucket = self.buckets[len(self.flying)]
         flat = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in bucket])
         self.flying.append((dist.all_reduce(flat, group=self.group, async_op=True), flat))
-        self.next += 1
 
     def finish_gradient_synchronization(self):
         """Send what has not been sent, wait for everything, put the gradients in place."""
         used = torch.tensor([float(p.grad is not None) for p in self.params],
                             device=self.params[0].device)
-        while self.next < len(self.buckets):
+        while len(self.flying) < len(self.buckets):
             self.send()
         dist.all_reduce(used, group=self.group)
         used = dict(zip(self.params, used.tolist()))
@@ -466,11 +452,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.owner[p] = min(range(len(self.held)), key=self.held.__getitem__)
             self.held[self.owner[p]] += p.numel()
 
+    def owns(self, p):
+        return self.owner[p] == dist.get_rank(self.group)
+
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        me = dist.get_rank(self.group)
-        others = {p: p.grad for p, owner in self.owner.items() if owner != me}
+        others = {p: p.grad for p in self.owner if not self.owns(p)}
         for p in others:
             p.grad = None
         self.local.step()
@@ -479,20 +467,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for rank in range(len(self.held)):
             if params := [p for p, owner in self.owner.items() if owner == rank]:
                 flat = flatten([p.detach() for p in params])
-                dist.broadcast(flat, peer(rank, self.group), group=self.group)
+                dist.broadcast(flat, group=self.group, group_src=rank)
                 torch._foreach_copy_(params, unflatten(flat, params))
         return loss
 
     def state_dict(self):
         """As the optimizer would give it in one process; every rank must ask."""
-        mine, shares = self.local.state_dict(), [None] * len(self.held)
-        dist.all_gather_object(shares, mine["state"], group=self.group)
+        mine = self.local.state_dict()
+        shares = gather_objects(mine["state"], self.group)
         return mine | {"state": {i: s for share in shares for i, s in share.items()}}
 
     def load_state_dict(self, state_dict):
         """Take this rank's share of a whole state."""
-        params, me = [p for g in self.param_groups for p in g["params"]], dist.get_rank(self.group)
-        mine = {i: s for i, s in state_dict["state"].items() if self.owner[params[i]] == me}
+        params = [p for g in self.param_groups for p in g["params"]]
+        mine = {i: s for i, s in state_dict["state"].items() if self.owns(params[i])}
         self.local.load_state_dict(state_dict | {"state": mine})
         self.share_state()
 
@@ -503,9 +491,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 class ShardedLayer:
     """The 2-D weights of one layer: each rank keeps 1/N of the rows of every one.
 
-    gather() starts one all-gather for all of them; wait() puts the whole weights into the modules.
-    The whole weights are the same tensors all the time, since autograd remembers them: between uses
-    only their storage goes (resize_(0)), which is what frees the memory.
+    gather() starts an all-gather of each; wait() puts the whole weights into the modules. These are
+    the same tensors all the time, since autograd remembers them: between uses only their storage
+    goes (resize_(0)), which is what frees the memory. It has room for the last rank's padding.
     """
 
     def __init__(self, places, fsdp):
@@ -513,18 +501,13 @@ class ShardedLayer:
         self.fsdp, self.group, self.places = fsdp, fsdp.group, list(places.values())
         self.n = dist.get_world_size(self.group)
         self.shards = [split_parameter(p, 0, self.group) for p in places]
-        self.full = []
-        for p, shard in zip(places, self.shards):
-            dtype = fsdp.compute_dtype or p.dtype
-            room = torch.empty(self.n * shard.numel(), dtype=dtype, device=p.device)
-            full = nn.Parameter(room[:p.numel()].view(p.shape), p.requires_grad)
-            if p.requires_grad:
-                full.register_post_accumulate_grad_hook(self.accumulated)
-            self.full.append(full)
-        self.learns = [i for i, p in enumerate(places) if p.requires_grad]
+        self.full = [nn.Parameter(torch.empty(p.shape, dtype=fsdp.compute_dtype or p.dtype,
+                                              device=p.device), p.requires_grad) for p in places]
+        self.learns = [pair for pair in zip(self.full, self.shards) if pair[0].requires_grad]
+        for full, _ in self.learns:
+            full.register_post_accumulate_grad_hook(self.accumulated)
         self.missing = len(self.learns)  # gradients until the layer is done with
-        self.gathering = self.reducing = None  # (work, buffer) of what is under way
-        self.gathered = True
+        self.gathering, self.gathered = [], True  # works; or on the way
         self.free()
 
     def show(self, weights):
@@ -533,27 +516,23 @@ class ShardedLayer:
                 module._parameters[name] = weight
 
     def gather(self):
-        if self.gathered or self.gathering:
+        if self.gathered:
             return
-        mine = flatten([s.detach().to(self.full[0].dtype) for s in self.shards])
-        out = mine.new_empty(self.n * len(mine))
-        self.gathering = all_gather_single(out, mine, group=self.group, async_op=True), out
+        for full, shard in zip(self.full, self.shards):
+            full.untyped_storage().resize_(self.n * shard.numel() * full.element_size())
+            # .data, since autograd must not take this for a change of the weight
+            room = full.data.as_strided((self.n * shard.shape[0], shard.shape[1]), full.stride())
+            self.gathering.append(all_gather_single(room, shard.detach().to(full.dtype),
+                                                    group=self.group, async_op=True))
+        self.gathered = True
 
     def wait(self):
         self.gather()
-        if self.gathered:
-            return
-        work, out = self.gathering
-        work.wait()
-        pieces = out.view(self.n, -1).split([s.numel() for s in self.shards], 1)
-        for full, piece in zip(self.full, pieces):  # (N, elements of a rank), a row from each
-            full.untyped_storage().resize_(piece.numel() * piece.element_size())
-            # .data, since autograd must not take this for a change of the weight
-            full.data.as_strided(piece.shape, (piece.shape[1], 1)).copy_(piece)
+        finish(self.gathering)
         self.show(self.full)
-        self.gathering, self.gathered = None, True
 
     def free(self):
+        finish(self.gathering)
         if self.gathered:
             for full in self.full:
                 full.untyped_storage().resize_(0)
@@ -564,44 +543,26 @@ class ShardedLayer:
         """Hook: one more weight has its gradient. After the last the layer is done with."""
         self.missing -= 1
         if not self.missing:
-            if self.fsdp.syncing:
-                self.reduce()
-            self.missing = len(self.learns)
-            self.free()
+            self.done()
 
-    def reduce(self):
-        """Start the reduce-scatter of the whole gradients."""
-        self.settle()
-        rows = []
-        for full, shard in ((self.full[i], self.shards[i]) for i in self.learns):
-            grad = torch.zeros_like(full) if full.grad is None else full.grad
-            grad = grad.to(self.fsdp.reduce_dtype).flatten()
-            missing = self.n * shard.numel() - len(grad)
-            rows.append((F.pad(grad, (0, missing)) if missing else grad).view(self.n, -1))
-            full.grad = None
-        flat = torch.cat(rows, 1) if len(rows) > 1 else rows[0]  # (N, elements of a rank)
-        del rows, grad
-        out = flat.new_empty(flat.shape[1])
-        self.reducing = reduce_scatter_single(out, flat.view(-1), group=self.group,
-                                              async_op=True), out
-
-    def settle(self):
-        """Wait for the reduction under way; its result joins the shards' gradients."""
-        if self.reducing:
-            work, out = self.reducing
-            work.wait()
-            shards = [self.shards[i] for i in self.learns]
-            for shard, piece in zip(shards, unflatten(out, shards)):
-                grad = piece.mul(self.fsdp.scale).to(shard.dtype)
-                shard.grad = grad if shard.grad is None else shard.grad + grad
-            self.reducing = None
-
-    def finish(self):
-        if self.fsdp.syncing and any(full.grad is not None for full in self.full):
-            self.reduce()  # not all weights were used
+    def done(self):
+        if self.fsdp.syncing and any(full.grad is not None for full, _ in self.learns):
+            self.reduce()
         self.missing = len(self.learns)
         self.free()
-        self.settle()
+
+    def reduce(self):
+        """Start the reduce-scatter of the whole gradients, when those of the layer before are done:
+        until then the sent ones stay in memory."""
+        self.fsdp.settle()
+        for full, shard in self.learns:
+            grad = torch.zeros_like(full) if full.grad is None else full.grad
+            full.grad, padding = None, self.n * shard.shape[0] - len(full)
+            grad = grad.to(self.fsdp.reduce_dtype)
+            grad = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
+            out = grad.new_empty(shard.shape)
+            work = reduce_scatter_single(out, grad, group=self.group, async_op=True)
+            self.fsdp.reducing.append((work, out, shard))
 
 
 class FSDP(nn.Module):
@@ -630,6 +591,7 @@ class FSDP(nn.Module):
         self.compute_dtype, self.reduce_dtype = compute_dtype, reduce_dtype
         self.scale = 1 / dist.get_world_size(group) if average else 1
         self.syncing, self.backward_runs = True, False
+        self.reducing = []  # (work, result, shard) on their way
         self.small = [p for p in module.parameters() if p.ndim != 2 and p.requires_grad]
         modules, places = list(module.modules()), {}  # {parameter: [(module, name), ...]}
         for m in modules:
@@ -640,9 +602,9 @@ class FSDP(nn.Module):
         self.order = []
         for block in blocks or [m for m in modules if not list(m.children())]:
             inside = set(block.modules())
-            own = [p for p, uses in places.items() if all(m in inside for m, _ in uses)]
-            if own:
-                layer = ShardedLayer({p: places.pop(p) for p in own}, self)
+            inner = [p for p, uses in places.items() if all(m in inside for m, _ in uses)]
+            if inner:
+                layer = ShardedLayer({p: places.pop(p) for p in inner}, self)
                 self.order.append(layer)
                 block.register_forward_pre_hook(partial(self.before, layer))
                 block.register_forward_hook(partial(self.after, layer))
@@ -675,13 +637,10 @@ class FSDP(nn.Module):
     def run(self, function, *args, **kwargs):
         self.backward_runs = False
         for layer in self.root:
-            layer.gather()
-        for layer in self.root:
             layer.wait()
         output = function(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            for layer in (*self.root, *self.order):
-                layer.free()
+        for layer in () if torch.is_grad_enabled() else self.root:
+            layer.free()
         return output
 
     def forward(self, *args, **kwargs):
@@ -691,14 +650,24 @@ class FSDP(nn.Module):
         """module.loss, for models that have it."""
         return self.run(self.module.loss, *args, **kwargs)
 
+    def settle(self):
+        """Wait for the reductions under way; their results join the shards' gradients."""
+        for work, out, shard in self.reducing:
+            work.wait()
+            grad = out.mul_(self.scale).to(shard.dtype)
+            shard.grad = grad if shard.grad is None else shard.grad + grad
+        self.reducing = []
+
     def finish_gradient_synchronization(self):
+        """Reduce what is left, of layers of which not all weights were used; wait for the rest."""
         for layer in (*self.root, *self.order):
-            layer.finish()
+            layer.done()
+        self.settle()
         if self.syncing:
             for p in self.small:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             sum_gradients(self.small, self.group)
-            for p in self.small if self.scale != 1 else ():
+            for p in self.small:
                 p.grad.mul_(self.scale)
         self.backward_runs = False
 
@@ -712,21 +681,35 @@ class FSDP(nn.Module):
 
 
 # ---- tensor parallel ---------------------------------------------------------------------------
+# Between its matrices, the ranks of the group split the sequence: (B, T/N, D). What each does to
+# the whole of it needs all of it first, and partial results add up while they are split again.
+
+
+def gather_sequence(x, group):
+    """(B, T/N, D) -> (B, T, D); backwards the sum of all ranks' gradients is split."""
+    return Exchange.apply(x, partial(all_gather, group=group, dim=1),
+                          partial(reduce_scatter, group=group, dim=1))
+
+
+def scatter_sequence(x, group):
+    """Partial sums (B, T, D) -> (B, T/N, D); backwards the gradients are gathered."""
+    return Exchange.apply(x, partial(reduce_scatter, group=group, dim=1),
+                          partial(all_gather, group=group, dim=1))
 
 
 class VocabParallelEmbedding(nn.Module):
     """A table whose rows are split: each rank looks up the ids it has, and the results add up."""
 
-    def __init__(self, embedding, group, out):
+    def __init__(self, embedding, group):
         super().__init__()
-        self.weight, self.out = split_parameter(embedding.weight, 0, group), out
+        self.weight, self.group = split_parameter(embedding.weight, 0, group), group
         self.first = dist.get_rank(group) * len(self.weight)
 
     def forward(self, ids):
         local = ids - self.first
         here = (local >= 0) & (local < len(self.weight))
         rows = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
-        return self.out(rows * here[..., None])
+        return scatter_sequence(rows * here[..., None], self.group)
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -756,15 +739,15 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return dz * grad, None, None, None, None
 
 
-def tensor_parallel(model, group, sequence=False):
+def tensor_parallel(model, group):
     """Split our Transformer's matrices over the group; returns parameters whose gradients are
     partial: call sum_gradients(them, group) after the backward pass.
 
     Attention has H/N heads on a rank, the feed-forward network F/N columns: the first matrix of
-    each is cut by rows of W (its outputs), the second by columns (its inputs), so one all-reduce a
-    part and pass is enough: 4 a layer of B T D numbers, sent 2 (N-1)/N times each. With `sequence`
-    what lies between the parts is split along T: 4 all-gathers and 4 reduce-scatters of the same
-    bytes in all, and 1/N of the activations there.
+    each is cut by rows of W (its outputs), the second by columns (its inputs). What lies between
+    the parts is split along T, which must be a multiple of N: 4 all-gathers and 4 reduce-scatters
+    a layer, of B T D numbers each, and 1/N of the activations. Whatever is not cut has seen only
+    some positions or heads: its gradient is partial.
     """
     n, c = dist.get_world_size(group), model.config
     for name in ("num_heads", "num_kv_heads", "d_ff"):
@@ -773,51 +756,43 @@ def tensor_parallel(model, group, sequence=False):
     if c.num_experts or c.kv_rank or c.value_embeddings or c.qk_norm == "full":
         raise ValueError(f"tensor parallel: num_experts={c.num_experts}, kv_rank={c.kv_rank}, "
                          f"value_embeddings={c.value_embeddings} must be 0, qk_norm not 'full'")
-    into, out = (gather_sequence, scatter_sequence) if sequence else (enter, leave)
-    into, out = partial(into, group=group), partial(out, group=group)
-    partials = []
     for name, m in list(model.named_modules()):
-        if name.endswith((".attn", ".ffn")):
+        part = name.rpartition(".")[2]
+        if part in ("attn", "ffn"):
             m.register_forward_pre_hook(
-                lambda m, args, kwargs: ((into(args[0]), *args[1:]), kwargs), with_kwargs=True)
-        if name.endswith((".q", ".k", ".v", ".w1", ".w3")):  # W (F, D) -> (F/N, D)
+                lambda m, args: (gather_sequence(args[0], group), *args[1:]))
+        elif part in ("q", "k", "v", "w1", "w3", "lm_head"):  # W (F, D) -> (F/N, D)
             for p_name, p in list(m.named_parameters()):
                 m.register_parameter(p_name, split_parameter(p, 0, group))
-        elif name.endswith((".o", ".w2")):  # W (D, F) -> (D, F/N)
+        elif part in ("o", "w2"):  # W (D, F) -> (D, F/N)
             m.weight = split_parameter(m.weight, 1, group)
-            m.register_parameter("row_bias", m.bias)  # added once, to the sum
-            m.bias = None
-            if m.row_bias is not None:
-                m.row_bias.full_name = f"{name}.bias"
-                partials += [m.row_bias] * sequence
-            m.register_forward_hook(
-                lambda m, x, y: out(y) if m.row_bias is None else out(y) + m.row_bias)
-        elif name.endswith(("q_norm", "k_norm")) or sequence and name.endswith("norm"):
-            partials += m.parameters(recurse=False)
-        if sequence and hasattr(m, "residual"):
-            partials.append(m.residual)
-        if sequence and name == "pos":  # (T, D) -> (T/N, D)
-            m.register_forward_hook(lambda m, x, y: y.chunk(n, -2)[dist.get_rank(group)])
-            partials.append(m.weight)
+            m.forward = partial(row_parallel, m, group)
+        elif part == "pos":  # (T, D) -> (T/N, D)
+            m.register_forward_hook(lambda m, x, y: own(y, group, -2))
+    model.embed = table = VocabParallelEmbedding(model.embed, group)
+    partials = [p for p in model.parameters() if not hasattr(p, "splits")]
     for p in partials:
         p.kind = "partial"
-    model.embed = table = VocabParallelEmbedding(model.embed, group, out)
-    if not c.tie_embeddings:
-        model.lm_head.weight = split_parameter(model.lm_head.weight, 0, group)
-    model.loss = partial(tensor_parallel_loss, model, into, group)
-    model.head = partial(tensor_parallel_head, model, into, group)
-    if sequence:  # a later stage of a pipeline has no table, and sees T/N positions of its input
-        positions = model.positions
-        model.positions = lambda T, device: positions(
-            T if model.embed is table else T * n, device)
+    model.loss = partial(tensor_parallel_loss, model, group)
+    model.head = partial(tensor_parallel_head, model, group)
+    positions, length = model.positions, c.context_length
+    c.context_length += -length % n  # room for padding, which has the last position
+    model.positions = lambda T, device: positions(  # a pipeline's later stages see T/N positions
+        T if model.embed is table else T * n, device).clamp(max=length - 1)
     return partials
 
 
-def local_logits(model, into, group, hidden):
-    """This rank's columns of the logits (..., V/N) in fp32; -inf where the table is padding."""
+def row_parallel(linear, group, x):
+    """What a linear layer makes of inputs x (B, T, F/N) that the ranks share: sums (B, T/N, D)."""
+    bias = None if linear.bias is None else linear.bias / dist.get_world_size(group)
+    return scatter_sequence(F.linear(x, linear.weight, bias), group)
+
+
+def local_logits(model, group, hidden):
+    """This rank's columns of the logits (B, T, V/N) in fp32; -inf where the table is padding."""
     c = model.config
     weight = (model.embed if c.tie_embeddings else model.lm_head).weight
-    z = F.linear(into(hidden), weight).float()
+    z = F.linear(gather_sequence(hidden, group), weight).float()
     if c.logit_softcap:
         z = c.logit_softcap * torch.tanh(z / c.logit_softcap)
     first = dist.get_rank(group) * len(weight)
@@ -827,19 +802,17 @@ def local_logits(model, into, group, hidden):
     return z
 
 
-def tensor_parallel_head(model, into, group, hidden):
-    z = local_logits(model, into, group, hidden)
-
-    def own(dz):
-        return dz.narrow(-1, dist.get_rank(group) * z.shape[-1], z.shape[-1])
-
-    logits = Exchange.apply(z, partial(all_gather, group=group, dim=-1), own)
+def tensor_parallel_head(model, group, hidden):
+    """Transformer.head of a model that is split: logits (B, T, V) on every rank."""
+    logits = Exchange.apply(local_logits(model, group, hidden),
+                            partial(all_gather, group=group, dim=-1),
+                            partial(own, group=group, dim=-1))
     return logits[..., :model.config.vocab_size]
 
 
-def tensor_parallel_loss(model, into, group, ids, targets, reduction="mean", ignore_index=-100):
+def tensor_parallel_loss(model, group, ids, targets, reduction="mean", ignore_index=-100):
     """Transformer.loss of a model that is split: the logits are never whole anywhere."""
-    z = local_logits(model, into, group, model.hidden(ids)).flatten(0, 1)  # (B T, V/N)
+    z = local_logits(model, group, model.hidden(ids)).flatten(0, 1)  # (B T, V/N)
     first = dist.get_rank(group) * z.shape[-1]
     total = VocabParallelCrossEntropy.apply(z, targets.flatten(), first, group, ignore_index)
     return total / (targets != ignore_index).sum() if reduction == "mean" else total
@@ -877,83 +850,61 @@ def attention_with_lse(q, k, v, causal):
     return ((scores - lse[..., None]).exp().to(v.dtype) @ v).transpose(1, 2), lse
 
 
-def pass_on(tensor, group):
-    """Start sending to the next rank of the ring: (works to finish, the tensor that comes)."""
+def shift(x, group, by, works=None):
+    """Pass x on to the rank `by` further in the ring, and return what comes from the other side:
+    as soon as `works` are finished, if given, or now."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
-    if n == 1:
-        return [], tensor
-    came = torch.empty_like(tensor)
-    return dist.batch_isend_irecv([
-        dist.P2POp(dist.isend, tensor.contiguous(), peer((rank + 1) % n, group), group),
-        dist.P2POp(dist.irecv, came, peer((rank - 1) % n, group), group)]), came
+    came, x = torch.empty_like(x), x.contiguous()
+    started = dist.batch_isend_irecv([
+        dist.P2POp(dist.isend, x, group=group, group_peer=(rank + by) % n),
+        dist.P2POp(dist.irecv, came, group=group, group_peer=(rank - by) % n)])
+    if works is None:
+        finish(started)
+    else:
+        works += started
+    return came
 
 
-class RingAttention(torch.autograd.Function):
-    """Causal attention over a zig-zag-split sequence; keys and values travel round a ring.
+def merge(out, lse, new_out, new_lse):
+    """Attention to two sets of keys, from attention to each and its log-sum-exp:
+    out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i)."""
+    both = torch.logaddexp(lse, new_lse)  # (B, H, T)
+    old, new = ((part - both).exp().mT[..., None].to(out.dtype) for part in (lse, new_lse))
+    return old * out + new * new_out, both
 
-    At each of N steps a rank attends to the keys of the rank `step` before it, and merges by
-    log-sum-exp: out = sum_i exp(lse_i - lse) out_i. Keys of earlier ranks: only their first half
-    is in the past, of all its queries; of later ranks: all are in the past of its second half. So
-    every step is half a block, for every rank. The backward pass sends the ring round again, with
-    the keys' gradients in their company. Sent: (N-1) times k and v, and N times both with their
-    gradients.
-    """
 
-    @staticmethod
-    def part(step, rank, T):
-        """(queries, keys, causal) of a step: which of the T on this rank, which of the T come."""
+def ring(q, k, v, group):
+    """What ring_attention does, with a graph that keeps all keys and values that came by."""
+    n, rank, half = dist.get_world_size(group), dist.get_rank(group), q.shape[1] // 2
+    coming, works = torch.stack((k, v)), []
+    for step in range(n):
+        finish(works)
+        kv = coming  # of the rank `step` before this one
+        if step < n - 1:  # the next ones travel while these are attended to
+            coming = Exchange.apply(kv, partial(shift, group=group, by=1, works=works),
+                                    partial(shift, group=group, by=-1))
         if step == 0:
-            return slice(T), slice(T), True
-        return (slice(T), slice(T // 2), False) if step <= rank else (
-            slice(T // 2, T), slice(T), False)
-
-    @staticmethod
-    def forward(ctx, q, k, v, group):
-        n, rank = dist.get_world_size(group), dist.get_rank(group)
-        ctx.group, kv = group, torch.stack((k, v))
-        out = torch.zeros_like(q)
-        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, device=q.device,
-                         dtype=torch.promote_types(q.dtype, torch.float32))  # (B, H, T)
-        for step in range(n):
-            works, coming = pass_on(kv, group) if step < n - 1 else ([], None)
-            rows, keys, causal = RingAttention.part(step, rank, q.shape[1])
-            out_i, lse_i = attention_with_lse(q[:, rows], *kv[:, :, keys], causal)
-            both = torch.logaddexp(lse[..., rows], lse_i)
-            old = (lse[..., rows] - both).exp().mT[..., None].to(q.dtype)  # (B, T, H, 1)
-            new = (lse_i - both).exp().mT[..., None].to(q.dtype)
-            out[:, rows] = out[:, rows] * old + out_i * new
-            lse[..., rows] = both
-            finish(works)
-            kv = coming
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx, do):
-        q, k, v, out, lse = ctx.saved_tensors
-        group, n, rank = ctx.group, dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
-        dq, zero = torch.zeros_like(q), torch.zeros_like(k)
-        travellers = torch.stack((k, v, zero, zero))  # keys, values and their gradients
-        for step in range(n):
-            rows, keys, causal = RingAttention.part(step, rank, q.shape[1])
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_()
-                          for t in (q[:, rows], *travellers[:2, :, keys])]
-                out_i, lse_i = attention_with_lse(*leaves, causal)
-            weight = (lse_i - lse[..., rows]).exp().mT[..., None].detach()  # (B, T, H, 1)
-            do_i = do[:, rows] * weight.to(do.dtype)
-            gap = ((out_i.detach() - out[:, rows]) * do_i).sum(-1).mT.to(lse.dtype)
-            dq_i, *dkv = torch.autograd.grad((out_i, lse_i), leaves, (do_i, gap))
-            dq[:, rows] += dq_i
-            travellers[2:, :, keys] += torch.stack(dkv)
-            works, travellers = pass_on(travellers, group)  # after N steps they are home
-            finish(works)
-        return dq, travellers[2], travellers[3], None
+            out, lse = attention_with_lse(q, *kv, causal=True)
+        elif step <= rank:  # an earlier rank's: their first half is in the past of all queries
+            new = attention_with_lse(q, *kv[:, :, :half], causal=False)
+            out, lse = merge(out, lse, *new)
+        else:  # a later rank's: all are in the past of the second half
+            new = attention_with_lse(q[:, half:], *kv, causal=False)
+            late_out, late_lse = merge(out[:, half:], lse[..., half:], *new)
+            out = torch.cat((out[:, :half], late_out), 1)
+            lse = torch.cat((lse[..., :half], late_lse), -1)
+    return out
 
 
 def ring_attention(q, k, v, group=None):
-    """Causal attention where each rank has zigzag()'s share: q (B, T/N, H, E), k, v (.., K, E)."""
-    return RingAttention.apply(q, k, v, group)
+    """Causal attention where each rank has zigzag()'s share: q (B, T/N, H, E), k, v (.., K, E).
+
+    Keys and values travel round a ring; at each of N steps a rank attends to those of the rank
+    `step` before it, half a block for every rank. The backward pass goes round once more, since
+    the forward one keeps q, k and v only, and sends the keys' gradients home the other way. Sent:
+    (N-1) times k and v in the forward pass, twice that in the backward one.
+    """
+    return checkpoint(ring, q, k, v, group, use_reentrant=False)
 
 
 def context_parallel(model, group):
@@ -973,7 +924,7 @@ def context_parallel(model, group):
 
 
 def pipeline_order(rank, p, m, schedule, chunks=1):
-    """What a rank does, one after the other: ("F" or "B", micro-batch, chunk of its layers).
+    """What a rank does, one after the other: ("F" or "B", micro-batch, stage).
 
     gpipe: all forward passes, then all backward. 1f1b: as soon as it can, one of each in turns, so
     rank r keeps p - r micro-batches in memory, not m. interleaved: 1f1b with `chunks` thin stages
@@ -982,16 +933,13 @@ def pipeline_order(rank, p, m, schedule, chunks=1):
     pipeline_order(0, 2, 3, "1f1b") is F0 F1 B0 F2 B1 B2, on rank 1 it is F0 B0 F1 B1 F2 B2.
     """
     n = m * chunks
-    early = {"gpipe": n, "1f1b": p - rank - 1,
-             "interleaved": (p - rank - 1) * 2 + (chunks - 1) * p}[schedule]
-    early = min(n, early)  # forward passes before the first backward one
+    early = min(n, {"gpipe": n, "1f1b": p - rank - 1,  # forward passes before the first backward
+                    "interleaved": (p - rank - 1) * 2 + (chunks - 1) * p}[schedule])
     turns = [(k // (p * chunks) * p + k % p, k // p % chunks) for k in range(n)]
-    forward = [("F", micro, chunk) for micro, chunk in turns]
-    backward = [("B", micro, chunks - 1 - chunk) for micro, chunk in turns]
-    order = forward[:early]
-    for both in zip(forward[early:], backward):
-        order += both
-    return order + backward[n - early:]
+    forward = [("F", micro, chunk * p + rank) for micro, chunk in turns]
+    backward = [("B", micro, (chunks - 1 - chunk) * p + rank) for micro, chunk in turns]
+    both = itertools.chain.from_iterable(zip(forward[early:], backward))
+    return [*forward[:early], *both, *backward[n - early:]]
 
 
 def pipeline_table(p, m, schedule="1f1b", chunks=1):
@@ -1005,20 +953,17 @@ def pipeline_table(p, m, schedule="1f1b", chunks=1):
     if schedule == "interleaved" and m % p:
         raise ValueError(f"interleaved: {m} micro-batches are not a multiple of {p} ranks")
     left = [pipeline_order(r, p, m, schedule, chunks)[::-1] for r in range(p)]
-    done, table, last = set(), [], p * chunks - 1
+    done, table = set(), []
 
-    def ready(rank, kind, micro, chunk):
-        stage = chunk * p + rank
-        if kind == "F":
-            return stage == 0 or ("F", micro, stage - 1) in done
-        return stage == last or ("B", micro, stage + 1) in done
+    def ready(kind, micro, stage):
+        source = stage - 1 if kind == "F" else stage + 1
+        return source in (-1, p * chunks) or (kind, micro, source) in done
 
     while any(left):
-        row = [left[r][-1] if left[r] and ready(r, *left[r][-1]) else None for r in range(p)]
-        for r, entry in enumerate(row):
+        row = [order[-1] if order and ready(*order[-1]) else None for order in left]
+        for order, entry in zip(left, row):
             if entry:
-                done.add((entry[0], entry[1], entry[2] * p + r))
-                left[r].pop()
+                done.add(order.pop())
         table.append(row)
     return table
 
@@ -1041,29 +986,25 @@ class Pipeline:
         self.p, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.table = pipeline_table(self.p, microbatches, schedule, len(self.chunks))
         self.last = self.p * len(self.chunks) - 1
-        self.blanks = {}  # {shape of a micro-batch: a tensor without storage like what is sent}
         self.most_kept = 0  # micro-batches between their two passes, at the most
 
     def step(self, x, y, backward=True):
         xs, ys = x.chunk(self.m), y.chunk(self.m)
         if len(xs) != self.m:
             raise ValueError(f"a batch of {len(x)} does not make {self.m} micro-batches")
-        if xs[0].shape not in self.blanks:
-            self.blanks[xs[0].shape] = self.blank_message(xs[0])
-        blank, flying = self.blanks[xs[0].shape], []
-        self.inbox, self.kept = {}, {}  # (kind, micro, stage): (works, tensor); (given, output)
-        total = torch.zeros((), device=x.device)
+        self.inbox, self.kept = {}, {}  # (kind, micro, stage): (works, tensor); (input, output)
+        self.message = None  # like what is sent: an empty tensor without storage
+        flying, total = [], torch.zeros((), device=x.device)
         for row in self.table:
             row = [e if e and (backward or e[0] == "F") else None for e in row]
+            kind, micro, stage = row[self.rank] or (None, None, None)
             made = None
-            if row[self.rank]:
-                kind, micro, chunk = row[self.rank]
-                if kind == "F":
-                    made = self.forward(micro, chunk, xs[micro], ys[micro], backward)
-                    total += made if chunk * self.p + self.rank == self.last else 0
-                else:
-                    made = self.backward(micro, chunk)
-            flying.append((self.exchange(row, made, blank, x.device), made))  # made must live on
+            if kind == "F":
+                made = self.forward(micro, stage, xs[micro], ys[micro], backward)
+                total += made if stage == self.last else 0
+            elif kind == "B":
+                made = self.backward(micro, stage)
+            flying.append((self.exchange(row, made, x.device), made))  # made must live on
             if len(flying) > 2 * self.p:  # but not longer than its micro-batch is here
                 finish(flying.pop(0)[0])
         for works, _ in flying:
@@ -1071,17 +1012,15 @@ class Pipeline:
         dist.all_reduce(total, group=self.group)
         return total
 
-    def forward(self, micro, chunk, x, y, backward):
-        stage = chunk * self.p + self.rank
+    def forward(self, micro, stage, x, y, backward):
         given = x if stage == 0 else self.take("F", micro, stage).requires_grad_(backward)
-        out = self.chunks[chunk](given, *((y,) if stage == self.last else ()))
+        out = self.chunks[stage // self.p](given, *((y,) if stage == self.last else ()))
         if backward:
             self.kept[micro, stage] = given, out
         self.most_kept = max(self.most_kept, len(self.kept))
         return out.detach().contiguous()
 
-    def backward(self, micro, chunk):
-        stage = chunk * self.p + self.rank
+    def backward(self, micro, stage):
         given, out = self.kept.pop((micro, stage))
         out.backward(None if stage == self.last else self.take("B", micro, stage))
         return None if stage == 0 else given.grad.contiguous()
@@ -1091,39 +1030,29 @@ class Pipeline:
         finish(works)
         return tensor
 
-    def exchange(self, row, made, blank, device):
+    def exchange(self, row, made, device):
         """Pass on what this tick made: one batch of sends and receives for all neighbours, so the
         ranks meet in the same order. Nobody waits until it needs what comes."""
-        ops, came = [], {}
-        for source, entry in enumerate(row):
-            if not entry:
+        if self.message is None:  # the first tick: the first stage tells what its output is like
+            told = [(tuple(made.shape), made.dtype) if made is not None else None]
+            dist.broadcast_object_list(told, group=self.group, group_src=0)
+            self.message = torch.empty(told[0][0], dtype=told[0][1], device="meta")
+        ops, works = [], []
+        for source, (kind, micro, stage) in [(r, entry) for r, entry in enumerate(row) if entry]:
+            stage += 1 if kind == "F" else -1  # that needs what is made
+            target = stage % self.p
+            if not 0 <= stage <= self.last or self.rank not in (source, target):
                 continue
-            kind, micro, chunk = entry
-            stage = chunk * self.p + source + (1 if kind == "F" else -1)  # that needs it
-            if not 0 <= stage <= self.last or self.rank not in (source, stage % self.p):
-                continue
-            if source == stage % self.p:
+            if source == target:
                 self.inbox[kind, micro, stage] = [], made
-            elif source == self.rank:
-                ops.append(dist.P2POp(dist.isend, made, peer(stage % self.p, self.group),
-                                      self.group))
+            elif self.rank == source:
+                ops.append(dist.P2POp(dist.isend, made, group=self.group, group_peer=target))
             else:
-                came[kind, micro, stage] = torch.empty_like(blank, device=device)
-                ops.append(dist.P2POp(dist.irecv, came[kind, micro, stage],
-                                      peer(source, self.group), self.group))
-        works = dist.batch_isend_irecv(ops) if ops else []
-        self.inbox |= {name: (works, tensor) for name, tensor in came.items()}
+                came = torch.empty_like(self.message, device=device)
+                self.inbox[kind, micro, stage] = works, came
+                ops.append(dist.P2POp(dist.irecv, came, group=self.group, group_peer=source))
+        works += dist.batch_isend_irecv(ops) if ops else []
         return works
-
-    def blank_message(self, x):
-        """The first stage tells the others what its output looks like."""
-        told = [None]
-        if self.rank == 0 and self.last:
-            with torch.no_grad():
-                out = self.chunks[0](x)
-            told = [(tuple(out.shape), out.dtype)]
-        dist.broadcast_object_list(told, peer(0, self.group), group=self.group)
-        return told[0] and torch.empty(told[0][0], dtype=told[0][1], device="meta")
 
 
 class Stage(nn.Module):
@@ -1138,9 +1067,8 @@ class Stage(nn.Module):
         if n < count or c.residual_scalars or c.value_embeddings:
             raise ValueError(f"pipeline of {count} stages: needs at least as many layers, and no "
                              "residual_scalars or value_embeddings")
-        for name, p in model.named_parameters():
-            p.full_name = getattr(p, "full_name", name)
-            p.parts = getattr(p, "parts", 1) * count
+        for name, p in named(model):
+            p.full_name, p.parts = name, getattr(p, "parts", 1) * count
         self.model, self.last = model, index == count - 1
         self.tied = c.tie_embeddings and count > 1 and (index == 0 or self.last)
         model.layers = model.layers[n * index // count:n * (index + 1) // count]
@@ -1161,12 +1089,12 @@ def sum_tied(stages, group, ranks=1):
     """The gradient of a tied table is what the first and the last stage have of it; ranks in
     between add nothing. `ranks` share its rows, if it is sharded."""
     c, device = stages[0].model.config, next(stages[0].parameters()).device
-    own = [(s.model.lm_head if s.last else s.model.embed).weight for s in stages if s.tied]
+    tables = [(s.model.lm_head if s.last else s.model.embed).weight for s in stages if s.tied]
     total = torch.zeros(-(-c.vocab_size // ranks), c.d_model, device=device)
-    for p in own:
+    for p in tables:
         total += p.grad
     dist.all_reduce(total, group=group)
-    for p in own:
+    for p in tables:
         p.grad.copy_(total)
 
 
@@ -1229,7 +1157,7 @@ def checkpointed(functions, x, scheme="block"):
     nested  about log2(n): halves of halves, each function up to log2(n) + 1 times
     """
     n = len(functions)
-    sizes = {"none": n, "block": 1, "sqrt": max(1, round(math.sqrt(n))), "nested": -(-n // 2)}
+    sizes = {"none": 0, "block": 1, "sqrt": max(1, round(math.sqrt(n))), "nested": -(-n // 2)}
     if scheme not in sizes:
         raise ValueError(f"scheme {scheme!r} is not one of {', '.join(sizes)}")
     if scheme == "none":
@@ -1248,59 +1176,47 @@ def checkpointed(functions, x, scheme="block"):
 
 def orthogonalize_sharded(orthogonalize, stack, p):
     """Orthogonalise matrices that are cut as the parameter p is: stack (n, rows, columns) of
-    this rank's pieces -> the same pieces of the results."""
-    return orthogonalize_pieces(orthogonalize, stack, getattr(p, "splits", []))
+    this rank's pieces -> the same pieces of the results. The last cut is undone first."""
+    for dim, group, size in getattr(p, "splits", []):
+        orthogonalize = partial(by_columns if dim else by_rows, orthogonalize, group, size)
+    return orthogonalize(stack)
 
 
-def orthogonalize_pieces(orthogonalize, stack, splits):
-    """The last cut is undone first. Where that is of rows, an all-to-all gives each rank whole
-    matrices, ceil(n / N) of them, and another one brings their rows back: the products are shared
-    out instead of repeated N times. Where it is of columns, every rank gathers all of them.
-    """
-    if not splits or not len(stack):
-        return orthogonalize(stack).to(stack.dtype) if len(stack) else stack
-    *outer, (dim, group, size) = splits
-    if dim == 1:
-        full = all_gather(stack, group, 2).narrow(2, 0, size)
-        return cut(orthogonalize_pieces(orthogonalize, full, outer), 2, group)
+def by_columns(orthogonalize, group, size, stack):
+    """Matrices of which each rank has columns: every rank gathers all of them."""
+    return cut(orthogonalize(all_gather(stack, group, 2).narrow(2, 0, size)), 2, group)
+
+
+def by_rows(orthogonalize, group, size, stack):
+    """Matrices of which each rank has rows: an all-to-all gives each rank whole matrices,
+    ceil(n / N) of them, and another one brings their rows back. So the products are shared out
+    instead of repeated N times."""
     n, rows, columns = stack.shape
     N, rank = dist.get_world_size(group), dist.get_rank(group)
     each = -(-n // N)
     padded = torch.cat((stack, stack.new_zeros(each * N - n, rows, columns)))
     mine = all_to_all(padded, group).view(N, each, rows, columns)  # my matrices' rows, by rank
     mine = mine.transpose(0, 1).reshape(each, N * rows, columns)
-    real = max(0, min(each, n - rank * each))
-    done = torch.zeros_like(mine)
-    done[:real, :size] = orthogonalize_pieces(orthogonalize, mine[:real, :size], outer)
-    done = done.view(each, N, rows, columns).transpose(0, 1).flatten(0, 1)
-    return all_to_all(done, group)[:n]
+    if real := max(0, min(each, n - rank * each)):
+        mine[:real, :size] = orthogonalize(mine[:real, :size])
+    mine = mine.view(each, N, rows, columns).transpose(0, 1).flatten(0, 1)
+    return all_to_all(mine, group)[:n]
 
 
 # ---- checkpoints in pieces ---------------------------------------------------------------------
 
 
-def box(p):
-    """(first index, one past the last) per dimension of this rank's piece of p in the whole."""
-    low, high = [0] * p.ndim, list(whole_shape(p))
-    for dim, group, size in getattr(p, "splits", []):
-        rows = -(-size // dist.get_world_size(group))
-        low[dim] += dist.get_rank(group) * rows
-        high[dim] = min(high[dim], low[dim] + rows)
-    return low, high
-
-
 def pieces_here(model, optimizers):
-    """{key: (shape of the whole, low, high, piece)} on the CPU, of what no rank before this one
-    has. Keys are names of weights, and "name what" for the optimizers' state. All ranks must call.
+    """{(name, what): (shape of the whole, low, high, piece)} on the CPU, of what no rank before
+    this one has; what is "" for a weight, or a key of the optimizers' state of it. All must call.
     """
-    held = {}  # {key: (tensor, what it is cut like)}
+    held = {}  # {(name, what): (tensor, what it is cut like)}
     for name, p in named(model):
-        held[name] = p.detach(), p
+        held[name, ""] = p.detach(), p
         for optimizer in optimizers:
-            held |= {f"{name} {k}": (v, p if v.shape == p.shape else v)
-                     for k, v in optimizer.state.get(p, {}).items() if torch.is_tensor(v)}
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {(key, *box(p)[0]) for key, (_, p) in held.items()})
+            held |= {(name, what): (v, p if v.shape == p.shape else v)
+                     for what, v in optimizer.state.get(p, {}).items() if torch.is_tensor(v)}
+    everyone = gather_objects({(key, *box(p)[0]) for key, (_, p) in held.items()})
     before, pieces = set().union(*everyone[:dist.get_rank()]), {}
     for key, (tensor, p) in held.items():
         low, high = box(p)
@@ -1308,6 +1224,15 @@ def pieces_here(model, optimizers):
             inside = tuple(slice(b - a) for a, b in zip(low, high))  # without padding
             pieces[key] = whole_shape(p), low, high, tensor[inside].cpu().clone()
     return pieces
+
+
+def by_name(files):
+    """What the ranks' pieces_here gave -> {name: {what: [pieces]}}."""
+    found = {}
+    for file in files:
+        for (name, what), piece in file.items():
+            found.setdefault(name, {}).setdefault(what, []).append(piece)
+    return found
 
 
 def joined(pieces, p=None):
@@ -1326,24 +1251,16 @@ def joined(pieces, p=None):
     return out
 
 
-def by_key(files):
-    """[{key: piece}] -> {key: [pieces]}"""
-    return {key: [f[key] for f in files if key in f] for key in dict.fromkeys(
-        key for f in files for key in f)}
-
-
-def take_pieces(pieces, model, optimizers):
-    """Give the optimizers what this rank keeps of the state in {key: [pieces]}."""
+def take_pieces(found, model, optimizers):
+    """Give the optimizers what this rank keeps of the state in by_name's {name: {what: pieces}}."""
     for optimizer in optimizers:
         kept = {p for g in optimizer.param_groups for p in g["params"]}
         if isinstance(optimizer, ShardedOptimizer):
-            me = dist.get_rank(optimizer.group)
-            kept = {p for p in kept if optimizer.owner[p] == me}
+            kept = {p for p in kept if optimizer.owns(p)}
         for name, p in named(model):
             if p in kept:
-                optimizer.state[p] = {key[len(name) + 1:]: joined(found, p)
-                                      for key, found in pieces.items()
-                                      if key.startswith(name + " ")}
+                optimizer.state[p] = {what: joined(pieces, p)
+                                      for what, pieces in found.get(name, {}).items() if what}
 
 
 def save_sharded(folder, model, optimizers=(), step=0):
@@ -1374,14 +1291,14 @@ def load_sharded(folder, model, optimizers=()):
     if not complete:
         raise ValueError(f"{folder}: no complete checkpoint in it")
     index = json.loads((complete[-1] / "index.json").read_text())
-    pieces = by_key([torch.load(complete[-1] / f"rank-{r:05d}.pt", mmap=True, weights_only=True)
-                     for r in range(index["ranks"])])
+    found = by_name(torch.load(complete[-1] / f"rank-{r:05d}.pt", mmap=True, weights_only=True)
+                    for r in range(index["ranks"]))
     for name, p in named(model):
-        shape = tuple(pieces[name][0][0]) if name in pieces else "missing"
+        shape = tuple(found[name][""][0][0]) if name in found else "missing"
         if shape != whole_shape(p):
             raise ValueError(f"{complete[-1]}: {name} is {shape}, the model's {whole_shape(p)}")
-        p.copy_(joined(pieces[name], p))
-    take_pieces(pieces, model, optimizers)
+        p.copy_(joined(found[name][""], p))
+    take_pieces(found, model, optimizers)
     for optimizer, groups in zip(optimizers, index["groups"]):
         for group, saved in zip(optimizer.param_groups, groups):
             group.update(saved)
@@ -1397,36 +1314,30 @@ class Parallel:
     kind: ddp, zero1 (for the loop to wrap its optimizers with) or fsdp. Every rank builds the same
     whole model and keeps its part. The loop divides the summed loss by the tokens of the whole
     batch, so gradients are summed and never averaged: no rank needs an equal share. `model` holds
-    this rank's parameters.
+    this rank's parameters; the loop may set `autocast`.
     """
 
     def __init__(self, model, mesh, kind="ddp", compute_dtype=None):
-        self.mesh, self.kind, self.config, size = mesh, kind, model.config, mesh.size
-        self.pipelines, self.autocast = {}, nullcontext  # {micro-batches: Pipeline}
-        self.multiple = 1  # of which sequences must be
-        self.ties = size("pp") > 1 and self.config.tie_embeddings
-        if self.config.num_experts and size("tp", "pp") > 1:
+        self.mesh, self.kind, self.autocast, size = mesh, kind, nullcontext, mesh.size
+        self.ties = size("pp") > 1 and model.config.tie_embeddings
+        if model.config.num_experts and size("tp", "pp") > 1:
             raise ValueError("--tp, --pp: not with experts; split those with --ep")
-        if size("ep") > 1 and not self.config.num_experts:
+        if size("ep") > 1 and not model.config.num_experts:
             raise ValueError("--ep: the model has no experts")
         start_alike(model)
-        self.model = self.runner = model
+        self.model, self.runner, self.synced = model, model, None  # by DDP or FSDP
         self.train, self.eval = model.train, model.eval
-        if size("ep") > 1:
-            expert_parallel(model, mesh.group("ep"))
-        if size("cp") > 1:
-            context_parallel(model, mesh.group("cp"))
-        if size("tp") > 1:
-            sequence = self.config.context_length % size("tp", "cp") == 0
-            self.multiple = size("tp") if sequence else 1
-            tensor_parallel(model, mesh.group("tp"), sequence)
+        splits = {"ep": expert_parallel, "cp": context_parallel, "tp": tensor_parallel}
+        for axis in (a for a in splits if size(a) > 1):
+            splits[axis](model, mesh.group(axis))
         if size("pp") > 1:
             self.runner = Stage(model, mesh.rank("pp"), size("pp"))
         later = {"dp", "ep", "cp"}  # to sum over after the backward pass
         if size("fsdp") > 1:
-            self.runner = FSDP(self.runner, compute_dtype, group=mesh.group("fsdp"), average=False)
+            self.runner = self.synced = FSDP(self.runner, compute_dtype,
+                                             group=mesh.group("fsdp"), average=False)
         elif size("ep", "pp") == 1 and size("dp", "cp") > 1:
-            self.runner = DDP(model, group=mesh.group("dp", "cp"), average=False)
+            self.synced = DDP(model, group=mesh.group("dp", "cp"), average=False)
             later = set()
         self.sums = {"": mesh.group(*later), "expert": mesh.group(*later - {"ep"}),
                      "partial": mesh.group(*later | {"tp"})}  # .kind of a parameter: the ranks
@@ -1451,41 +1362,42 @@ class Parallel:
     def loss(self, inputs, targets, reduction="sum", backward_scale=None):
         """This rank's share of the summed loss of (B, T) tokens: over all ranks they add up to it.
         With backward_scale, leaves gradients of it times that number."""
-        if self.mesh.size("cp") > 1:
-            inputs, targets = (zigzag(t, self.mesh.group("cp")) for t in (inputs, targets))
-        if extra := -inputs.shape[1] % self.multiple:  # later tokens change no earlier ones
+        cp, tp, pp = (self.mesh.size(axis) for axis in ("cp", "tp", "pp"))
+        extra = -inputs.shape[1] % (tp * (2 * cp if cp > 1 else 1))
+        if extra:  # later tokens change no earlier ones
             inputs, targets = F.pad(inputs, (0, extra)), F.pad(targets, (0, extra), value=-100)
-        if self.mesh.size("pp") > 1:
-            loss = self.pipeline_loss(inputs, targets, backward_scale)
-            return loss / self.mesh.size("tp", "pp")
+        if cp > 1:
+            inputs, targets = (zigzag(t, self.mesh.group("cp")) for t in (inputs, targets))
+        if pp > 1:
+            return self.pipeline_loss(inputs, targets, backward_scale) / (tp * pp)
         with record_function("forward"), self.autocast():
             loss = self.runner.loss(inputs, targets, reduction="sum")
         if backward_scale is not None:
             with record_function("backward"):
                 (loss * backward_scale).backward()
-        return loss.detach() / self.mesh.size("tp")
+        return loss.detach() / tp
 
-    def pipeline_loss(self, inputs, targets, scale):
-        self.scale = 1 if scale is None else scale
-        m = next(m for m in range(2 * self.mesh.size("pp"), 0, -1) if len(inputs) % m == 0)
-        if m not in self.pipelines:
-            self.pipelines[m] = Pipeline(self.stage, self.mesh.group("pp"), m)
-        total = self.pipelines[m].step(inputs, targets, backward=scale is not None)
-        return total / self.scale
+    def pipeline_loss(self, inputs, targets, backward_scale):
+        """The same through the stages, in as many micro-batches as fit up to two a stage."""
+        scale, p = backward_scale or 1, self.mesh.size("pp")
 
-    def stage(self, x, *y):
-        with self.autocast():
-            out = self.runner(x, *y)
-        return out * self.scale if y else out
+        def stage(x, *y):
+            with self.autocast():
+                out = self.runner(x, *y)
+            return out * scale if y else out
+
+        m = next(m for m in range(2 * p, 0, -1) if len(inputs) % m == 0)
+        pipeline = Pipeline(stage, self.mesh.group("pp"), m)
+        return pipeline.step(inputs, targets, backward=backward_scale is not None) / scale
 
     def no_sync(self):
         """For all micro-batches but the last, where gradients need not travel with each."""
-        return self.runner.no_sync() if isinstance(self.runner, DDP) else nullcontext()
+        return self.synced.no_sync() if isinstance(self.synced, DDP) else nullcontext()
 
     def finish(self):
         """Sum every gradient over the ranks that have part of it."""
-        if isinstance(self.runner, (DDP, FSDP)):
-            self.runner.finish_gradient_synchronization()
+        if self.synced:
+            self.synced.finish_gradient_synchronization()
         if self.ties:
             sum_tied([getattr(self.runner, "module", self.runner)], self.mesh.group("pp"),
                      self.mesh.size("fsdp", "tp"))
@@ -1500,16 +1412,14 @@ class Parallel:
         dist.gather_object(pieces_here(self.model, optimizers), files)
         if files is None:
             return None, None
-        whole = {key: joined(pieces) for key, pieces in by_key(files).items()}
-        weights = {key: t for key, t in whole.items() if " " not in key}
-        return weights, {name: {key[len(name) + 1:]: t for key, t in whole.items()
-                                if key.startswith(name + " ")} for name in weights}
+        states = {name: {what: joined(pieces) for what, pieces in parts.items()}
+                  for name, parts in by_name(files).items()}
+        return {name: state.pop("") for name, state in states.items()}, states
 
     def take_state(self, states, optimizers):
         """Give the optimizers this rank's pieces of whole states {name: {key: tensor}}."""
-        take_pieces({f"{name} {key}": [(t.shape, [0] * t.ndim, t.shape, t)]
-                     for name, state in states.items() for key, t in state.items()},
-                    self.model, optimizers)
+        take_pieces({name: {what: [(t.shape, [0] * t.ndim, t.shape, t)] for what, t in s.items()}
+                     for name, s in states.items()}, self.model, optimizers)
 
 
 # ---- plan: what a split costs before anybody has run it ----------------------------------------
@@ -1559,47 +1469,27 @@ MODELS = {  # Llama 3.2 1B, Llama 3.1 (arXiv:2407.21783, table 3), Qwen3-30B-A3B
 }
 
 
-@dataclass
-class Hardware:
-    """A GPU and its node. efficiency is the share of the dense bf16 peak that a step's arithmetic
-    reaches: one figure a GPU, from one published run (RESULTS.md). It and FP8 are fitted."""
-
-    tflops: float
-    memory: float
-    nvlink: float
-    network: float
-    efficiency: float
-    node: int = 8
-
-
+# A GPU and its node. efficiency is the share of the dense bf16 peak that a step's arithmetic
+# reaches: one figure a GPU, from one published run (RESULTS.md). It and FP8 are fitted.
 UNITS = {"tflops": "dense bf16 TFLOP/s", "memory": "GB", "nvlink": "GB/s one way in a node",
          "network": "GB/s one way between nodes, a GPU", "node": "GPUs a node",
          "efficiency": "share of the peak that computing reaches"}
+Hardware = namedtuple("Hardware", UNITS)
 HARDWARE = {
-    "a100": Hardware(312, 80, 300, 25, 0.57),
-    "h100": Hardware(989, 80, 450, 50, 0.41),
-    "h200": Hardware(989, 141, 450, 50, 0.41),
-    "b200": Hardware(2250, 180, 900, 50, 0.41),
+    "a100": Hardware(312, 80, 300, 25, 8, 0.57),
+    "h100": Hardware(989, 80, 450, 50, 8, 0.41),
+    "h200": Hardware(989, 141, 450, 50, 8, 0.41),
+    "b200": Hardware(2250, 180, 900, 50, 8, 0.41),
 }
 RECOMPUTE = {"none": 0.0, "selective": 0.5, "full": 1.0}  # of a forward pass, done again
 FP8 = 2048  # d_model at which casting to float8 takes as long as the product saves: fitted to the
 # same run with float8, it predicts the larger models' gain
 
 
-@dataclass
-class Layout:
-    """One way to split a run: ranks an axis, sequences a micro-batch, what is recomputed. Tensor
-    parallel ranks split the sequence between the matrices, too."""
-
-    dp: int = 1
-    fsdp: int = 1
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    ep: int = 1
-    micro: int = 1
-    recompute: str = "none"
-    chunks: int = 1  # stages a rank, of interleaved pipelines
+# One way to split a run: ranks an axis, sequences a micro-batch, what is recomputed, and stages a
+# rank (of interleaved pipelines). Tensor parallel ranks split the sequence, too.
+Layout = namedtuple("Layout", "dp fsdp tp pp cp ep micro recompute chunks",
+                    defaults=(1, 1, 1, 1, 1, 1, 1, "none", 1))
 
 
 def plan_bytes(s, a, T, m):
@@ -1610,7 +1500,7 @@ def plan_bytes(s, a, T, m):
     tp     4 all-gathers and 4 reduce-scatters a layer, of bf16 activations; 3 more where it is
            recomputed (which ends before the last one); 4 at the embedding and the head
     pp     activations and their gradients over each boundary, bf16
-    cp     keys and values: N-1 hops forwards, and N backwards with their gradients
+    cp     keys and values, N-1 hops: forwards, when recomputed, and their gradients back
     ep     dispatch and combine, each way and pass: 4 times k rows a token
     """
     tokens = a.micro * T / a.cp  # of a micro-batch on this rank, before tensor parallelism
@@ -1618,7 +1508,7 @@ def plan_bytes(s, a, T, m):
     weights = L * s.layer(s.experts / a.ep) / a.tp
     activations = tokens * s.d_model * 2
     kv = 2 * tokens * s.kv_heads / a.tp * s.d_head * 2
-    again = 3 * (a.recompute == "full")
+    full = a.recompute == "full"
 
     def share(n):
         return (n - 1) / n
@@ -1626,9 +1516,9 @@ def plan_bytes(s, a, T, m):
     return {
         "fsdp": m * share(a.fsdp) * (weights * (2 * 2 + 4) + tables * (2 + 4)),
         "dp": 2 * share(a.dp) * 4 * (weights + tables) / a.fsdp,
-        "tp": m * share(a.tp) * activations * ((8 + again) * L + 4 / a.pp),
+        "tp": m * share(a.tp) * activations * ((8 + 3 * full) * L + 4 / a.pp),
         "pp": m * 2 * activations / a.tp * a.chunks * (a.pp > 1),
-        "cp": m * L * kv * ((a.cp - 1) + 2 * a.cp) * (a.cp > 1),
+        "cp": m * L * kv * (a.cp - 1) * (3 + full),
         "ep": m * L * 4 * s.experts_per_token * activations * share(a.ep),
     }
 
@@ -1723,55 +1613,37 @@ def layouts(s, gpus, T, tokens_per_step, node):
                 yield Layout(dp, fsdp, tp, pp, cp, ep, micro, again, chunks)
 
 
-def model_sizes(name):
-    """A name of MODELS, or the config.json of a Hugging Face folder."""
-    if name in MODELS:
-        return MODELS[name]
-    file = Path(name) / "config.json"
-    if not file.exists():
-        raise ValueError(f"--model {name}: not one of {', '.join(MODELS)}, and no {file}")
-    h = json.loads(file.read_text())
-    heads = h["num_attention_heads"]
-    return Sizes(h["num_hidden_layers"], h["hidden_size"], heads,
-                 h.get("num_key_value_heads", heads),
-                 h.get("head_dim") or h["hidden_size"] // heads,
-                 h.get("moe_intermediate_size") or h["intermediate_size"], h["vocab_size"],
-                 h.get("num_experts", 1), h.get("num_experts_per_tok", 1))
-
-
 def run_plan(args):
-    """Print the best layouts; returns their costs, best first."""
-    given = {k: v for k, v in vars(args).items() if v is not None}
-    hw = replace(HARDWARE[args.gpu],
-                 **{name: given[name] for name in UNITS if name in given})
-    s, T = model_sizes(args.model), args.context_length
+    """Print the ten best layouts; returns the costs of all that fit, best first."""
+    given = {name: getattr(args, name) for name in UNITS}
+    hw = HARDWARE[args.gpu]._replace(**{k: v for k, v in given.items() if v is not None})
+    s, T = MODELS.get(args.model), args.context_length
+    if s is None:
+        raise ValueError(f"--model {args.model}: not one of {', '.join(MODELS)}")
     if args.tokens_per_step % T:
         raise ValueError(f"--tokens-per-step {args.tokens_per_step}: not a multiple of "
                          f"--context-length {T}")
     costs = [plan_layout(s, hw, a, T, args.tokens_per_step, args.fp8)
-             for a in layouts(s, args.gpus, T, args.tokens_per_step, hw.node)
-             if all(getattr(a, k) == given.get(k, getattr(a, k)) for k in Mesh.AXES)]
+             for a in layouts(s, args.gpus, T, args.tokens_per_step, hw.node)]
     if not costs:
         raise ValueError(f"--gpus {args.gpus}: no layout divides {args.tokens_per_step // T} "
                          "sequences a step and the model; try powers of two, or more tokens")
-    fitting = [c for c in costs if c["gigabytes"] < 0.9 * hw.memory]
-    if not fitting:
-        least = min(c["gigabytes"] for c in costs)
+    least = min(c["gigabytes"] for c in costs)
+    if least > 0.9 * hw.memory:
         raise ValueError(f"--gpus {args.gpus}: nothing fits 90 % of {hw.memory} GB, the least is "
                          f"{least:.0f} GB; take more GPUs, or fewer tokens at a time")
     best = {}  # of each split, the fastest micro-batch and recomputation
-    for c in sorted(fitting, key=lambda c: c["step"]):
-        best.setdefault(tuple(getattr(c["layout"], k) for k in Mesh.AXES), c)
-    best = list(best.values())
+    for c in sorted(costs, key=lambda c: c["step"]):
+        if c["gigabytes"] <= 0.9 * hw.memory:
+            best.setdefault(c["layout"]._replace(micro=1, recompute="none", chunks=1), c)
     print(f"{args.model}: {s.total() / 1e9:.2f}B parameters, {s.flops(T) / 1e9:.1f} GFLOP a token "
           f"at T {T}; {args.gpus} x {args.gpu}")
-    print_plan(best[:args.show])
-    return best
+    print_plan(list(best.values())[:10])
+    return list(best.values())
 
 
 def print_plan(costs):
-    print(f"{'dp':>4} {'fsdp':>5} {'tp':>3} {'pp':>3} {'cp':>3} {'ep':>3} {'micro':>9} "
-          f"{'again':<9} {'GB':>5} {'tok/s/GPU':>9} {'MFU':>5} binds")
+    print("  dp  fsdp  tp  pp  cp  ep     micro again        GB tok/s/GPU   MFU binds")
     for c in costs:
         a = c["layout"]
         pp = f"{a.pp}" + "i" * (a.chunks > 1)  # interleaved
@@ -1779,14 +1651,12 @@ def print_plan(costs):
               f"{c['micro_batches']:>5} x {a.micro} {a.recompute:<9} {c['gigabytes']:>5.1f} "
               f"{c['tokens_per_second']:>9,.0f} {c['mfu']:>5.1%} {c['binds']}")
     top = costs[0]
-
-    def listed(values, unit):
-        return ", ".join(f"{k} {v:.2f}{unit}" for k, v in values.items() if v > 0.005)
-
-    print(f"\nthe first: {top['step']:.2f} s a step, {top['compute']:.2f} of it computing; "
-          + listed(top["exposed"], " s"))
-    print("sent by a GPU: " + listed({k: v / 1e9 for k, v in top["sent"].items()}, " GB"))
-    print("memory: " + listed({k: v / 1e9 for k, v in top["memory"].items()}, " GB"))
+    print(f"\nthe first: {top['step']:.2f} s a step")
+    for title, values, unit in (("seconds", {"compute": top["compute"]} | top["exposed"], 1),
+                                ("GB sent by a GPU", top["sent"], 1e9),
+                                ("GB of memory", top["memory"], 1e9)):
+        print(f"{title}: " + ", ".join(f"{name} {value / unit:.2f}" for name, value in
+                                       values.items() if value / unit > 0.005))
 
 
 # ---- bench -------------------------------------------------------------------------------------
@@ -1797,7 +1667,7 @@ def say(text):
         print(text, flush=True)
 
 
-def median_seconds(call, repeats=7, warmup=2):
+def median_seconds(call, repeats=9, warmup=2):
     times = []
     for _ in range(repeats + warmup):
         dist.barrier()
@@ -1854,15 +1724,14 @@ def torch_fsdp(model):
     return fully_shard(model)
 
 
-def bench_wrappers(args, device):
+def bench_wrappers(device):
     """One training step under each wrapper: seconds, bytes sent, bytes of state on a rank; the
     ratio is to the time of the torch wrapper above."""
     import model as model_py
-    config = model_py.ModelConfig(vocab_size=4096, context_length=256, d_model=args.d_model,
-                                  num_layers=args.layers, num_heads=4)
-    ids = torch.randint(0, 4096, (args.batch, 257), device=device)
-    inputs, targets, first = ids[:, :-1], ids[:, 1:], 0.0
-    adamw = torch.optim.AdamW
+    config = model_py.ModelConfig(vocab_size=4096, context_length=256, d_model=256, num_layers=6,
+                                  num_heads=4)
+    ids = torch.randint(0, 4096, (4, 257), device=device)
+    first, adamw = 0.0, torch.optim.AdamW
     rows = [("torch DDP", nn.parallel.DistributedDataParallel, adamw),
             *((f"ours, {mode}", partial(DDP, mode=mode), adamw)
               for mode in ("naive", "flat", "overlap", "bucket")),
@@ -1872,32 +1741,29 @@ def bench_wrappers(args, device):
     for name, wrap, make in rows:
         torch.manual_seed(0)
         wrapped = wrap(model_py.Transformer(config).to(device))
-        optimizer, kept = make(wrapped.parameters(), lr=1e-3), []
-
-        def step(wrapped=wrapped, optimizer=optimizer, kept=kept):
-            logits = wrapped(inputs)
-            F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-            if isinstance(wrapped, (DDP, FSDP)):
-                wrapped.finish_gradient_synchronization()
-            optimizer.step()
-            kept.append(state_bytes(wrapped, optimizer))
-            optimizer.zero_grad(set_to_none=True)
-
-        seconds = median_seconds(step, args.repeats)
+        step = partial(training_step, wrapped, make(wrapped.parameters(), lr=1e-3), ids)
+        seconds = median_seconds(step)
         with CommCounter() as counter:
-            step()
+            state = step()
         first = seconds if "torch" in name else first
         sent = f"{counter.total() / 1e6:.2f}" if "ours" in name else ""  # torch's go other ways
-        say(f"{name:<22} {seconds * 1e3:>8.1f} {sent:>9} {max(kept) / 1e6:>12.2f} "
+        say(f"{name:<22} {seconds * 1e3:>8.1f} {sent:>9} {state / 1e6:>12.2f} "
             f"{seconds / first:>5.2f}")
 
 
-def state_bytes(module, optimizer):
-    """Bytes of parameters, gradients and optimizer state that this rank keeps between passes."""
-    tensors = [t for p in module.parameters() for t in (p, p.grad)]
+def training_step(wrapped, optimizer, ids):
+    """Returns the bytes of parameters, gradients and optimizer state that this rank has then."""
+    logits = wrapped(ids[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    if isinstance(wrapped, (DDP, FSDP)):
+        wrapped.finish_gradient_synchronization()
+    optimizer.step()
+    tensors = [t for p in wrapped.parameters() for t in (p, p.grad)]
     tensors += [v for state in optimizer.state.values() for v in state.values()]
     local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors if torch.is_tensor(t))
-    return sum(t.numel() * t.element_size() for t in local)
+    size = sum(t.nbytes for t in local)
+    optimizer.zero_grad(set_to_none=True)
+    return size
 
 
 def run_bench(args):
@@ -1906,43 +1772,33 @@ def run_bench(args):
         f"each, torch {torch.__version__}\n")
     bench_collectives(device)
     bench_checkpointing()
-    bench_wrappers(args, device)
+    bench_wrappers(device)
 
 
 # ---- command line ------------------------------------------------------------------------------
 
 
 def make_parser():
+    shape = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name, run, help):
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
-        return lambda flag, default, help, **kw: sub.add_argument(
-            "--" + flag.replace("_", "-"), default=default, help=help,
-            **({"type": type(default)} | kw if "action" not in kw else kw))
-
-    add = command("plan", run_plan, "the cost of every way to split a training run, best first")
-    add("model", "8b", f"{', '.join(MODELS)}, or a folder with a config.json")
-    add("gpus", 1024, "how many")
-    add("gpu", "h100", "kind of GPU", choices=list(HARDWARE))
-    add("tokens_per_step", 4194304, "tokens an update")
-    add("context_length", 8192, "tokens a sequence")
-    add("fp8", False, "float8 matrix products", action="store_true")
-    for axis in Mesh.AXES:
-        add(axis, None, f"only layouts with so many ranks of {axis}", type=int)
-    add("show", 10, "layouts to print")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    plan = commands.add_parser("plan", allow_abbrev=False, formatter_class=shape,
+                               help="the cost of every way to split a training run, best first")
+    plan.set_defaults(run=run_plan)
+    plan.add_argument("--model", default="8b", help=", ".join(MODELS))
+    plan.add_argument("--gpus", type=int, default=1024, help="how many")
+    plan.add_argument("--gpu", default="h100", choices=list(HARDWARE), help="kind of GPU")
+    plan.add_argument("--tokens-per-step", type=int, default=4194304, help="tokens an update")
+    plan.add_argument("--context-length", type=int, default=8192, help="tokens a sequence")
+    plan.add_argument("--fp8", action="store_true", help="float8 matrix products")
     for name, unit in UNITS.items():
-        add(name, None, f"{unit}, instead of the table's", type=int if name == "node" else float)
-    add = command("bench", run_bench, "collectives and wrappers, timed (under torchrun)")
-    add("device", "auto", "cpu or cuda")
-    add("d_model", 256, "width of the Transformer")
-    add("layers", 6, "blocks of it")
-    add("batch", 4, "windows of 256 tokens a rank")
-    add("repeats", 9, "steps to take the median of")
+        plan.add_argument(f"--{name}", type=int if name == "node" else float,
+                          help=f"{unit}, instead of the table's")
+    bench = commands.add_parser("bench", allow_abbrev=False, formatter_class=shape,
+                                help="collectives and wrappers, timed (under torchrun)")
+    bench.set_defaults(run=run_bench)
+    bench.add_argument("--device", default="auto", help="cpu or cuda")
     return parser
 
 
