@@ -13,11 +13,13 @@ with a cosine. Shapes: B windows of a batch, T context length, D d_model, V voca
 
 import argparse
 import difflib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sys
@@ -116,27 +118,16 @@ def content_hash(files, *settings):
     return digest.hexdigest()
 
 
-def join_documents(documents, size=1 << 22):
-    """Texts of about `size` characters, <|endoftext|> after every document: one by one is slow."""
-    joined, length = [], 0
-    for document in documents:
-        joined += [document, tokenizer_py.EOT]
-        length += len(document)
-        if length > size:
-            yield "".join(joined)
-            joined, length = [], 0
-    yield "".join(joined)
-
-
 def write_tokens(path, documents, tok):
     """Write every document's ids, <|endoftext|> after each, to a .npy file; returns their count."""
     count = 0
+    ids = tok.encode_iterable((document + tokenizer_py.EOT for document in documents),
+                              allowed_special=[tokenizer_py.EOT])
     with open(path, "wb") as f:
         tokenizer_py.write_header(f, tok.dtype, 0)  # of fixed size: written again with the count
-        for text in join_documents(documents):
-            ids = tok.encode_numpy(text, allowed_special=[tokenizer_py.EOT])
-            f.write(ids.tobytes())
-            count += len(ids)
+        while len(part := np.fromiter(islice(ids, 1 << 20), tok.dtype)):
+            f.write(part.tobytes())
+            count += len(part)
         f.seek(0)
         tokenizer_py.write_header(f, tok.dtype, count)
     return count
@@ -317,15 +308,23 @@ class Windows:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """What the three below share: step() counts in each group and calls its update."""
+    """What the three below share: step() counts in each group and calls update()."""
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
-            self.update(group, [p for p in group["params"] if p.grad is not None])
+            if params := [p for p in group["params"] if p.grad is not None]:
+                self.update(group, params)
         return loss
+
+    def kept(self, p, name):
+        """What is remembered of p from step to step, at first zeros."""
+        state = self.state[p]
+        if name not in state:
+            state[name] = torch.zeros_like(p)
+        return state[name]
 
 
 class SGD(Optimizer):
@@ -338,15 +337,14 @@ class SGD(Optimizer):
         for p in params:
             change = p.grad.add(p, alpha=group["weight_decay"])
             if group["momentum"]:
-                buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
-                change = buffer.mul_(group["momentum"]).add_(change)
+                change = self.kept(p, "buffer").mul_(group["momentum"]).add_(change)
             p.sub_(change, alpha=group["lr"])
 
 
-def adamw_update(p, g, m, v, step_size, correction, keep, beta1, beta2, eps):
-    """One AdamW step of lists of tensors, in place. step_size = lr / (1 - b1^t), correction =
-    1 / sqrt(1 - b2^t), keep = 1 - lr wd: numbers, or tensors of no dimension when compiled, so
-    that one compiled form holds for every step."""
+def adamw_update(p, g, m, v, rates, beta1, beta2, eps):
+    """One AdamW step of lists of tensors, in place. rates: lr / (1 - b1^t), 1 / sqrt(1 - b2^t) and
+    1 - lr wd in one tensor, so that what is compiled holds for every step."""
+    step_size, correction, keep = rates.unbind()
     torch._foreach_lerp_(m, g, 1 - beta1)
     torch._foreach_mul_(v, beta2)
     torch._foreach_addcmul_(v, g, g, 1 - beta2)
@@ -364,37 +362,25 @@ class AdamW(Optimizer):
 
     m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
     p = p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
-    Ten passes over memory; `compiled` makes them one where that outweighs the call.
+    Ten passes over memory, or one when compiled (`compile`): one call for all tensors of a group,
+    since by themselves the small ones would cost more in calls than in arithmetic.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.kernel = None
+        self.kernel = adamw_update
 
-    def compiled(self, above=4096):
-        """Update each tensor of more elements than `above` by one compiled kernel for all sizes."""
-        self.kernel, self.above = torch.compile(adamw_update, dynamic=True), above
+    def compile(self):
+        self.kernel = torch.compile(adamw_update, dynamic=False)
         return self
 
     def update(self, group, params):
         (b1, b2), t, lr = group["betas"], group["step"], group["lr"]
-        rates = [lr / (1 - b1**t), (1 - b2**t) ** -0.5, 1 - lr * group["weight_decay"]]
-        settings = b1, b2, group["eps"]
-        large = [p for p in params if self.kernel and p.numel() > self.above]
-        small = [p for p in params if not self.kernel or p.numel() <= self.above]
-        if large:
-            tensors = torch.tensor(rates, dtype=torch.float64).unbind()
-        for p in large:
-            flat = [[x.reshape(-1)] for x in self.tensors(p)]
-            self.kernel(*flat, *tensors, *settings)
-        if small:
-            adamw_update(*map(list, zip(*map(self.tensors, small))), *rates, *settings)
-
-    def tensors(self, p):
-        state = self.state[p]
-        if not state:
-            state.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
-        return p, p.grad, state["m"], state["v"]
+        rates = torch.tensor(
+            [lr / (1 - b1**t), (1 - b2**t) ** -0.5, 1 - lr * group["weight_decay"]],
+            dtype=torch.promote_types(params[0].dtype, torch.float32), device=params[0].device)
+        self.kernel(params, [p.grad for p in params], [self.kept(p, "m") for p in params],
+                    [self.kept(p, "v") for p in params], rates, b1, b2, group["eps"])
 
 
 POLAR = [(3.4445, -4.7750, 2.0315)] * 5  # a, b, c of each step of newton_schulz
@@ -437,23 +423,23 @@ class Muon(Optimizer):
         mu = min(group["momentum"], 0.85 + (group["momentum"] - 0.85) * group["step"] / 300)
         alike = defaultdict(list)
         for p in params:
-            cuts = tuple(dim for dim, *_ in getattr(p, "splits", ()))
-            alike[p.shape, cuts].append(p)
-        for params in alike.values():
-            buffers = [self.state[p].setdefault("buffer", torch.zeros_like(p)) for p in params]
-            grads = [p.grad for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - mu)
-            nesterov = torch.stack(torch._foreach_lerp(grads, buffers, mu))  # (matrices, m, n)
-            changes = distributed.orthogonalize_sharded(newton_schulz, nesterov, params[0])
-            self.move(group, params, changes.to(params[0].dtype))
+            alike[p.shape, tuple(dim for dim, *_ in getattr(p, "splits", ()))].append(p)
+        for (_, cuts), params in alike.items():
+            nesterov = torch.stack([self.momentum(p, mu) for p in params])  # (matrices, m, n)
+            changes = (distributed.orthogonalize_sharded(newton_schulz, nesterov, params[0]) if cuts
+                       else newton_schulz(nesterov))
+            rows, columns = distributed.whole_shape(params[0])
+            lr = group["lr"] * max(1, rows / columns) ** 0.5
+            wd = group["lr"] * group["weight_decay"]
+            for p, change in zip(params, changes):
+                if wd:  # cautious: only where the step itself points to zero (Liang et al. 2024)
+                    p.sub_(p * (p * change > 0) * wd if group["cautious"] else p * wd)
+                p.sub_(change, alpha=lr)
 
-    def move(self, group, params, changes):
-        rows, columns = distributed.whole_shape(params[0])
-        lr, wd = group["lr"] * max(1, rows / columns) ** 0.5, group["lr"] * group["weight_decay"]
-        for p, change in zip(params, changes):
-            if wd:  # cautious: only where the step itself points towards zero (Liang et al. 2024)
-                p.sub_(p * (p * change > 0) * wd if group["cautious"] else p * wd)
-            p.sub_(change, alpha=lr)
+    def momentum(self, p, mu):
+        """The Nesterov mix of a matrix; one at a time stays in the cache, all at once would not."""
+        buffer = self.kept(p, "buffer").lerp_(p.grad, 1 - mu)
+        return p.grad.lerp(buffer, mu)
 
 
 def clip_grad_norm(parameters, max_norm):
@@ -532,32 +518,15 @@ def uncompiled():
         yield
 
 
-@dataclass
-class Score:
-    """Validation: nats per token, its exponential, and bits per byte of text."""
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float  # nan without a tokenizer: the bytes behind the tokens are unknown
-
-
-def byte_lengths(tok, vocab_size):
-    """How many bytes of text each id stands for, (V,); special tokens stand for none."""
-    lengths = torch.zeros(vocab_size, dtype=torch.float64)
-    for i, word in tok.vocab.items() if tok else ():
-        lengths[i] = 0 if i in tok.special_tokens.values() else len(word)
-    return lengths
-
-
 @torch.no_grad()
 @uncompiled()
 def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
-    """Score the validation arrays in windows of T tokens that do not overlap, shared by the ranks.
+    """(nats per token, bits per byte) of validation arrays, in windows that do not overlap.
 
     Bits per byte divides all nats, those of <|endoftext|> too, by the bytes of the text, so it
-    compares across tokenizers: nats / ln 2 / bytes. Every rank makes equally many calls of
-    model.loss, since where the model is split they need each other; model is a Parallel, or
-    anything with such a loss.
+    compares across tokenizers: nats / ln 2 / bytes; without a tokenizer it is nan. The ranks share
+    the windows, and each makes equally many calls of model.loss, since where the model is split
+    they need each other; model is a Parallel, or anything with such a loss.
     """
     T, B = args.context_length, args.micro_batch
     starts = [(a, i) for a in val for i in range(0, len(a) - T, T)]
@@ -565,7 +534,9 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
     starts = starts[:max(1, (max_tokens or 10**12) // T)]
     rank, ranks, readers = getattr(model, "data_ranks", (RANK, WORLD_SIZE, 1))
     mine = starts[rank::ranks]
-    lengths = byte_lengths(tok, args.vocab_size).to(device)
+    lengths = torch.zeros(args.vocab_size, dtype=torch.float64, device=device)  # in bytes
+    for i, word in tok.vocab.items() if tok else ():
+        lengths[i] = 0 if i in tok.special_tokens.values() else len(word)
     sums = np.zeros(3)  # nats, tokens, bytes of text
     model.eval()  # no balancing loss of a mixture of experts
     for i in range(0, -(-len(starts) // ranks), B):
@@ -575,13 +546,10 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
         with autocast():
             nats = model.loss(ids[:, :-1], targets, reduction="sum").item()
         if i < len(mine):  # or this rank has nothing left, and only keeps the others company
-            text_bytes = lengths[targets].sum().item()
-            sums += nats, targets.numel() / readers, text_bytes / readers
+            sums += nats, targets.numel() / readers, lengths[targets].sum().item() / readers
     model.train()
     nats, tokens, text_bytes = all_reduce_sum(sums.tolist(), device)
-    loss = nats / tokens
-    bits = nats / math.log(2) / text_bytes if text_bytes else math.nan
-    return Score(loss, math.exp(min(loss, 700)), bits)
+    return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else math.nan
 
 
 @uncompiled()
@@ -632,15 +600,13 @@ def load_checkpoint(src, model, optimizer):
 
 
 # What a run is: to go on under other values would be a different run.
-MODEL_FLAGS = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff",
-               "ffn", "norm", "norm_type", "position", "qk_norm", "zero_init", "tie_embeddings",
-               "logit_softcap", "value_embeddings", "residual_scalars")
-IDENTITY = MODEL_FLAGS + (
-    "recipe", "optimizer", "batch_size", "schedule", "warmup", "decay", "min_lr", "lr", "muon_lr",
-    "weight_decay", "cautious", "momentum", "betas", "eps", "clip", "seed", "data_name", "pack",
-    "dtype")
+IDENTITY = (
+    "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "ffn", "norm",
+    "norm_type", "position", "qk_norm", "zero_init", "tie_embeddings", "logit_softcap",
+    "value_embeddings", "residual_scalars", "recipe", "optimizer", "batch_size", "schedule",
+    "warmup", "decay", "min_lr", "lr", "muon_lr", "weight_decay", "cautious", "momentum", "betas",
+    "eps", "clip", "seed", "data_name", "pack", "dtype")
 COUNTERS = ("loss_scale", "good_steps", "skipped")  # of a Run
-FORMAT = 2  # of train_state.pt: optimizer state by the parameters' names
 
 
 def whole_state(run):
@@ -653,11 +619,9 @@ def whole_state(run):
         model = model_py.Transformer(replace(run.config))
         model.load_state_dict(weights, strict=False)
         return model, states
-    states = {name: {} for name, _ in run.model.named_parameters()}
-    for name, p in run.model.named_parameters():
-        for optimizer in run.optimizers:
-            states[name] |= getattr(optimizer, "local", optimizer).state.get(p, {})
-    return run.model, states
+    kept = [getattr(optimizer, "local", optimizer).state for optimizer in run.optimizers]
+    return run.model, {name: next((state[p] for state in kept if p in state), {})
+                       for name, p in run.model.named_parameters()}
 
 
 def step_folders(out):
@@ -681,7 +645,7 @@ def save_run(run):
         model.save_pretrained(work)
         if run.data.tokenizer:
             run.data.tokenizer.save(work)
-        torch.save({"format": FORMAT, "iteration": run.step, "optimizers": states,
+        torch.save({"iteration": run.step, "optimizers": states,
                     "updates": run.optimizers[0].param_groups[0].get("step", 0),
                     "steps": args.steps, "full_rate_until": branch,
                     "settings": {k: getattr(args, k) for k in IDENTITY},
@@ -709,15 +673,10 @@ def save_run(run):
 def read_state(folder, mmap=False):
     """A checkpoint's train_state.pt."""
     try:
-        state = torch.load(folder / "train_state.pt", "cpu", weights_only=True, mmap=mmap)
+        return torch.load(folder / "train_state.pt", "cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}/train_state.pt: cannot be read; remove {folder} to go on from "
                          "the one before it, or --restart") from error
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{folder}/train_state.pt: has format {state.get('format', 1)}, this "
-                         f"train.py reads {FORMAT}; --restart begins again, --init-from {folder} "
-                         "with another --out keeps the weights")
-    return state
 
 
 def find_run(args):
@@ -742,18 +701,10 @@ def find_run(args):
 
 def lock_run(out):
     """Refuse a second process that would write into the same folder; the lock dies with us."""
-    if RANK:
-        return None
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(out) / ".lock", "w")
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(out) / ".lock", "w")
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot be written to ({error.strerror})") from None
-    try:
-        import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
     except BlockingIOError:
         raise ValueError(f"--out {out}: another run is writing there; give another --out") from None
     return lock
@@ -762,42 +713,18 @@ def lock_run(out):
 # ---- the log -----------------------------------------------------------------------------------
 
 
-COLUMNS = f"{'step':>13} {'loss':>7} {'lr':>6} {'gnorm':>6} {'tok/s':>8} {'MFU':>5} {'GB':>5} left"
-
-
 def clock(seconds):
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
-def other_logs(args):
-    """Functions of a record for --tensorboard and --wandb, if asked for and installed."""
-    sinks, flag = [], ""
-    try:
-        if args.tensorboard:
-            flag = "tensorboard"
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(Path(args.out) / flag)
-            sinks.append(lambda record: [writer.add_scalar(name, value, record["step"])
-                                         for name, value in record.items() if value is not None])
-        if args.wandb:
-            flag = "wandb"
-            import wandb
-            run = wandb.init(project=args.wandb, dir=args.out, config=vars(args))
-            sinks.append(lambda record: run.log(record, step=record["step"]))
-    except ImportError as error:
-        raise ValueError(f"--{flag}: not installed ({error}); pip install {flag}") from None
-    return sinks
-
-
 class Log:
-    """One line a step into log.jsonl, one in --log-every on the screen, a plot of it all."""
+    """One line a step into log.jsonl, and into what else was asked for; a plot of it all."""
 
     def __init__(self, args, resumed_at):
         if RANK:
             return
         self.path, self.records = Path(args.out) / "log.jsonl", []
-        self.sinks = other_logs(args)
         if resumed_at and self.path.exists():  # without what was logged beyond the checkpoint
             lines = self.path.read_text().splitlines()
             records = [json.loads(x) for x in lines if x.endswith("}")]  # a kill cuts lines short
@@ -806,6 +733,13 @@ class Log:
         beside.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         os.replace(beside, self.path)
         self.file = open(self.path, "a", buffering=1)
+        self.wandb = self.tensorboard = None
+        if args.wandb:
+            import wandb
+            self.wandb = wandb.init(project=args.wandb, dir=args.out, config=vars(args))
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(Path(args.out) / "tensorboard")
 
     def write(self, **record):
         if RANK:
@@ -813,8 +747,11 @@ class Log:
         record = {k: v if math.isfinite(v) else None for k, v in record.items()}
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
-        for sink in self.sinks:
-            sink(record)
+        if self.wandb:
+            self.wandb.log(record, step=record["step"])
+        for name, value in record.items() if self.tensorboard else ():
+            if value is not None:
+                self.tensorboard.add_scalar(name, value, record["step"])
 
     def draw(self):
         """loss.png: the training loss, its running mean, and validation, against tokens."""
@@ -849,29 +786,21 @@ GPU_PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "B
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def matmul_flops(device, dtype, size=1024, repeats=3):
-    """FLOP/s of a (size, size) matrix product here, best of a few."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    best = math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
 def choose_dtype(args, device):
     """(dtype of matrix products, peak FLOP/s). auto: bf16 where it is clearly faster than fp32.
 
     Some CPUs multiply bf16 four times as fast (AVX512-BF16, AMX), others emulate it at a tenth.
     """
-    speed = dict(bf16=0.0, fp32=0.0)
-    for name in ["bf16", "fp32"] * 4:  # in turns: on a busy machine either may be held up once
-        speed[name] = max(speed[name], matmul_flops(device, DTYPES[name]))
+    best, n = dict(bf16=math.inf, fp32=math.inf), 1024  # seconds of an (n, n) product
+    for name in ["bf16", "fp32"] * 12:  # in turns: on a busy machine either may be held up once
+        a = torch.randn(n, n, device=device).to(DTYPES[name])
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        best[name] = min(best[name], time.perf_counter() - start)
     if args.dtype == "auto":  # rank 0 decides for all
-        better = float(speed["bf16"] > 1.5 * speed["fp32"] and RANK == 0)
+        better = float(1.5 * best["bf16"] < best["fp32"] and RANK == 0)
         args.dtype = "bf16" if all_reduce_sum([better], device)[0] else "fp32"
-    peak = speed["fp32" if args.dtype == "fp32" else "bf16"]
+    peak = 2 * n**3 / best["fp32" if args.dtype == "fp32" else "bf16"]
     if device.type == "cuda" and args.dtype != "fp32":
         gpu = torch.cuda.get_device_name(device)
         peak = next((p * 1e12 for k, p in GPU_PEAKS.items() if k in gpu), peak)
@@ -897,29 +826,22 @@ def compile_blocks(model, optimizers, args, device):
             layer.forward = torch.compile(layer.forward)
         else:
             layer.compile()
-    for optimizer in optimizers:
-        optimizer = getattr(optimizer, "local", optimizer)
+    for optimizer in (getattr(o, "local", o) for o in optimizers):
         if isinstance(optimizer, AdamW):
-            optimizer.compiled()
+            optimizer.compile()
     return "compiled blocks"
 
 
 def checkpoint_blocks(model):
     """Keep only each block's input for the backward pass and compute the block again there."""
     for layer in model.layers:
-        def forward(*args, run=layer.forward, **context):
-            if not torch.is_grad_enabled():
-                return run(*args, **context)
-            return checkpoint(run, *args, use_reentrant=False, **context)
-
-        layer.forward = forward
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def memory_gb(device):
     """Peak memory: the allocator's on a GPU, the process's (resident) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -953,6 +875,10 @@ class Run:
     def model(self):  # this rank's part of it
         return self.parallel.model
 
+    @property
+    def tokens_per_step(self):
+        return self.args.batch_size * self.args.context_length
+
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -977,14 +903,13 @@ def make_mesh(args):
     split = {axis: getattr(args, axis) for axis in ("tp", "cp", "pp", "ep")}
     count = math.prod(split.values())
     if WORLD_SIZE % count:
-        product = " x ".join(f"--{axis} {n}" for axis, n in split.items() if n > 1)
-        raise ValueError(f"{product}: {WORLD_SIZE} ranks are not a multiple of {count}; see "
-                         "torchrun's --nproc-per-node")
+        raise ValueError(f"--tp x --cp x --pp x --ep: {WORLD_SIZE} ranks are not a multiple of "
+                         f"{count}; see torchrun's --nproc-per-node")
     data = WORLD_SIZE // count
-    if args.batch_size < data * args.ep or (
-            args.parallel == "fsdp" and args.batch_size % (data * args.ep)):
-        raise ValueError(f"--batch-size {args.batch_size}: {data * args.ep} ranks cannot share it")
-    return distributed.Mesh(**{"fsdp" if args.parallel == "fsdp" else "dp": data}, **split)
+    readers, fsdp = data * args.ep, args.parallel == "fsdp"
+    if args.batch_size < readers or fsdp and args.batch_size % readers:
+        raise ValueError(f"--batch-size {args.batch_size}: {readers} ranks cannot share it")
+    return distributed.Mesh(**{"fsdp" if fsdp else "dp": data}, **split)
 
 
 def build_run(args, device, data, resume_from=None):
@@ -1010,19 +935,15 @@ def build_run(args, device, data, resume_from=None):
     run.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
     parallel.autocast = run.autocast
     if resume_from:
-        restore(run, read_state(resume_from))
+        state = read_state(resume_from)
+        run.step = state["iteration"]
+        for name in COUNTERS:
+            setattr(run, name, state[name])
+        parallel.take_state(state["optimizers"], optimizers)  # of which each rank takes its part
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["step"] = state["updates"]
     run.compiled = compile_blocks(run.model, optimizers, args, device)
     return run
-
-
-def restore(run, state):
-    """Give a new run the step, the counters and each rank its part of the optimizers' state."""
-    run.step = state["iteration"]
-    for name in COUNTERS:
-        setattr(run, name, state[name])
-    run.parallel.take_state(state["optimizers"], run.optimizers)
-    for group in (g for optimizer in run.optimizers for g in optimizer.param_groups):
-        group["step"] = state["updates"]
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -1059,8 +980,7 @@ def forward_backward(run, step):
     The divisor is the token count of all micro-batches on all ranks, so neither accumulation nor
     the number of ranks changes the gradient.
     """
-    tokens = run.args.batch_size * run.args.context_length
-    total = torch.zeros((), device=run.device)
+    tokens, total = run.tokens_per_step, torch.zeros((), device=run.device)
     with record_function("data"):
         batch = next_batch(run, step)
     for i, (inputs, targets) in enumerate(batch):
@@ -1093,9 +1013,8 @@ def update(run, factor):
 
 def train_step(run, step, stopping=False):
     """One update. Returns (mean loss, gradient norm, learning-rate factor, must stop)."""
-    factor = schedule(step, run.args)
+    factor, parameters = schedule(step, run.args), list(run.model.parameters())
     loss = forward_backward(run, step)
-    parameters = list(run.model.parameters())
     with record_function("clip"):
         if run.loss_scale != 1:
             torch._foreach_div_([p.grad for p in parameters if p.grad is not None], run.loss_scale)
@@ -1158,13 +1077,13 @@ def warm_up(run):
 
 
 def evaluate_and_log(run, log, max_tokens=None):
-    score = evaluate(run.parallel, run.data.val, run.args, run.device, run.data.tokenizer,
-                     run.autocast, max_tokens)
-    log.write(step=run.step, tokens=run.step * run.args.batch_size * run.args.context_length,
-              val_loss=score.loss, bits_per_byte=score.bits_per_byte)
+    loss, bits = evaluate(run.parallel, run.data.val, run.args, run.device, run.data.tokenizer,
+                          run.autocast, max_tokens)
+    log.write(step=run.step, tokens=run.step * run.tokens_per_step, val_loss=loss,
+              bits_per_byte=bits)
     log.draw()
-    say(f"{run.step:>6}/{run.args.steps:<6} validation loss {score.loss:.4f} nats/token, "
-        f"perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f} bits/byte")
+    say(f"{run.step:>6}/{run.args.steps:<6} validation loss {loss:.4f} nats/token, perplexity "
+        f"{math.exp(min(loss, 700)):.2f}, {bits:.4f} bits/byte")
 
 
 def report_spike(losses, loss, step):
@@ -1175,54 +1094,19 @@ def report_spike(losses, loss, step):
             "deviations above the 50 steps before")
 
 
-def log_line(run, loss, norm, factor, seconds, side_work):
-    """One line of COLUMNS; seconds and side_work (evaluation, saving) a step, for the time left."""
-    tokens = run.args.batch_size * run.args.context_length / seconds
-    mfu = tokens * run.flops_per_token / run.peak / WORLD_SIZE
-    left = clock((run.args.steps - run.step) * (seconds + side_work))
-    say(f"{run.step:>6}/{run.args.steps:<6} {loss:7.4f} {factor:6.3f} {norm:6.2f} {tokens:8,.0f} "
-        f"{mfu:5.1%} {memory_gb(run.device):5.2f} {left}"
-        + (f"  {run.skipped} skipped" if run.skipped else ""))
-
-
-def train_loop(run, caught, seconds_per_step):
-    """Steps until --steps, or until a signal was caught and the run saved."""
-    args, log, first = run.args, Log(run.args, run.step), run.step
-    times = deque(2 * [seconds_per_step], maxlen=50)  # the first step compiles the optimizer
-    losses, side_work = deque(maxlen=50), 0.0
-    say(COLUMNS)
-    while run.step < args.steps:
-        start = time.perf_counter()
-        loss, norm, factor, stopping = train_step(run, run.step, bool(caught))
-        times.append(time.perf_counter() - start)
-        run.step = done = run.step + 1
-        log.write(step=done, tokens=done * args.batch_size * args.context_length, loss=loss,
-                  gnorm=norm, lr=factor, seconds=round(times[-1], 4))
-        if math.isfinite(loss):
-            report_spike(losses, loss, done)
-            losses.append(loss)
-        if done % args.log_every == 0 or done in (1, args.steps):
-            side = side_work / max(1, done - 1 - first)
-            log_line(run, loss, norm, factor, float(np.median(times)), side)
-        start, last = time.perf_counter(), done == args.steps
-        if args.eval_every and done % args.eval_every == 0 and not last:
-            evaluate_and_log(run, log, EVAL_TOKENS)
-        if args.sample_every and done % args.sample_every == 0 and not last:
-            show_samples(run)
-        if (last or stopping or done == decay_start(args)
-                or args.save_every and done % args.save_every == 0):
-            save_run(run)
-        side_work += time.perf_counter() - start
-        if stopping and not last:
-            return
-    evaluate_and_log(run, log)
+def log_line(run, loss, norm, factor, seconds, left):
+    """One line on the screen; seconds a step, and seconds that are left."""
+    speed = run.tokens_per_step / seconds
+    say(f"{run.step:>6}/{run.args.steps:<6} {loss:7.4f} {factor:6.3f} {norm:6.2f} {speed:8,.0f} "
+        f"{speed * run.flops_per_token / run.peak / WORLD_SIZE:5.1%} {memory_gb(run.device):5.2f} "
+        f"{clock(left)}" + (f"  {run.skipped} skipped" if run.skipped else ""))
 
 
 def describe(run, seconds_per_step):
     """What is ahead, in aligned lines."""
-    args, c, tokens = run.args, run.config, run.args.batch_size * run.args.context_length
+    args, c, tokens = run.args, run.config, run.tokens_per_step
     train, val = (sum(map(len, arrays)) for arrays in (run.data.train, run.data.val))
-    with torch.device("meta"):  # sizes without numbers
+    with torch.device("meta"):  # the whole model, in sizes without numbers
         whole = model_py.Transformer(replace(c))
     going_on = f"; going on from step {run.step}" if run.step else ""
     rows = dict(
@@ -1242,12 +1126,12 @@ def describe(run, seconds_per_step):
 
 
 def train(args):
-    """Begin the run that the flags describe, or go on with it."""
+    """Begin the run that the flags describe, or go on with it: all that happens, in order."""
     began, device = time.time(), init_distributed(args.device)
     fill_defaults(args, device)
     if args.bench:
         return bench(args, device)
-    lock = lock_run(args.out)
+    lock = None if RANK else lock_run(args.out)
     data = prepare_data(args)
     args.data_name = data.name
     resume_from = None if args.restart else find_run(args)
@@ -1258,15 +1142,46 @@ def train(args):
         return
     for folder in [] if resume_from or RANK else step_folders(args.out):
         shutil.rmtree(folder)
-    seconds_per_step = warm_up(run)
-    describe(run, seconds_per_step)
+    seconds = warm_up(run)  # a step
+    describe(run, seconds)
     if args.profile or args.memory:
         return profile_steps(run) if args.profile else report_memory(run)
+
+    log, first, stopping, side_work = Log(args, run.step), run.step, False, 0.0
+    times = deque(2 * [seconds], maxlen=50)  # the first step compiles the optimizer
+    losses = deque(maxlen=50)
+    say(f"{'step':>13} {'loss':>7} {'lr':>6} {'gnorm':>6} {'tok/s':>8} {'MFU':>5} {'GB':>5} left")
     with noting_signals() as caught:
-        train_loop(run, caught, seconds_per_step)
-    if run.step < args.steps:
-        say(f"stopped at step {run.step}, saved in {args.out}; the same command goes on")
-        return
+        while run.step < args.steps and not stopping:
+            start = time.perf_counter()
+            loss, norm, factor, stopping = train_step(run, run.step, bool(caught))
+            times.append(time.perf_counter() - start)
+            run.step = step = run.step + 1
+            last = step == args.steps
+            log.write(step=step, tokens=step * run.tokens_per_step, loss=loss, gnorm=norm,
+                      lr=factor, seconds=round(times[-1], 4))
+            if math.isfinite(loss):
+                report_spike(losses, loss, step)
+                losses.append(loss)
+            if step % args.log_every == 0 or step == 1 or last:
+                seconds = float(np.median(times))
+                left = (args.steps - step) * (seconds + side_work / max(1, step - 1 - first))
+                log_line(run, loss, norm, factor, seconds, left)
+
+            start = time.perf_counter()
+            if args.eval_every and step % args.eval_every == 0 and not last:
+                evaluate_and_log(run, log, EVAL_TOKENS)
+            if args.sample_every and step % args.sample_every == 0 and not last:
+                show_samples(run)
+            due = args.save_every and step % args.save_every == 0
+            if due or last or stopping or step == decay_start(args):
+                save_run(run)
+            side_work += time.perf_counter() - start
+
+        if run.step < args.steps:
+            say(f"stopped at step {run.step}, saved in {args.out}; the same command goes on")
+            return
+        evaluate_and_log(run, log)
     show_samples(run)
     say(f"\ndone in {clock(time.time() - began)}: {args.out}/model.safetensors, loss.png, log.jsonl"
         f"\npython model.py generate --model {args.out} --prompt \"def \"")
@@ -1281,9 +1196,9 @@ def profile_steps(run, steps=10):
 
     The parts are record_function ranges; emit_nvtx makes them NVTX ranges for Nsight on CUDA.
     """
-    cuda = run.device.type == "cuda"
     train_step(run, run.step)  # compiles the optimizer
-    with torch.autograd.profiler.emit_nvtx(cuda), torch.profiler.profile() as profiler:
+    with (torch.autograd.profiler.emit_nvtx(run.device.type == "cuda"),
+          torch.profiler.profile() as profiler):
         start = time.perf_counter()
         for i in range(steps):
             train_step(run, run.step + 1 + i)
@@ -1295,8 +1210,8 @@ def profile_steps(run, steps=10):
                     for e in events.values()], key=lambda row: -max(row[1:]))[:12]
     say(f"\n{'a step':<40} {whole:>9.2f} ms\n{'part, then operator by itself':<40} {'host ms':>9} "
         f"{'device ms':>9} {'share':>6}")
-    for name, host, device in rows:
-        host, device = host / steps / 1e3, device / steps / 1e3
+    for name, *times in rows:
+        host, device = (t / steps / 1e3 for t in times)
         say(f"{name:<40} {host:>9.2f} {device:>9.2f} {max(host, device) / whole:>6.1%}")
     trace = Path(run.args.out) / f"trace-{RANK}.json"
     profiler.export_chrome_trace(str(trace))
@@ -1309,7 +1224,7 @@ def report_memory(run):
 
     Every storage counts once, where it is kept first; parameters do not count.
     """
-    kept, where = defaultdict(int), ["head and loss"]
+    kept, where, cuda = defaultdict(int), ["head and loss"], run.device.type == "cuda"
     seen = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
 
     def pack(tensor):
@@ -1323,7 +1238,6 @@ def report_memory(run):
         for name, module in layer.named_children():
             module.register_forward_pre_hook(lambda *_, n=f"layer {i} {name}": where.append(n))
             module.register_forward_hook(lambda *_: where.pop() and None)
-    cuda = run.device.type == "cuda"
     if cuda:
         torch.cuda.memory._record_memory_history()
     inputs, targets = read_batch(run, run.step)[0]
@@ -1459,7 +1373,7 @@ def make_parser():
         help += f" (default: {'none' if shown is None else shown})".replace("%", "%%")
         group.add_argument("--" + name.replace("_", "-"), default=default, help=help, **options)
 
-    yes_no = dict(action=argparse.BooleanOptionalAction)
+    yes_no, flag = dict(action=argparse.BooleanOptionalAction), dict(action="store_true")
     group = parser.add_argument_group("data")
     add("data", None, "text (.txt, .jsonl, .gz, a folder, a glob) or token files (.npy, .bin); "
         "Python's own library without it", nargs="*")
@@ -1500,29 +1414,26 @@ def make_parser():
     add("betas", [0.9, 0.95], "AdamW's means: of gradients, of squares", nargs=2, type=float)
     add("eps", None, "what AdamW adds to the root of its mean of squares")
     add("clip", None, "largest gradient norm, 0 for no clipping")
-    add("schedule", None, "learning rate over time",
-        choices=["wsd", "cosine", "linear", "constant"])
+    add("schedule", None, "learning rate", choices=["wsd", "cosine", "linear", "constant"])
     add("warmup", None, "steps of linear warm-up")
     add("decay", None, "share of the steps in which WSD falls")
     add("min_lr", None, "last learning rate, as a share of the full one")
-    add("nonfinite", "stop", "what a loss or gradient that is not finite does",
-        choices=["stop", "skip"])
+    add("nonfinite", "stop", "when loss or gradient is not finite", choices=["stop", "skip"])
     add("seed", 0, "of the weights and the order of the data")
     group = parser.add_argument_group("ranks, under torchrun")
-    add("parallel", "ddp", "what the ranks that share the data keep: everything, the optimizer's "
-        "state in parts, or the weights too", choices=["ddp", "zero1", "fsdp"])
+    add("parallel", "ddp", "what ranks that share the data keep: everything, the optimizer's state "
+        "in parts, or the weights too", choices=["ddp", "zero1", "fsdp"])
     add("tp", 1, "ranks that split the matrices")
     add("cp", 1, "ranks that split the sequence")
     add("pp", 1, "ranks that split the layers")
     add("ep", 1, "ranks that split the experts")
     group = parser.add_argument_group("run")
     add("out", "out", "folder of the checkpoint, log.jsonl and loss.png")
-    add("restart", False, "begin again, dropping the run in --out", action="store_true")
+    add("restart", False, "begin again, dropping the run in --out", **flag)
     add("device", "auto", "cpu, cuda, cuda:1, ...")
     add("dtype", "auto", "of matrix products", choices=["auto", "bf16", "fp16", "fp32"])
     add("compile", "auto", "torch.compile", choices=["auto", "on", "off"])
-    add("checkpoint_activations", False, "compute blocks again in the backward pass, for memory",
-        **yes_no)
+    add("checkpoint_activations", False, "compute blocks again in the backward pass", **yes_no)
     add("log_every", 50, "steps between lines")
     add("eval_every", None, "steps between validations, 0 for only the last")
     add("save_every", 100, "steps between checkpoints, 0 for only the last")
@@ -1530,12 +1441,11 @@ def make_parser():
     add("sample_every", 0, "steps between samples, 0 for only at the end")
     add("sample_prompts", None, "what to continue at the end", nargs="*")
     add("sample_tokens", 160, "tokens a sample")
-    add("tensorboard", False, "log to OUT/tensorboard too", action="store_true")
+    add("tensorboard", False, "log to OUT/tensorboard too", **flag)
     add("wandb", None, "Weights & Biases project to log to as well")
-    add("profile", False, "show where ten steps' time goes, and stop", action="store_true")
-    add("memory", False, "show what a batch keeps for the backward pass, and stop",
-        action="store_true")
-    add("bench", False, "time a step beside torch's own parts, and stop", action="store_true")
+    add("profile", False, "show where ten steps' time goes, and stop", **flag)
+    add("memory", False, "show what a batch keeps for the backward pass, and stop", **flag)
+    add("bench", False, "time a step beside torch's own parts, and stop", **flag)
     return parser
 
 
@@ -1543,7 +1453,7 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     try:
         train(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
