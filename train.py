@@ -120,14 +120,13 @@ def content_hash(files, *settings):
 
 def write_tokens(path, documents, tok):
     """Write every document's ids, <|endoftext|> after each, to a .npy file; returns their count."""
-    count = 0
-    ids = tok.encode_iterable((document + tokenizer_py.EOT for document in documents),
-                              allowed_special=[tokenizer_py.EOT])
+    count, texts = 0, (document + tokenizer_py.EOT for document in documents)
     with open(path, "wb") as f:
         tokenizer_py.write_header(f, tok.dtype, 0)  # of fixed size: written again with the count
-        while len(part := np.fromiter(islice(ids, 1 << 20), tok.dtype)):
-            f.write(part.tobytes())
-            count += len(part)
+        while some := list(islice(texts, 256)):
+            ids = tok.encode_numpy("".join(some), allowed_special=[tokenizer_py.EOT])
+            f.write(ids.tobytes())
+            count += len(ids)
         f.seek(0)
         tokenizer_py.write_header(f, tok.dtype, count)
     return count
