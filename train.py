@@ -687,6 +687,8 @@ def find_run(args):
     if not folders:
         return None
     state = read_state(folders[-1], mmap=True)
+    if not state.get("settings", {}).keys() >= set(IDENTITY):
+        raise ValueError(f"{folders[-1]} is another version's: give another --out, or --restart")
     if args.dtype == "auto":  # what was measured then need not be what would be measured now
         args.dtype = state["settings"]["dtype"]
     other = [f"--{k.replace('_', '-')} {state['settings'][k]}" for k in IDENTITY
