@@ -533,10 +533,9 @@ def read_items(name, path, limit=None):
     for i, row in enumerate(itertools.islice(task.rows(path), limit or None), 1):
         try:
             item = task.item(row)
-        except KeyError as error:
-            raise ValueError(f"{path}: item {i} has no {error}; it has {', '.join(row)}") from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: item {i} is none of {name}: {error}") from None
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: item {i} is none of {name}, {error!r}: {str(row)[:200]}"
+                             ) from None
         if item.choices and item.gold not in range(len(item.choices)):
             raise ValueError(f"{path}: item {i} has {len(item.choices)} choices, of which number "
                              f"{item.gold + 1} should be right")
@@ -633,10 +632,18 @@ def extract_boxed(text):
     return None
 
 
+def bracketed(matrix):
+    """\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix} -> [(1,2),(3,4)], from a match."""
+    rows = matrix.group(1).strip(" \\").split("\\\\")
+    return "[" + ",".join("(" + row.replace("&", ",") + ")" for row in rows) + "]"
+
+
 def clean(text):
     """LaTeX and typography to plain characters: "\\frac{1}{2}^\\circ" -> "((1)/(2)) degree"."""
     boxed = extract_boxed(text)
     text, before = (text if boxed is None else boxed).translate(CHARACTERS), ""
+    text = re.sub(r"\\begin ?\{.?(?:matrix|array)\}(?:\{[clr|]*\})?(.*?)"
+                  r"\\end ?\{.?(?:matrix|array)\}", bracketed, text, flags=re.S)
     text = re.sub(r"\\([A-Za-z]+)", lambda m: COMMANDS.get(m.group(1), m.group()), text)
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
@@ -647,8 +654,6 @@ def clean(text):
     return " ".join(text.split()).rstrip(".").strip()
 
 
-TOKEN = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![A-Za-z\d]))?|\.\d+)|"  # a number,
-                   r"([abcxyz](?=[abcxyz]{0,2}(?![A-Za-z]))|[A-Za-z]+)|(\S)")  # a name, a sign
 POINTS = [{c: Fraction(ord(c) * k % 1009 % 89 + 7, 13) for c in string.ascii_letters} |
           {"pi": math.pi} for k in (131, 457, 769)]
 
@@ -661,7 +666,9 @@ def parse(text):
     """
     text = re.sub(r"(?<![\d.])\d\d?!", lambda m: str(math.factorial(int(m.group()[:-1]))), text)
     text = re.sub(r"\|([^|]*)\|", r"~(\1)", text.translate(str.maketrans("{}[]", "()()")))
-    tokens, source = TOKEN.findall(text), ""
+    tokens, source = re.findall(  # numbers, names and signs
+        r"(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![A-Za-z\d]))?|\.\d+)|"
+        r"([abcxyz](?=[abcxyz]{0,2}(?![A-Za-z]))|[A-Za-z]+)|(\S)", text), ""
     if len(tokens) > MAX_TOKENS:
         raise ValueError("too long")
     for number, name, sign in tokens:
@@ -724,9 +731,6 @@ UNITS = {name: names.split()[0] for names in (
     "in inch inche", "s second sec", "min minute", "h hour hr", "am", "pm", "g gram",
     "mg milligram", "kg kilogram", "lb pound", "oz ounce", "l liter litre", "ml milliliter",
     "degree deg", "dollar usd buck", "% percent") for name in names.split()}
-WITH_UNIT = re.compile(r"(.*(?:[\d)!.]|\bpi)) ?"
-                       r"(%|[A-Za-z]+(?: ?(?:/|per\b|\^) ?\(?[A-Za-z\d]+\)?| [A-Za-z]{2,})*)")
-
 
 def split_unit(text):
     """"12.5 square cm" -> ("12.5", "cm^2"); "x + 2" -> ("x + 2", "")."""
@@ -735,7 +739,8 @@ def split_unit(text):
         word = word[:-1] if len(word) > 2 and word[-1] == "s" else word
         return UNITS.get(word, word)
 
-    m = WITH_UNIT.fullmatch(text)
+    m = re.fullmatch(r"(.*(?:[\d)!.]|\bpi)) ?(%|[A-Za-z]+"
+                     r"(?: ?(?:/|per\b|\^) ?\(?[A-Za-z\d]+\)?| [A-Za-z]{2,})*)", text)
     unit = m.group(2).lower() if m else ""
     first = re.match("%|[a-z]*", unit).group()
     if first in ("", "sqrt", "inf", "and") or len(first) < 3 and first not in UNITS:
@@ -759,24 +764,17 @@ def split_top(text):
     return parts
 
 
-BETWEEN = re.compile(r"(?:([^<≤]+)([<≤]))? ?([a-z]) ?(?:([<≤])([^<≤]+))?")
-
-
 def interval(text):
     """2 < x <= 5 -> "(2,5]", x > 3 and 3 < x -> "(3,inf)"; other texts as they are."""
     text = re.sub(r"^[a-z] in ", "", text)
     if ">" in text or "≥" in text:
         text = "".join(reversed(re.split("([>≥])", text))).translate(str.maketrans(">≥", "<≤"))
-    m = BETWEEN.fullmatch(text)
+    m = re.fullmatch(r"(?:([^<≤]+)([<≤]))? ?([a-z]) ?(?:([<≤])([^<≤]+))?", text)
     if not m or len(text) == 1:
         return text
     low, opening, _, closing, high = m.groups()
     return f"{'[' if opening == '≤' else '('}{low or '-inf'},{high or 'inf'}" + (
         "]" if closing == "≤" else ")")
-
-
-MATRIX = re.compile(r"\\begin ?\{[bpvB]?(?:matrix|array)\}(?:\{[clr|]*\})?(.*)"
-                    r"\\end ?\{[bpvB]?(?:matrix|array)\}")
 
 
 def structure(text, depth=0):
@@ -791,11 +789,7 @@ def structure(text, depth=0):
     inner = split_top(text[1:-1])
     plain = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
     listed = split_top(re.sub(r",? and ", ",", plain))
-    if matrix := MATRIX.fullmatch(text):
-        kind, parts = "matrix", matrix.group(1).strip(" \\").split("\\\\")
-    elif "&" in text:
-        kind, parts = "row", text.split("&")
-    elif "∪" in text:
+    if "∪" in text:
         kind, parts = "union", text.split("∪")
     elif len(inner) > 1 and re.fullmatch(r"[(\[].*[)\]]", text):
         kind, parts = text[0] + text[-1], inner
@@ -809,7 +803,8 @@ def structure(text, depth=0):
         kind, parts = "list", [text.replace("±", sign, 1) for sign in "+-"]
     elif plain.count("=") == 1:
         named = re.fullmatch(r"\\?[A-Za-z]\w* ?(?:\([a-z]\))? ?=(.*)", plain)
-        return "equation", (plain, structure(named.group(1), depth + 1) if named else None)
+        right = structure(named.group(1), depth + 1) if named else ("text", plain)
+        return "equation", (plain, right)
     else:
         try:
             value, unit = split_unit(plain)
@@ -844,10 +839,9 @@ def same(a, b):
     """Whether two structures mean the same; x = 5 is also 5."""
     (kind, x), (other, y) = a, b
     if kind == other == "equation":
-        return bool(x[1] and y[1] and same(x[1], y[1])) or same_equation(x[0], y[0])
+        return same(x[1], y[1]) or same_equation(x[0], y[0])
     if "equation" in (kind, other):
-        a, b = x[1] if kind == "equation" else a, y[1] if other == "equation" else b
-        return bool(a and b) and same(a, b)
+        return same(x[1], b) if kind == "equation" else same(a, y[1])
     if kind != other or kind == "text":
         return a == b
     if kind == "number":
@@ -861,9 +855,6 @@ def same(a, b):
             return False
         left.remove(match)
     return not left
-
-
-HEDGE = re.compile(r"\b(?:or|either|maybe|approximately|about|roughly)\b", re.I)
 
 
 def grade(given, gold):
@@ -881,7 +872,8 @@ def grade(given, gold):
         return False
     if given.strip().casefold() == gold.strip().casefold():
         return True
-    if max(len(given), len(gold)) > MAX_CHARS or HEDGE.search(given):
+    if max(len(given), len(gold)) > MAX_CHARS or re.search(
+            r"\b(?:or|either|maybe|approximately|about|roughly)\b", given, re.I):
         return False
     try:
         a, b = clean(given), clean(gold)
@@ -984,13 +976,13 @@ class NGram:
         return np.log(p), guess == np.asarray(ids)[2:]
 
 
-def continuation_items(ids, T, count, seed=0):
-    """[(context, four continuations)]: first the true next 64 ids, then three from elsewhere."""
+def continuation_pairs(ids, T, count, seed=0):
+    """(context, continuation) four by four: the true next 64 ids, then three from elsewhere."""
     rng, n = np.random.default_rng(seed), min(64, T // 4)
     starts = rng.integers(0, len(ids) - T, (count, 4))
-    return [(ids[s[0]:s[0] + T - n].tolist(),
-             [ids[s[0] + T - n:s[0] + T].tolist(), *(ids[o:o + n].tolist() for o in s[1:])])
-            for s in starts]
+    starts[:, 0] += T - n  # from here on the truth
+    return [(ids[row[0] - T + n:row[0]].tolist(), ids[s:s + n].tolist())
+            for row in starts for s in row]
 
 
 def ngram_overlap(ids, train, n=13):
@@ -1031,11 +1023,10 @@ def data_name(folder):
 def evaluate_checkpoint(args):
     """Bits per byte, next-token accuracy and choosing the true continuation, on held-out text."""
     model, tok = load_model(args)
-    folder, T, V = Path(args.cache) / data_name(args.model), model.config.context_length, 0
-    if not (folder / "val.npy").exists():
-        raise ValueError(f"{folder}/val.npy: not there; --cache is the folder that train.py wrote")
-    train, val = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("train", "val"))
-    val, V = np.asarray(val[:args.limit * T + 1] if args.limit else val), tok.vocab_size
+    T, V, folder = model.config.context_length, tok.vocab_size, Path(args.cache)
+    train, val = (np.load(folder / data_name(args.model) / f"{split}.npy", mmap_mode="r")
+                  for split in ("train", "val"))
+    val = np.asarray(val[:args.limit * T + 1] if args.limit else val)
     special = tok.special_tokens.values()
     lengths = np.array([0 if i in special else len(tok.vocab.get(i, b"")) for i in range(V)])
     say(f"model       {args.model}: {model.num_parameters() / 1e6:.2f}M parameters\n"
@@ -1049,12 +1040,12 @@ def evaluate_checkpoint(args):
                      for s in range(0, len(val) - T, T)])
     logprobs, hits = (torch.stack(x).double().numpy() for x in zip(*windows))  # (windows, T)
     ngram_logprobs, ngram_hits = ngram.score(val)
-    pairs = [(c, d) for c, four in continuation_items(val, T, args.items) for d in four]
+    pairs = continuation_pairs(val, T, args.items)
     right = torch.stack([x.sum() for x, _ in score(pairs)]).view(-1, 4).argmax(1) == 0
     ngram_choice = np.array([ngram.score(c[-2:] + d)[0].sum() for c, d in pairs]).reshape(-1, 4)
-    bits = 1 / math.log(2) / lengths[val[1:hits.size + 1]].mean()  # a byte, of one nat a token
-    rows = [("bits per byte", -bits * logprobs.mean(1), -ngram_logprobs.mean() * bits,
-             math.log(V) * bits),
+    per_byte = 1 / math.log(2) / lengths[val[1:hits.size + 1]].mean()  # bits, of one nat a token
+    rows = [("bits per byte", -per_byte * logprobs.mean(1), -ngram_logprobs.mean() * per_byte,
+             math.log(V) * per_byte),
             ("next-token accuracy", hits.mean(1), ngram_hits.mean(), 1 / V),
             ("continuation choice", right.double().numpy(), (ngram_choice.argmax(1) == 0).mean(),
              0.25)]
@@ -1113,7 +1104,10 @@ def load_model(args):
 
 def run_task(name, path, model, tok, args):
     """Score one task; returns its results, one dict an item, the same on every rank."""
-    items = read_items(name, path, args.limit)
+    items, overlaps = read_items(name, path, args.limit), []
+    if args.train_tokens:
+        train = np.load(args.train_tokens, mmap_mode="r")
+        overlaps = [ngram_overlap(tok.encode_numpy(i.context), train) for i in items]
     shots = Path(args.shots or Path(path) / "dev")
     if args.few_shot and not shots.exists():
         raise ValueError(f"--few-shot {args.few_shot}: give --shots, a file of worked examples")
@@ -1128,6 +1122,7 @@ def run_task(name, path, model, tok, args):
         texts = ["".join(r) for r in item.requests()] or [item.context]
         cut += "tokens" not in result and max(len(tok.encode(t)) for t in texts) > room
         result |= dict(task=name, index=i, group=item.group, prompt=texts[0])
+        result["metrics"] |= dict(overlap=overlaps[i]) if overlaps else {}
     if cut:
         say(f"{name}: {cut} of {len(items)} items are longer than the context of {limit}; their "
             "left was cut off")
@@ -1204,16 +1199,6 @@ def compare(paths):
             f"{p:>9.4f}{len(keys):>8}")
 
 
-def contamination(args):
-    """--train-tokens: how much of the tasks' questions is in the training tokens, by 13-grams."""
-    _, tok = load_model(args)
-    train = np.load(args.train_tokens, mmap_mode="r")
-    for name, path in args.task:
-        shares = [ngram_overlap(tok.encode_numpy(i.context), train) for i in read_items(name, path)]
-        say(f"{name:<14}{np.mean(shares):.2%} of the questions' 13-grams are in training; "
-            f"{sum(s > 0.5 for s in shares)} of {len(shares)} questions more than half")
-
-
 # ---- command line ------------------------------------------------------------------------------
 
 
@@ -1241,7 +1226,7 @@ def make_parser():
     add("--samples", type=int, default=1, help="answers an item, for pass@k (default: 1, greedy)")
     add("--results", help="file for one line of JSON an item; PATH.md and PATH.html beside it")
     add("--compare", nargs=2, metavar=("A", "B"), help="paired test of two results files")
-    add("--train-tokens", help="a .npy of training tokens: look for the tasks' questions in it")
+    add("--train-tokens", help="a .npy of training tokens: the questions' 13-grams found in it")
     add("--cache", default="data", help="train.py's cache, for its checkpoint (default: data)")
     add("--items", type=int, default=200, help="continuations to choose (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, ... (default: auto)")
@@ -1252,8 +1237,6 @@ def make_parser():
 def evaluate(args):
     if args.compare:
         return compare(args.compare)
-    if args.train_tokens:
-        return contamination(args)
     if not args.task:
         return evaluate_checkpoint(args)
     model, tok = load_model(args)
