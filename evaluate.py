@@ -115,6 +115,24 @@ def score_batch(model, groups, cache=None, shared=0):
     return zip(torch.cat(scores).cpu().split(lengths), torch.cat(greedy).cpu().split(lengths))
 
 
+def shared_runs(groups):
+    """Groups (context, continuations) in runs whose contexts begin alike: (groups, shared tokens).
+
+    Sixteen tokens that more than three contexts begin with (worked examples) are worth a cache of
+    their own. All others are one run that shares nothing; within a run the shortest come first.
+    """
+    often = Counter(c[:16] for c, _ in groups)
+
+    def beginning(group):
+        return group[0][:16] if len(group[0]) > 16 and often[group[0][:16]] > 3 else ()
+
+    ordered = sorted(groups, key=lambda g: (beginning(g), len(g[0])))
+    for begins_alike, run in itertools.groupby(ordered, beginning):
+        run = list(run)
+        common = len(os.path.commonprefix([c for c, _ in run]))
+        yield run, min(common, len(run[0][0]) - 1) if begins_alike else 0
+
+
 @torch.inference_mode()
 def score_tokens(model, pairs, batch_tokens=512, progress=None):
     """(log-probabilities (T,), is it the likeliest (T,)) of each (context, continuation), in ids.
@@ -130,19 +148,10 @@ def score_tokens(model, pairs, batch_tokens=512, progress=None):
     done = {pair: (torch.zeros(0), torch.ones(0, dtype=torch.bool)) for pair in pairs}
     for c, d in filter(lambda pair: pair[1], pairs):  # a short context is not worth sharing
         groups.setdefault(c if len(c) > len(d) else (c, d), (c, {}))[1][d] = None
-    often, rate, growing, finished = Counter(c[:16] for c, _ in groups.values()), 0.0, True, 0
-
-    def beginning(group):
-        return group[0][:16] if len(group[0]) > 16 and often[group[0][:16]] > 3 else ()
-
-    ordered = sorted(groups.values(), key=lambda g: (beginning(g), len(g[0])))
-    runs = [(start, list(run)) for start, run in itertools.groupby(ordered, beginning)]
-    for begins_alike, run in runs:
-        cache, shared = None, 0
-        if begins_alike:
-            contexts = [c for c, _ in run]
-            shared = min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)
-            cache = extend(model, None, [0], [0], [contexts[0][:shared]])[1]
+    rate, growing, finished = 0.0, True, 0
+    for run, shared in shared_runs(groups.values()):
+        begins = run[0][0][:shared]
+        cache = extend(model, None, [0], [0], [begins])[1] if shared else None
         sizes = [len(c) - shared + sum(map(len, ds)) for c, ds in run]
         while run:
             count = max(1, sum(total <= batch_tokens for total in itertools.accumulate(sizes)))
@@ -1012,12 +1021,12 @@ def verbatim_rate(model, train, count, seed=0):
 
 def data_name(folder):
     """What train.py called the data of a checkpoint, or of the one that align.py started from."""
-    state = Path(folder or "") / "train_state.pt"
-    if not folder or not state.exists():
-        raise ValueError(f"{folder or 'the checkpoint'}: has no train_state.pt of train.py to find "
-                         "its validation text by; give --task NAME=FILE")
+    state = Path(folder) / "train_state.pt"
+    if not state.exists():
+        raise ValueError(f"{state}: not there, and it names the validation text; give --task "
+                         "NAME=FILE")
     settings = torch.load(state, weights_only=True, mmap=True)["settings"]
-    return settings.get("data_name") or data_name(settings.get("model"))
+    return settings.get("data_name") or data_name(settings.get("model") or "")
 
 
 def evaluate_checkpoint(args):
@@ -1226,7 +1235,7 @@ def make_parser():
     add("--samples", type=int, default=1, help="answers an item, for pass@k (default: 1, greedy)")
     add("--results", help="file for one line of JSON an item; PATH.md and PATH.html beside it")
     add("--compare", nargs=2, metavar=("A", "B"), help="paired test of two results files")
-    add("--train-tokens", help="a .npy of training tokens: the questions' 13-grams found in it")
+    add("--train-tokens", help="a .npy of training tokens: the share of 13-grams in it")
     add("--cache", default="data", help="train.py's cache, for its checkpoint (default: data)")
     add("--items", type=int, default=200, help="continuations to choose (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, ... (default: auto)")
