@@ -12,12 +12,15 @@ left; log-probabilities are fp32. Shapes: B rows, T tokens, D model width, V voc
 """
 
 import argparse
+import ast
 import csv
+import ctypes
 import html
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import signal
@@ -112,6 +115,24 @@ def score_batch(model, groups, cache=None, shared=0):
     return zip(torch.cat(scores).cpu().split(lengths), torch.cat(greedy).cpu().split(lengths))
 
 
+def shared_runs(groups):
+    """Groups (context, continuations) in runs whose contexts begin alike: (groups, shared tokens).
+
+    Sixteen tokens that more than three contexts begin with (worked examples) are worth a cache of
+    their own. All others are one run that shares nothing; within a run the shortest come first.
+    """
+    often = Counter(c[:16] for c, _ in groups)
+
+    def beginning(group):
+        return group[0][:16] if len(group[0]) > 16 and often[group[0][:16]] > 3 else ()
+
+    ordered = sorted(groups, key=lambda g: (beginning(g), len(g[0])))
+    for begins_alike, run in itertools.groupby(ordered, beginning):
+        run = list(run)
+        common = len(os.path.commonprefix([c for c, _ in run]))
+        yield run, min(common, len(run[0][0]) - 1) if begins_alike else 0
+
+
 @torch.inference_mode()
 def score_tokens(model, pairs, batch_tokens=512, progress=None):
     """(log-probabilities (T,), is it the likeliest (T,)) of each (context, continuation), in ids.
@@ -127,19 +148,10 @@ def score_tokens(model, pairs, batch_tokens=512, progress=None):
     done = {pair: (torch.zeros(0), torch.ones(0, dtype=torch.bool)) for pair in pairs}
     for c, d in filter(lambda pair: pair[1], pairs):  # a short context is not worth sharing
         groups.setdefault(c if len(c) > len(d) else (c, d), (c, {}))[1][d] = None
-    often, rate, growing, finished = Counter(c[:16] for c, _ in groups.values()), 0.0, True, 0
-
-    def beginning(group):
-        return group[0][:16] if len(group[0]) > 16 and often[group[0][:16]] > 3 else ()
-
-    ordered = sorted(groups.values(), key=lambda g: (beginning(g), len(g[0])))
-    runs = [(start, list(run)) for start, run in itertools.groupby(ordered, beginning)]
-    for begins_alike, run in runs:
-        cache, shared = None, 0
-        if begins_alike:
-            contexts = [c for c, _ in run]
-            shared = min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)
-            cache = extend(model, None, [0], [0], [contexts[0][:shared]])[1]
+    rate, growing, finished = 0.0, True, 0
+    for run, shared in shared_runs(groups.values()):
+        begins = run[0][0][:shared]
+        cache = extend(model, None, [0], [0], [begins])[1] if shared else None
         sizes = [len(c) - shared + sum(map(len, ds)) for c, ds in run]
         while run:
             count = max(1, sum(total <= batch_tokens for total in itertools.accumulate(sizes)))
@@ -292,6 +304,10 @@ class Item:
         contexts = self.contexts or [self.context] * len(self.choices)
         return [(c, self.delimiter + d) for c, d in zip(contexts, self.choices)]
 
+    def reword(self, change):
+        self.context = change(self.context)
+        self.contexts = self.contexts and list(map(change, self.contexts))
+
 
 def rows_of(path):
     """The rows, dicts, of a .jsonl, .json or .csv file, or of a folder of them."""
@@ -312,10 +328,9 @@ def mmlu_rows(path):
     """A folder with test/*_test.csv (and dev/*_dev.csv), which have no header."""
     for file in sorted(Path(path).glob("test/*.csv")) or sorted(Path(path).glob("*.csv")):
         subject = re.sub(r"_(test|val|dev)$", "", file.stem).replace("_", " ")
-        text = io.StringIO(file.read_text(encoding="utf-8"), newline="")
-        for i, row in enumerate(csv.reader(text)):
+        for i, row in enumerate(csv.reader(open(file, encoding="utf-8", newline="")), 1):
             if len(row) != 6 or row[5] not in list("ABCD"):
-                raise ValueError(f"{file}: row {i + 1} has {len(row)} columns, not a question, "
+                raise ValueError(f"{file}: row {i} has {len(row)} columns, not a question, "
                                  "four choices and a letter")
             yield dict(question=row[0].strip(), choices=row[1:5], answer=row[5], subject=subject)
 
@@ -527,10 +542,9 @@ def read_items(name, path, limit=None):
     for i, row in enumerate(itertools.islice(task.rows(path), limit or None), 1):
         try:
             item = task.item(row)
-        except KeyError as error:
-            raise ValueError(f"{path}: item {i} has no {error}; it has {', '.join(row)}") from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: item {i} is none of {name}: {error}") from None
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: item {i} is none of {name}, {error!r}: {str(row)[:200]}"
+                             ) from None
         if item.choices and item.gold not in range(len(item.choices)):
             raise ValueError(f"{path}: item {i} has {len(item.choices)} choices, of which number "
                              f"{item.gold + 1} should be right")
@@ -540,20 +554,20 @@ def read_items(name, path, limit=None):
     return items
 
 
-def add_shots(items, shots):
-    """Put worked examples, and a subject's heading for MMLU, before every context."""
+def add_shots(items, shots, count=None):
+    """Put `count` worked examples of its subject, and for MMLU a heading, before every context."""
     for item in items:
         before = ("The following are multiple choice questions (with answers) about "
                   f"{item.group}.\n\n" if item.group else "")
-        for s in shots:
-            if s.group == item.group:
-                context = s.contexts[s.gold] if s.contexts else s.context
-                before += context + s.delimiter + (s.shot or s.choices[s.gold]) + "\n\n"
-        item.contexts = item.contexts and [before + c for c in item.contexts]
-        item.context = before + item.context
+        for s in [s for s in shots if s.group == item.group][:count]:
+            if not s.shot and not s.choices:
+                raise ValueError("--few-shot: worked examples of this task have no answers to show")
+            context = s.contexts[s.gold] if s.contexts else s.context
+            before += context + s.delimiter + (s.shot or s.choices[s.gold]) + "\n\n"
+        item.reword(before.__add__)
 
 
-def add_turns(items, tok, template=None):
+def add_turns(items, tok, template=""):
     """Wrap every context into a user's turn of a chat, or a template that holds {instruction}."""
     def wrap(text):
         if template:
@@ -561,8 +575,8 @@ def add_turns(items, tok, template=None):
         return tok.apply_chat_template([dict(role="user", content=text)], True)
 
     for item in items:
-        item.context, item.delimiter = wrap(item.context), "" if item.choices else item.delimiter
-        item.contexts = item.contexts and list(map(wrap, item.contexts))
+        item.reword(wrap)
+        item.delimiter = "" if item.choices else item.delimiter
 
 
 def summarise(results):
@@ -575,289 +589,253 @@ def summarise(results):
         ece = calibration_error([r["confidence"] for r in results],
                                 [r["metrics"]["acc"] for r in results])
         table["ece"] = ece, math.nan, math.nan, math.nan
-    if "loglikelihood" not in results[0]:
-        return table
-    ll = np.array([r["loglikelihood"] for r in results])
-    units = [u for u in ("tokens", "words", "bytes") if u in results[0]]
-    for unit in units or ["items"]:
+    units = [u for u in ("tokens", "words", "bytes") if u in results[0]] or ["items"]
+    for unit in units if "loglikelihood" in results[0] else ():
+        nats = -np.array([r["loglikelihood"] for r in results])
         n = np.array([r.get(unit, 1) for r in results])
-        rate = -ll.sum() / n.sum()  # a ratio of sums: its error is that of -ll - rate n
-        errors = (-ll - rate * n) / n.mean()
-        spread, se = [rate + x for x in (0, *confidence_interval(errors))], standard_error(errors)
-        value, low, high = (math.exp(min(x, 700)) for x in spread)
+        rate = nats.sum() / n.sum()  # a ratio of sums: its error is that of nats - rate n
+        errors = (nats - rate * n) / n.mean()
+        nats_each, se = rate + np.array([0, *confidence_interval(errors)]), standard_error(errors)
+        value, low, high = np.exp(np.minimum(nats_each, 700)).tolist()
         table[f"{unit[:-1]}_perplexity"] = value, value * se, low, high
-    if "bytes" in units:  # the last of them
-        table["bits_per_byte"] = tuple(x / math.log(2) for x in (spread[0], se, *spread[1:]))
+        if unit == "bytes":
+            bits, low, high = nats_each / math.log(2)
+            table["bits_per_byte"] = bits, se / math.log(2), low, high
     return table
 
 
 # ---- the grader --------------------------------------------------------------------------------
 
-MAX_CHARS, MAX_TOKENS, MAX_DEPTH, MAX_BITS = 500, 120, 40, 4000  # they bound every answer's time
+MAX_CHARS, MAX_TOKENS, MAX_BITS = 500, 120, 4000  # they bound the time of every answer
+COMMANDS = {command: plain for plain, commands in (
+    (" ", "left right big Big bigg displaystyle quad qquad ldots"), ("*", "cdot times"),
+    ("/", "div"), (" pi ", "pi"), ("inf", "infty"), ("∪", "cup"), ("≤", "le leq leqslant"),
+    ("≥", "ge geq geqslant"), ("<", "lt"), (">", "gt"), ("±", "pm"), (" in ", "in colon"),
+    ("\\frac", "dfrac tfrac cfrac"), (" degree ", "degree")) for command in commands.split()}
+CHARACTERS = str.maketrans({
+    "×": "*", "·": "*", "÷": "/", "π": " pi ", "−": "-", "–": "-", "—": "-", "∞": "inf", "²": "^2",
+    "³": "^3", "√": "\\sqrt", "∈": " in ", "°": " degree ", "~": " "})
 LATEX = [(re.compile(pattern), plain) for pattern, plain in (
-    (r"\\(?:left|right|big|Big|bigg|displaystyle|quad|qquad|ldots)(?![A-Za-z])", " "),
-    (r"\{,\}", ","), (r"(?<!\\)\\[!,;: ]|~", " "), (r"\\\{", "⟨"), (r"\\\}", "⟩"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " degree "), (r"\\%", "%"),
-    (r"^\s*(-?)\s*\\?\$\s*(.*)$", r"\1\2 dollar"), (r"\\?\$", " dollar "),
-    (r"\\(?:cdot|times)|×|·", "*"), (r"\\div|÷", "/"), (r"\\pi|π", " pi "), (r"−|–|—", "-"),
-    (r"\\infty|∞", " inf "), (r"\\cup|∪", "∪"), (r"\\(?:leqslant|leq|le)(?![A-Za-z])|<=", "≤"),
-    (r"\\(?:geqslant|geq|ge)(?![A-Za-z])|>=", "≥"), (r"\\lt(?![A-Za-z])", "<"),
-    (r"\\gt(?![A-Za-z])", ">"), (r"\\pm(?![A-Za-z])", "±"), (r"√", r"\\sqrt"), (r"²", "^2"),
-    (r"³", "^3"), (r"\\(?:in|colon)(?![A-Za-z])|∈", " in "), (r"\\[dtc]frac", r"\\frac"),
+    (r"\{,\}", ","), (r"(?<!\\)\\[!,;: ]", " "), (r"\\\{", "⟨"), (r"\\\}", "⟩"), (r"\\%", "%"),
+    (r"\^\s*\{?\s*\\circ\s*\}?", " degree "), (r"^\s*(-?)\s*\\?\$\s*(.*)$", r"\1\2 dollar"),
+    (r"\\?\$", " dollar "), (r"<=", "≤"), (r">=", "≥"), (r"\+\s*inf\b", "inf"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\?\bsqrt\s*(\w)", r"\\sqrt{\1}"),
-    (r"\\?\bsqrt\s*\(", r"\\sqrt("))]
+    (r"\\?\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\d.^/)}])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"),  # mixed numbers
+    (r"(?<![\d.^/)}])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"(\1+\2/\3)"))]
 BRACES = [(re.compile(pattern), plain) for pattern, plain in (  # inner ones first, repeatedly
     (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
     (r"\\sqrt\s*\[([^][{}]*)\]\s*\{([^{}]*)\}", r"((\2)^(1/(\1)))"),
     (r"\\sqrt\s*\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\^\s*\{([^{}]*)\}", r"^(\1)"))]
-MIXED = re.compile(r"(?<![\d.^/)}])(\d+)(?:\s*\\frac\{(\d+)\}\{(\d+)\}|\s+(\d+)\s*/\s*(\d+)(?!\d))")
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
 def extract_boxed(text):
     """What the last \\boxed{...} of a text holds, braces balanced; None without one."""
-    start = text.rfind("\\boxed{")
-    depth, at = 0, start + len("\\boxed")
-    for brace in re.compile(r"[{}]").finditer(text, at) if start >= 0 else ():
+    start, depth = text.rfind("\\boxed{"), 0
+    for brace in re.finditer(r"[{}]", text[start:]) if start >= 0 else ():
         depth += 1 if brace.group() == "{" else -1
         if depth == 0:
-            return text[at + 1:brace.start()]
+            return text[start + len("\\boxed{"):start + brace.start()]
     return None
 
 
-def mixed_number(match):
-    """3 1/2 and 3\\frac{1}{2} mean 3.5, not 1.5; 3 5/2 means nothing."""
-    whole, top, bottom = (g for g in match.groups() if g)
-    return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else match.group()
+def bracketed(matrix):
+    """\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix} -> [(1,2),(3,4)], from a match."""
+    rows = matrix.group(1).strip(" \\").split("\\\\")
+    return "[" + ",".join("(" + row.replace("&", ",") + ")" for row in rows) + "]"
 
 
 def clean(text):
     """LaTeX and typography to plain characters: "\\frac{1}{2}^\\circ" -> "((1)/(2)) degree"."""
     boxed = extract_boxed(text)
-    text = text if boxed is None else boxed
+    text, before = (text if boxed is None else boxed).translate(CHARACTERS), ""
+    text = re.sub(r"\\begin ?\{.?(?:matrix|array)\}(?:\{[clr|]*\})?(.*?)"
+                  r"\\end ?\{.?(?:matrix|array)\}", bracketed, text, flags=re.S)
+    text = re.sub(r"\\([A-Za-z]+)", lambda m: COMMANDS.get(m.group(1), m.group()), text)
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
-    text, before = MIXED.sub(mixed_number, text), ""
     while text != before and len(text) < 4 * MAX_CHARS:
         before = text
         for pattern, plain in BRACES:
             text = pattern.sub(plain, text)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
+    return " ".join(text.split()).rstrip(".").strip()
 
 
-TOKEN = re.compile(r"\s*(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![A-Za-z\d]))?|\.\d+|"
-                   r"[abcxyz](?=[abcxyz]{0,2}(?![A-Za-z]))|\\?[A-Za-z]+|\S)")
-PRIORITY = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4}  # a sign binds at 3: -x^2 = -(x^2)
 POINTS = [{c: Fraction(ord(c) * k % 1009 % 89 + 7, 13) for c in string.ascii_letters} |
           {"pi": math.pi} for k in (131, 457, 769)]
 
 
-class Unreadable(ValueError):
-    """What was given is no expression that this grader reads."""
+def parse(text):
+    """The syntax tree of an expression as people write it; nothing of it is ever run.
 
-
-def evaluate_at(text):
-    """The values of an expression at three points: its letters stand for fixed fractions there.
-
-    So two polynomials are the same if their values are. Fractions are exact; a root that does
-    not come out even, and pi, make floats.
+    Python's parser reads it after some translation: numbers become strings, which stay exact,
+    products get their sign and |x| becomes ~(x), so 2x^2|y| is '2'*x**'2'*~(y).
     """
-    text = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
-    tokens = TOKEN.findall(text.translate(str.maketrans("{}[]", "()()")))
-    if not 0 < len(tokens) <= MAX_TOKENS:
-        raise Unreadable("empty or too long")
-    values = []
-    for point in POINTS:
-        rest = tokens[::-1]
-        values.append(expression(rest, point))
-        if rest:
-            raise Unreadable(rest[-1])
-    return tuple(values)
+    text = re.sub(r"(?<![\d.])\d\d?!", lambda m: str(math.factorial(int(m.group()[:-1]))), text)
+    text = re.sub(r"\|([^|]*)\|", r"~(\1)", text.translate(str.maketrans("{}[]", "()()")))
+    tokens, source = re.findall(  # numbers, names and signs
+        r"(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![A-Za-z\d]))?|\.\d+)|"
+        r"([abcxyz](?=[abcxyz]{0,2}(?![A-Za-z]))|[A-Za-z]+)|(\S)", text), ""
+    if len(tokens) > MAX_TOKENS:
+        raise ValueError("too long")
+    for number, name, sign in tokens:
+        if name and name not in POINTS[0] or sign not in "+-*/^()~":
+            raise ValueError(f"no expression: {name or sign}")
+        if (number or name or sign in "(~") and re.search(r"[\w')]$", source):
+            if number and source[-1] != ")":
+                raise ValueError("4 5 and x 5 are no products")
+            source += "*"
+        source += f"'{number}'" if number else name or sign.replace("^", "**")
+    return ast.parse(source, mode="eval").body
 
 
-def expression(rest, point, floor=0, depth=0):
-    """Value of the operand next in `rest` (the last is next) and of operators above `floor`."""
-    if depth > MAX_DEPTH or not rest:
-        raise Unreadable("too deep, or nothing where a number should be")
-    token = rest.pop()
-    if token in ("+", "-"):
-        value = expression(rest, point, 3, depth + 1) * (-1 if token == "-" else 1)
-    elif token in ("(", "|"):
-        value = expression(rest, point, 0, depth + 1)
-        if not rest or rest.pop() != {"(": ")", "|": "|"}[token]:
-            raise Unreadable("a bracket is open")
-        value = abs(value) if token == "|" else value
-    elif re.match(r"\.?\d", token):
-        value = Fraction(token)
-    elif token in point:
-        value = point[token]
-    else:
-        raise Unreadable(token)
-    while rest:
-        operator = rest[-1]
-        if operator == "!":
-            if value not in range(21):
-                raise Unreadable("factorial")
-            value = Fraction(math.factorial(int(value)))
-        elif operator == "%":
-            value = value / 100
-        elif PRIORITY.get(operator, 0) > floor:
-            rest.pop()
-            right = expression(rest, point, PRIORITY[operator] - (operator == "^"), depth + 1)
-            value = apply(operator, value, right)
-            continue
-        elif floor < 2 and (operator[0].isalnum() or operator in "(."):  # 2x, (2)(3)
-            if token[-1].isdigit() and operator[0].isdigit():
-                raise Unreadable("two numbers side by side")
-            value = apply("*", value, expression(rest, point, 2, depth + 1))
-            continue
-        else:
-            break
-        rest.pop()
-    return value
-
-
-def apply(operator, a, b):
-    """a operator b, refused where it is undefined or so large that it would take time."""
-    if operator == "/" and b == 0:
-        raise Unreadable("division by zero")
-    value = (a + b if operator == "+" else a - b if operator == "-" else a * b if operator == "*"
-             else a / b if operator == "/" else power(a, b))
-    if isinstance(value, Fraction):
-        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-            raise Unreadable("too large")
-    elif not abs(value) < 1e300:
-        raise Unreadable("too large")
-    return value
+def bits(value):
+    return max(part.bit_length() for part in value.as_integer_ratio())
 
 
 def power(base, exponent):
-    """base ^ exponent, exact where both are fractions and the root comes out even: 8^(2/3) = 4."""
-    if base == 0 and exponent <= 0:
-        raise Unreadable("0 to the power of 0 or less")
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator < 9:
-        top, bottom, n = abs(base.numerator), base.denominator, exponent.denominator
-        if max(top, bottom).bit_length() * abs(exponent) > MAX_BITS:
-            raise Unreadable("too large")
-        roots = [round(x ** (1 / n)) if n > 1 else x for x in (top, bottom)] \
-            if n == 1 or max(top, bottom).bit_length() < 1000 else [0, 0]
-        if [r**n for r in roots] == [top, bottom] and (base > 0 or n % 2):
-            return Fraction(roots[0] if base > 0 else -roots[0], roots[1]) ** exponent.numerator
-    if base < 0 or abs(math.log(base or 1)) * abs(exponent) > 600:
-        raise Unreadable("root of a negative number, or too large")
-    return float(base) ** float(exponent)
+    """base ^ exponent; odd roots of negative numbers are real: (-8)^(1/3) = -2."""
+    if isinstance(base, Fraction) and bits(base) * abs(exponent) > MAX_BITS:
+        raise OverflowError("too large")
+    if base < 0 and exponent.denominator % 2:
+        return (-1) ** (exponent.numerator % 2) * (-base) ** exponent
+    return base ** exponent
 
 
-SHORT_UNITS = {"m", "s", "g", "h", "l", "cm", "mm", "km", "kg", "mg", "ml", "ft", "in", "lb", "oz",
-               "hr", "mi", "min", "cal", "am", "pm", "c", "f", "k", "w", "j", "n", "v", "a"}
-UNITS = {name: unit for unit, names in {
-    "m": "meter metre", "s": "second sec", "g": "gram", "h": "hour hr", "l": "liter litre",
-    "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "kg": "kilogram", "ft": "foot feet",
-    "in": "inch inche", "lb": "pound", "oz": "ounce", "mi": "mile", "min": "minute",
-    "dollar": "usd buck", "%": "percent", "degree": "deg", "ml": "milliliter"}.items()
-    for name in names.split()}
-WITH_UNIT = re.compile(
-    r"(.*[\d)!.]|.*\bpi) ?(%|(?:(?:square|cubic|sq) )?[A-Za-z]+(?: ?\^ ?\(?\d\)?)?"
-    r"(?: ?(?:/|per) ?[A-Za-z]+(?:\^\d)?| [A-Za-z]{3,}){0,3})")
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg,
+             ast.Invert: abs, ast.Pow: power}
 
+
+def value_at(node, letters):
+    """The value of a syntax tree: a Fraction as long as it is exact, a float after a root or pi."""
+    if isinstance(node, ast.Constant):
+        value = Fraction(node.value)
+    elif isinstance(node, ast.Name):
+        value = letters[node.id]
+    else:
+        operands = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)]
+        value = OPERATORS[type(node.op)](*(value_at(n, letters) for n in operands))
+    if bits(value) > MAX_BITS:
+        raise OverflowError("too large")
+    return value
+
+
+def evaluate_at(text):
+    """The values of an expression at three points, where its letters stand for fixed fractions.
+
+    So two polynomials are the same if their values are. ValueError if it is no expression.
+    """
+    try:
+        tree = parse(text)
+        return [value_at(tree, point) for point in POINTS]
+    except (SyntaxError, ArithmeticError, LookupError, AttributeError, MemoryError):
+        raise ValueError(f"no expression: {text}") from None
+
+
+UNITS = {name: names.split()[0] for names in (
+    "m meter metre", "cm centimeter", "mm millimeter", "km kilometer", "ft foot feet", "mi mile",
+    "in inch inche", "s second sec", "min minute", "h hour hr", "am", "pm", "g gram",
+    "mg milligram", "kg kilogram", "lb pound", "oz ounce", "l liter litre", "ml milliliter",
+    "degree deg", "dollar usd buck", "% percent") for name in names.split()}
 
 def split_unit(text):
     """"12.5 square cm" -> ("12.5", "cm^2"); "x + 2" -> ("x + 2", "")."""
-    m = WITH_UNIT.fullmatch(text)
-    words = m.group(2).lower() if m else ""
-    first = re.match(r"[a-z]+|%|", words).group()
-    if not m or first not in SHORT_UNITS and first != "%" and len(first) < 3 or first in (
-            "sqrt", "inf", "and", "frac"):
-        return text, ""
-    words = re.sub(r"\b(?:square|sq) ([a-z]+)", r"\1^2", words)
-    words = re.sub(r"\bcubic ([a-z]+)", r"\1^3", words)
-
     def name(match):
         word = match.group()
         word = word[:-1] if len(word) > 2 and word[-1] == "s" else word
         return UNITS.get(word, word)
 
-    return m.group(1), re.sub(r"[a-z]+", name, re.sub(r"[() ]", "", words.replace(" per ", "/")))
+    m = re.fullmatch(r"(.*(?:[\d)!.]|\bpi)) ?(%|[A-Za-z]+"
+                     r"(?: ?(?:/|per\b|\^) ?\(?[A-Za-z\d]+\)?| [A-Za-z]{2,})*)", text)
+    unit = m.group(2).lower() if m else ""
+    first = re.match("%|[a-z]*", unit).group()
+    if first in ("", "sqrt", "inf", "and") or len(first) < 3 and first not in UNITS:
+        return text, ""
+    unit = re.sub(r"\b(?:square|sq) ([a-z]+)", r"\1^2", unit)
+    unit = re.sub(r"\bcubic ([a-z]+)", r"\1^3", unit)
+    return m.group(1), re.sub(r"[a-z]+", name, re.sub(r"[() ]", "", unit.replace(" per ", "/")))
 
 
-def split_top(text, separator):
-    """Split at a separator that is outside every bracket."""
+def split_top(text):
+    """Split at the commas that are outside every bracket."""
     parts, depth = [""], 0
     for c in text:
         depth += (c in "([{⟨") - (c in ")]}⟩")
-        if c == separator and depth <= 0:
+        if c == "," and depth <= 0:
             parts.append("")
         else:
             parts[-1] += c
     if len(parts) > 30:
-        raise Unreadable("too long")
-    return [p.strip() for p in parts]
-
-
-FLIP = str.maketrans("<>≤≥", "><≥≤")
+        raise ValueError("too long")
+    return parts
 
 
 def interval(text):
     """2 < x <= 5 -> "(2,5]", x > 3 and 3 < x -> "(3,inf)"; other texts as they are."""
-    parts = [p.strip() for p in re.split(r"([<>≤≥])", re.sub(r"^[a-z] in ", "", text))]
-    if len(parts) == 1:
-        return parts[0]
-    if parts[-2] in ">≥":
-        parts = [p.translate(FLIP) for p in parts[::-1]]  # now all are < or ≤
-    if len(parts) == 3:
-        letter_first = re.fullmatch("[a-z]", parts[0])
-        parts = ["- inf", "<", *parts] if letter_first else [*parts, "<", "inf"]
-    low, opening, letter, closing, high = parts
-    if not re.fullmatch("[a-z]", letter) or opening not in "<≤" or closing not in "<≤":
+    text = re.sub(r"^[a-z] in ", "", text)
+    if ">" in text or "≥" in text:
+        text = "".join(reversed(re.split("([>≥])", text))).translate(str.maketrans(">≥", "<≤"))
+    m = re.fullmatch(r"(?:([^<≤]+)([<≤]))? ?([a-z]) ?(?:([<≤])([^<≤]+))?", text)
+    if not m or len(text) == 1:
         return text
-    return ("(" if opening == "<" else "[") + f"{low},{high}" + (")" if closing == "<" else "]")
+    low, opening, _, closing, high = m.groups()
+    return f"{'[' if opening == '≤' else '('}{low or '-inf'},{high or 'inf'}" + (
+        "]" if closing == "≤" else ")")
 
 
-def canonical(text, depth=0):
+def structure(text, depth=0):
     """A cleaned answer as (kind, parts): what two ways of writing the same thing share.
 
-    "(1, 0.5]" -> ("(]", [number 1, number 1/2]); "{2, 1}" -> ("set", ...); "5 cm" -> ("number",
-    (values, "cm")); a text that is nothing else -> ("text", it).
+    "(1, 0.5]" -> ("(]", [number 1, number 1/2]); "{2, 1}" -> ("set", [...]); what has no parts
+    is an "equation", a "number" with its unit, or else a "text".
     """
     if depth > 4:
-        raise Unreadable("too deep")
-    deeper, text = partial(canonical, depth=depth + 1), interval(text.strip())
-    matrix = re.fullmatch(r"\\begin ?\{[bpvB]?(?:matrix|array)\}(?:\{[clr|]*\})?(.*)"
-                          r"\\end ?\{[bpvB]?(?:matrix|array)\}", text)
-    if matrix:
-        rows = matrix.group(1).strip().strip("\\").split("\\\\")
-        return "matrix", [("row", [deeper(e) for e in row.split("&")]) for row in rows]
-    if "∪" in text:
-        return "union", [deeper(p) for p in split_top(text, "∪")]
-    if len(parts := split_top(text[1:-1], ",")) > 1 and text[0] in "([" and text[-1] in ")]":
-        return text[0] + text[-1], [deeper(p) for p in parts]
-    if re.fullmatch(r"⟨.*⟩|\{.*,.*\}", text):
-        return "set", [deeper(p) for p in parts]
-    if choice := re.fullmatch(r"\(?([A-Z])(?:[.:)]+(?: .*)?)?", text):
-        return "choice", choice.group(1)
+        raise ValueError("too deep")
+    text = interval(text.strip())
+    inner = split_top(text[1:-1])
     plain = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
-    if len(parts := split_top(re.sub(r",? and ", ",", plain), ",")) > 1:
-        return "list", [deeper(p) for p in parts]
-    if "±" in text:
-        return "list", [deeper(text.replace("±", sign, 1)) for sign in "+-"]
-    if text.count("=") == 1:
-        left, right = text.split("=")
-        named = re.fullmatch(r"\\?[A-Za-z]\w* ?(?:\([a-z]\))? ?", left)
-        return "equation", (text, deeper(right) if named else ("text", text))
-    if infinite := re.fullmatch(r"([+-]?) ?inf", text):
-        return "text", infinite.group(1).strip("+") + "inf"
-    try:
-        value, unit = split_unit(text)
-        return "number", (evaluate_at(value), unit)
-    except (ValueError, ArithmeticError):
-        return "text", text.casefold()
+    listed = split_top(re.sub(r",? and ", ",", plain))
+    if "∪" in text:
+        kind, parts = "union", text.split("∪")
+    elif len(inner) > 1 and re.fullmatch(r"[(\[].*[)\]]", text):
+        kind, parts = text[0] + text[-1], inner
+    elif re.fullmatch(r"⟨.*⟩|\{.*,.*\}", text):
+        kind, parts = "set", inner
+    elif choice := re.fullmatch(r"\(?([A-Z])(?:[.:)]+(?: .*)?)?", text):
+        return "text", choice.group(1).casefold()
+    elif len(listed) > 1:
+        kind, parts = "list", listed
+    elif "±" in text:
+        kind, parts = "list", [text.replace("±", sign, 1) for sign in "+-"]
+    elif plain.count("=") == 1:
+        named = re.fullmatch(r"\\?[A-Za-z]\w* ?(?:\([a-z]\))? ?=(.*)", plain)
+        right = structure(named.group(1), depth + 1) if named else ("text", plain)
+        return "equation", (plain, right)
+    else:
+        try:
+            value, unit = split_unit(plain)
+            return "number", (evaluate_at(value), unit)
+        except ValueError:
+            return "text", text.casefold()
+    return kind, [structure(p, depth + 1) for p in parts]
 
 
-def same_values(a, b):
-    """Numbers at all points: exactly if both are exact, else to 1e-9 of their size."""
+def same_values(v, w):
+    """Exactly if both are exact, else to 1e-9 of their size."""
     return all(x == y if isinstance(x, Fraction) and isinstance(y, Fraction) else
-               abs(x - y) <= 1e-9 * max(1e-9, abs(x), abs(y)) for x, y in zip(a, b))
+               math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-18) for x, y in zip(v, w))
+
+
+def same_number(a, b):
+    """Values with their units, which may lack on one side; 50% is 50, and 0.5 too."""
+    (v, unit), (w, other) = a, b
+    if unit and other and unit != other:
+        return False
+    x, y = ([q / 100 for q in values] if unit == "%" else values for values, unit in (a, b))
+    return same_values(v, w) or same_values(x, y)
 
 
 def same_equation(a, b):
@@ -867,38 +845,25 @@ def same_equation(a, b):
 
 
 def same(a, b):
-    """Whether two canonical answers are one; x = 5 is also 5."""
-    if "equation" in (a[0], b[0]):
-        if a[0] == b[0]:
-            return same(a[1][1], b[1][1]) or same_equation(a[1][0], b[1][0])
-        a, b = (s[1][1] if s[0] == "equation" else s for s in (a, b))
+    """Whether two structures mean the same; x = 5 is also 5."""
     (kind, x), (other, y) = a, b
-    if kind != other:
-        return False
+    if kind == other == "equation":
+        return same(x[1], y[1]) or same_equation(x[0], y[0])
+    if "equation" in (kind, other):
+        return same(x[1], b) if kind == "equation" else same(a, y[1])
+    if kind != other or kind == "text":
+        return a == b
     if kind == "number":
-        (v, unit), (w, other) = x, y
-        if unit and other and unit != other:
-            return False
-        hundredth = unit != other and "%" in (unit, other)  # 50% is 50, and 0.5 too
-        return same_values(v, w) or hundredth and (same_values(v, [100 * q for q in w])
-                                                   if unit == "%" else
-                                                   same_values(w, [100 * q for q in v]))
-    if kind in ("text", "choice"):
-        return x == y
-    if len(x) != len(y):
-        return False
+        return same_number(x, y)
     if kind not in ("set", "list", "union"):
-        return all(map(same, x, y))
+        return len(x) == len(y) and all(map(same, x, y))
     left = list(y)
     for part in x:
-        match = next((i for i, q in enumerate(left) if same(part, q)), None)
+        match = next((q for q in left if same(part, q)), None)
         if match is None:
             return False
-        del left[match]
-    return True
-
-
-HEDGE = re.compile(r"\b(?:or|either|maybe|approximately|about|roughly)\b", re.I)
+        left.remove(match)
+    return not left
 
 
 def grade(given, gold):
@@ -912,15 +877,16 @@ def grade(given, gold):
 
         grade("0.50", "\\\\frac{1}{2}") -> True     grade("x > 3", "(3, \\\\infty)") -> True
     """
-    if given is None or gold is None or not given.strip():
+    if not (given or "").strip() or gold is None:
         return False
     if given.strip().casefold() == gold.strip().casefold():
         return True
-    if max(len(given), len(gold)) > MAX_CHARS or HEDGE.search(given):
+    if max(len(given), len(gold)) > MAX_CHARS or re.search(
+            r"\b(?:or|either|maybe|approximately|about|roughly)\b", given, re.I):
         return False
     try:
         a, b = clean(given), clean(gold)
-        return a != "" and (a.casefold() == b.casefold() or same(canonical(a), canonical(b)))
+        return a != "" and (a.casefold() == b.casefold() or same(structure(a), structure(b)))
     except (ValueError, ArithmeticError, RecursionError):
         return False
 
@@ -934,16 +900,12 @@ def guard(event, args):
     if event.startswith(("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn",
                          "os.system", "os.kill", "ctypes.", "pty.")):
         raise PermissionError("not allowed here: " + event)
-    if event == "open" and isinstance(args[0], (str, bytes)):
-        path = os.path.realpath(os.fsdecode(args[0])) + os.sep
-        writing = isinstance(args[1], str) and set(args[1]) & set("wax+") or \\
-            isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writing and not path.startswith(home):
-            raise PermissionError("not allowed here: writing " + path)
     if event in ("os.remove", "os.rmdir", "os.rename", "os.mkdir", "os.chmod", "os.chown",
-                 "os.link", "os.symlink", "os.truncate", "shutil.rmtree"):
+                 "os.link", "os.symlink", "os.truncate", "shutil.rmtree") or (
+            event == "open" and isinstance(args[0], (str, bytes)) and
+            args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
         if not (os.path.realpath(os.fsdecode(args[0])) + os.sep).startswith(home):
-            raise PermissionError("not allowed here: " + event)
+            raise PermissionError("not allowed here: changing " + os.fsdecode(args[0]))
 sys.addaudithook(guard)
 '''
 
@@ -955,15 +917,12 @@ def limit_process(seconds, megabytes):
     for name, value in (("CPU", seconds + 1), ("AS", megabytes << 20), ("FSIZE", 16 << 20),
                         ("NOFILE", 64), ("CORE", 0), ("NPROC", 64)):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    try:
-        import ctypes
-        ctypes.CDLL(None).unshare(0x40000000 | 0x10000000)  # no network, where the kernel allows
-    except OSError:
-        pass
+    with suppress(OSError, AttributeError):  # no network, where the kernel allows it
+        ctypes.CDLL(None).unshare(0x40000000 | 0x10000000)
 
 
 def run_program(source, seconds=5, megabytes=1024):
-    """Run a Python program that nobody has read: (whether it ended well, why not).
+    """Run a Python program that nobody has read: (whether it ended well, its last words).
 
     A process of its own in an empty folder, with limits on CPU time, memory, file size and open
     files, without the network where the kernel lets us, and with an audit hook (PEP 578) that
@@ -978,10 +937,8 @@ def run_program(source, seconds=5, megabytes=1024):
                                  stderr=subprocess.PIPE,
                                  preexec_fn=lambda: limit_process(seconds, megabytes))
         try:
-            errors = child.communicate(timeout=seconds)[1]
-            why = errors.strip().splitlines()[-1][:200] if errors.strip() else ""
-            return child.returncode == 0, why or ("" if child.returncode == 0 else
-                                                  f"ended with {child.returncode}")
+            errors = child.communicate(timeout=seconds)[1].strip().splitlines()
+            return child.returncode == 0, (errors or [f"exit code {child.returncode}"])[-1][:200]
         except subprocess.TimeoutExpired:
             return False, f"more than {seconds} seconds"
         finally:
@@ -997,19 +954,16 @@ class NGram:
     """Trigram model of token ids, interpolated down to uniform (Witten & Bell 1991).
 
     P(c | h) = (count(h c) + kinds(h) P(c | shorter h)) / (count(h) + kinds(h)), where kinds(h) is
-    how many different tokens followed h. An n-gram is one integer, its ids the digits to base V.
+    how many different tokens followed h. An n-gram is one integer, its ids the digits to base V:
+    the n-grams that begin with h are neighbours in a sorted array.
     """
 
-    def __init__(self, ids, vocab_size, order=3):
-        self.V, self.order, self.tables = vocab_size, order, []
-        for n in range(1, order + 1):
+    def __init__(self, ids, vocab_size):
+        self.V, self.tables = vocab_size, []
+        for n in (1, 2, 3):
             grams, counts = np.unique(self.pack(ids, n), return_counts=True)
-            histories, first, kinds = np.unique(grams // vocab_size, return_index=True,
-                                                return_counts=True)
-            by_count = np.lexsort((counts, grams // vocab_size))  # the likeliest of each last
-            best = grams[by_count][first + kinds - 1] % vocab_size
-            totals = np.add.reduceat(counts, first)
-            self.tables.append(((grams, counts), (histories, totals, kinds, best)))
+            by_count = grams[np.lexsort((counts, grams // vocab_size))]  # within each history
+            self.tables.append((grams, np.append(0, counts.cumsum()), by_count % vocab_size))
 
     def pack(self, ids, n):
         """The n-grams that end at places n - 1 ..: (len - n + 1,)."""
@@ -1017,27 +971,27 @@ class NGram:
         return sum(ids[j:len(ids) - n + 1 + j] * self.V ** (n - 1 - j) for j in range(n))
 
     def score(self, ids):
-        """(log-probability, is it the likeliest) of every id but the first `order` - 1."""
-        skip = self.order - 1
-        p, guess = np.full(len(ids) - skip, 1 / self.V), np.full(len(ids) - skip, -1)
-        for n, ((grams, counts), (histories, totals, kinds, best)) in enumerate(self.tables, 1):
-            gram = self.pack(ids, n)[skip - n + 1:]
-            at = np.minimum(np.searchsorted(grams, gram), len(grams) - 1)
-            count = np.where(grams[at] == gram, counts[at], 0)
-            at = np.minimum(np.searchsorted(histories, gram // self.V), len(histories) - 1)
-            known = histories[at] == gram // self.V
-            p = np.where(known, (count + kinds[at] * p) / (totals[at] + kinds[at]), p)
-            guess = np.where(known, best[at], guess)
-        return np.log(p), guess == np.asarray(ids)[skip:]
+        """(log-probability, is it the likeliest) of every id but the first two."""
+        p, guess = np.full(len(ids) - 2, 1 / self.V), np.full(len(ids) - 2, -1)
+        for n, (grams, before, by_count) in enumerate(self.tables, 1):
+            gram = self.pack(ids, n)[3 - n:]
+            history = gram // self.V * self.V
+            first, end, at, after = (np.searchsorted(grams, g) for g in (
+                history, history + self.V, gram, gram + 1))
+            kinds, total = end - first, before[end] - before[first]
+            count = before[after] - before[at]
+            p = np.where(kinds, (count + kinds * p) / np.maximum(total + kinds, 1), p)
+            guess = np.where(kinds, by_count[end - 1], guess)
+        return np.log(p), guess == np.asarray(ids)[2:]
 
 
-def continuation_items(ids, T, count, seed=0):
-    """[(context, four continuations)]: first the true next 64 ids, then three from elsewhere."""
+def continuation_pairs(ids, T, count, seed=0):
+    """(context, continuation) four by four: the true next 64 ids, then three from elsewhere."""
     rng, n = np.random.default_rng(seed), min(64, T // 4)
     starts = rng.integers(0, len(ids) - T, (count, 4))
-    return [(ids[s[0]:s[0] + T - n].tolist(),
-             [ids[s[0] + T - n:s[0] + T].tolist(), *(ids[o:o + n].tolist() for o in s[1:])])
-            for s in starts]
+    starts[:, 0] += T - n  # from here on the truth
+    return [(ids[row[0] - T + n:row[0]].tolist(), ids[s:s + n].tolist())
+            for row in starts for s in row]
 
 
 def ngram_overlap(ids, train, n=13):
@@ -1067,22 +1021,21 @@ def verbatim_rate(model, train, count, seed=0):
 
 def data_name(folder):
     """What train.py called the data of a checkpoint, or of the one that align.py started from."""
-    state = Path(folder or "") / "train_state.pt"
-    if not folder or not state.exists():
-        raise ValueError(f"{folder or 'the checkpoint'}: has no train_state.pt of train.py to find "
-                         "its validation text by; give --task NAME=FILE")
+    state = Path(folder) / "train_state.pt"
+    if not state.exists():
+        raise ValueError(f"{state}: not there, and it names the validation text; give --task "
+                         "NAME=FILE")
     settings = torch.load(state, weights_only=True, mmap=True)["settings"]
-    return settings.get("data_name") or data_name(settings.get("model"))
+    return settings.get("data_name") or data_name(settings.get("model") or "")
 
 
 def evaluate_checkpoint(args):
     """Bits per byte, next-token accuracy and choosing the true continuation, on held-out text."""
     model, tok = load_model(args)
-    folder, T, V = Path(args.cache) / data_name(args.model), model.config.context_length, 0
-    if not (folder / "val.npy").exists():
-        raise ValueError(f"{folder}/val.npy: not there; --cache is the folder that train.py wrote")
-    train, val = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("train", "val"))
-    val, V = np.asarray(val[:args.limit * T + 1] if args.limit else val), tok.vocab_size
+    T, V, folder = model.config.context_length, tok.vocab_size, Path(args.cache)
+    train, val = (np.load(folder / data_name(args.model) / f"{split}.npy", mmap_mode="r")
+                  for split in ("train", "val"))
+    val = np.asarray(val[:args.limit * T + 1] if args.limit else val)
     special = tok.special_tokens.values()
     lengths = np.array([0 if i in special else len(tok.vocab.get(i, b"")) for i in range(V)])
     say(f"model       {args.model}: {model.num_parameters() / 1e6:.2f}M parameters\n"
@@ -1096,12 +1049,12 @@ def evaluate_checkpoint(args):
                      for s in range(0, len(val) - T, T)])
     logprobs, hits = (torch.stack(x).double().numpy() for x in zip(*windows))  # (windows, T)
     ngram_logprobs, ngram_hits = ngram.score(val)
-    pairs = [(c, d) for c, four in continuation_items(val, T, args.items) for d in four]
+    pairs = continuation_pairs(val, T, args.items)
     right = torch.stack([x.sum() for x, _ in score(pairs)]).view(-1, 4).argmax(1) == 0
     ngram_choice = np.array([ngram.score(c[-2:] + d)[0].sum() for c, d in pairs]).reshape(-1, 4)
-    bits = 1 / math.log(2) / lengths[val[1:hits.size + 1]].mean()  # a byte, of one nat a token
-    rows = [("bits per byte", -bits * logprobs.mean(1), -ngram_logprobs.mean() * bits,
-             math.log(V) * bits),
+    per_byte = 1 / math.log(2) / lengths[val[1:hits.size + 1]].mean()  # bits, of one nat a token
+    rows = [("bits per byte", -per_byte * logprobs.mean(1), -ngram_logprobs.mean() * per_byte,
+             math.log(V) * per_byte),
             ("next-token accuracy", hits.mean(1), ngram_hits.mean(), 1 / V),
             ("continuation choice", right.double().numpy(), (ngram_choice.argmax(1) == 0).mean(),
              0.25)]
@@ -1158,36 +1111,31 @@ def load_model(args):
     return model, tokenizer_py.Tokenizer.load(args.model)
 
 
-def worked_examples(name, path, args):
-    """The first --few-shot items of every subject, of --shots or the task's dev folder."""
-    source = args.shots or Path(path) / "dev"
-    if not Path(source).exists():
-        raise ValueError(f"--few-shot {args.few_shot}: give --shots, a file of worked examples")
-    groups = defaultdict(list)
-    for item in read_items(name, source):
-        groups[item.group].append(item)
-    return [item for group in groups.values() for item in group[:args.few_shot]]
-
-
 def run_task(name, path, model, tok, args):
     """Score one task; returns its results, one dict an item, the same on every rank."""
-    items = read_items(name, path, args.limit)
-    add_shots(items, worked_examples(name, path, args) if args.few_shot else [])
-    if args.template or args.chat:
-        add_turns(items, tok, args.template and Path(args.template).read_text(encoding="utf-8"))
+    items, overlaps = read_items(name, path, args.limit), []
+    if args.train_tokens:
+        train = np.load(args.train_tokens, mmap_mode="r")
+        overlaps = [ngram_overlap(tok.encode_numpy(i.context), train) for i in items]
+    shots = Path(args.shots or Path(path) / "dev")
+    if args.few_shot and not shots.exists():
+        raise ValueError(f"--few-shot {args.few_shot}: give --shots, a file of worked examples")
+    add_shots(items, read_items(name, shots) if args.few_shot else [], args.few_shot)
+    if args.chat is not None:
+        add_turns(items, tok, args.chat and Path(args.chat).read_text(encoding="utf-8"))
     args.progress, limit = show_progress(name), model.config.context_length
     args.max_new_tokens = min(args.max_new_tokens, limit // 2)
     results = spread(lambda mine: TASKS[name].score(model, tok, mine, args), items)
-    room = limit + 1 if items[0].choices else limit - args.max_new_tokens
-    cut = 0
+    room, cut = limit + 1 if items[0].choices else limit - args.max_new_tokens, 0
     for i, (item, result) in enumerate(zip(items, results)):
         texts = ["".join(r) for r in item.requests()] or [item.context]
         cut += "tokens" not in result and max(len(tok.encode(t)) for t in texts) > room
         result |= dict(task=name, index=i, group=item.group, prompt=texts[0])
+        result["metrics"] |= dict(overlap=overlaps[i]) if overlaps else {}
     if cut:
         say(f"{name}: {cut} of {len(items)} items are longer than the context of {limit}; their "
             "left was cut off")
-    if name == "instructions" and args.results and RANK == 0:
+    if name == "instructions" and args.results:
         write_outputs(f"{args.results}.outputs.json", items, results, Path(args.model).name)
     return results
 
@@ -1197,10 +1145,9 @@ def write_outputs(path, items, results, generator):
     line of JSON for each prompt."""
     rows = [i.extra | dict(output=r["output"]) for i, r in zip(items, results)]
     if "instruction" in rows[0]:
-        text = json.dumps([r | dict(generator=generator) for r in rows], indent=1)
+        write_whole(path, json.dumps([r | dict(generator=generator) for r in rows], indent=1))
     else:
-        text = "".join(json.dumps(r) + "\n" for r in rows)
-    write_whole(path if "instruction" in rows[0] else path + "l", text)
+        write_whole(path + "l", "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def report(results, path=None):
@@ -1214,8 +1161,7 @@ def report(results, path=None):
                                        f"{v:.4g}" for v in values)
             rows.append((task, metric, value, error, low and f"{low} - {high}", str(len(mine))))
             table[task, metric] = values[0]
-        wrong = [r for r in mine if r["metrics"].get(TASKS[task].metric) == 0.0]
-        failures += wrong[:3]
+        failures += [r for r in mine if r["metrics"].get(TASKS[task].metric) == 0.0][:3]
     for row in rows:
         say("{:<14}{:<18}{:>10}{:>12}{:>23}{:>8}".format(*row))
     if path:
@@ -1225,25 +1171,23 @@ def report(results, path=None):
 
 def write_card(path, rows, failures):
     """A report card beside the results: the table and a few failures, as PATH.md and PATH.html."""
+    samples = [(f"{r['task']}, wrong", r["prompt"][-600:],
+                f"said {str(r.get('output'))[:400]!r}, right: {r['gold']}") for r in failures]
     md = ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    md += ["\n**{}**\n\n```\n{}\n```\n{}".format(*sample) for sample in samples]
     page = ["<!doctype html><meta charset=utf-8><title>evaluation</title><style>body{font:15px "
             "sans-serif;max-width:60em;margin:2em auto}td{padding:2px 12px}pre{background:#eee;"
             "padding:8px;white-space:pre-wrap}</style><table>"]
     page += ["<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows] + ["</table>"]
-    for r in failures:
-        prompt, output, gold = r["prompt"][-600:], str(r.get("output"))[:400], str(r["gold"])
-        md += [f"\n**{r['task']}, wrong**\n", "```", prompt, "```",
-               f"said `{output!r}`, right: `{gold}`"]
-        page.append("<h3>{}, wrong</h3><pre>{}</pre><p>said <code>{}</code>, right: <code>{}</code>"
-                    .format(*map(html.escape, (r["task"], prompt, output, gold))))
+    page += ["<h3>{}</h3><pre>{}</pre><p>{}".format(*map(html.escape, s)) for s in samples]
     write_whole(f"{path}.md", "\n".join(md) + "\n")
     write_whole(f"{path}.html", "\n".join(page) + "\n")
 
 
 def write_whole(path, text):
-    beside = Path(f"{path}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    if RANK == 0:
+        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+        os.replace(f"{path}.tmp", path)
 
 
 def compare(paths):
@@ -1262,16 +1206,6 @@ def compare(paths):
         difference, p = paired_test(a, b)
         say(f"{task:<14}{metric:<15}{np.mean(a):>9.4f}{np.mean(b):>9.4f}{difference:>+9.4f}"
             f"{p:>9.4f}{len(keys):>8}")
-
-
-def contamination(args):
-    """--train-tokens: how much of the tasks' questions is in the training tokens, by 13-grams."""
-    _, tok = load_model(args)
-    train = np.load(args.train_tokens, mmap_mode="r")
-    for name, path in args.task:
-        shares = [ngram_overlap(tok.encode_numpy(i.context), train) for i in read_items(name, path)]
-        say(f"{name:<14}{np.mean(shares):.2%} of the questions' 13-grams are in training; "
-            f"{sum(s > 0.5 for s in shares)} of {len(shares)} questions more than half")
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -1294,14 +1228,14 @@ def make_parser():
         help=f"a task and its file or folder, any number of times: {', '.join(TASKS)}")
     add("--few-shot", type=int, default=0, help="worked examples before each (default: 0)")
     add("--shots", help="file of the worked examples (default: the task's dev folder)")
-    add("--chat", action="store_true", help="put each prompt into the chat template")
-    add("--template", help="file of a prompt that holds {instruction}, to put each prompt into")
+    add("--chat", nargs="?", const="", metavar="FILE",
+        help="put each prompt into the chat template, or into FILE's text, at {instruction}")
     add("--limit", type=int, default=0, help="items a task, 0 for all (default: 0)")
     add("--max-new-tokens", type=int, default=256, help="tokens an answer (default: %(default)s)")
     add("--samples", type=int, default=1, help="answers an item, for pass@k (default: 1, greedy)")
     add("--results", help="file for one line of JSON an item; PATH.md and PATH.html beside it")
     add("--compare", nargs=2, metavar=("A", "B"), help="paired test of two results files")
-    add("--train-tokens", help="a .npy of training tokens: look for the tasks' questions in it")
+    add("--train-tokens", help="a .npy of training tokens: the share of 13-grams in it")
     add("--cache", default="data", help="train.py's cache, for its checkpoint (default: data)")
     add("--items", type=int, default=200, help="continuations to choose (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, ... (default: auto)")
@@ -1312,15 +1246,13 @@ def make_parser():
 def evaluate(args):
     if args.compare:
         return compare(args.compare)
-    if args.train_tokens:
-        return contamination(args)
     if not args.task:
         return evaluate_checkpoint(args)
     model, tok = load_model(args)
     results = [r for name, path in args.task for r in run_task(name, path, model, tok, args)]
-    if args.results and RANK == 0:
+    if args.results:
         write_whole(args.results, "".join(json.dumps(r) + "\n" for r in results))
-    return report(results, args.results if RANK == 0 else None)
+    return report(results, args.results)
 
 
 def main(argv=None):
@@ -1329,12 +1261,9 @@ def main(argv=None):
         torch.distributed.init_process_group("gloo")
     try:
         return evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        print(f"evaluate.py: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
     finally:
         if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()

@@ -239,8 +239,17 @@ def test_shots_come_with_their_subjects_heading(data):
         "What is 9 + 1?\nAnswer: C\n\nWhat is 0 + 1?\n") and "Other" not in items[0].context
 
 
-def test_every_task_runs_and_is_reported(data, folder, tmp_path, capsys):
+def test_examples_without_an_answer_are_refused(data):
+    items = evaluate.read_items("humaneval", data / "humaneval.jsonl")
+    with pytest.raises(ValueError, match="few-shot"):
+        evaluate.add_shots(items, items)
+
+
+def test_every_task_runs_and_is_reported(data, folder, tok, tmp_path, capsys):
+    seen = evaluate.read_items("mmlu", data / "mmlu")[0].context  # one question of five
+    np.save(tmp_path / "seen.npy", tok.encode(seen))
     flags = ["--model", str(folder), "--results", str(tmp_path / "r.jsonl")]
+    flags += ["--train-tokens", str(tmp_path / "seen.npy")]
     flags += ["--max-new-tokens", "8"]
     for name in evaluate.TASKS:
         file = name.removesuffix("_zero")
@@ -248,6 +257,7 @@ def test_every_task_runs_and_is_reported(data, folder, tmp_path, capsys):
     table = evaluate.main([*flags, "--few-shot", "0"])
     results = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert {r["task"] for r in results} == set(evaluate.TASKS) and len(results) == 23
+    assert 0.2 <= table["mmlu", "overlap"] < 1 and table["arc", "overlap"] == 0
     assert 0 <= table["mmlu", "acc"] <= 1 and table["wikitext", "bits_per_byte"] > 1
     for name in ("r.jsonl.md", "r.jsonl.html"):
         assert "bits_per_byte" in (tmp_path / name).read_text()
@@ -463,13 +473,13 @@ def test_scores_are_the_harness_ones(folder, model, tok):
         assert ours[0] == pytest.approx(score, abs=1e-4) and ours[1] == greedy
 
 
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__]))
-
-
 def test_wikitext_is_scored_as_prose_and_counted_as_it_stands(tmp_path):
     text = 'Robert \'s " best " film ( 1 @,@ 000 m , in colour ) : 3 @.@ 5 % . \n = = Cast = = \n'
     write(tmp_path / "w.jsonl", [dict(text=text)])
     item, = evaluate.read_items("wikitext", tmp_path / "w.jsonl")
     assert item.context == 'Robert\'s "best" film (1,000 m, in colour): 3.5 %.\n== Cast ==\n'
     assert item.extra["file"] == text
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
