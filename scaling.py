@@ -279,11 +279,10 @@ def fit_kaplan(N, D, L, delta=1e-3):
     """Kaplan's form by the same Huber loss on log L: it has no irreducible loss."""
     runs = make_runs([dict(N=n, D=d, L=y) for n, d, y in zip(N, D, L)])
     n, d, target = np.log(runs.N), np.log(runs.D), np.log(runs.L)
-    center_n, center_d = n.mean(), d.mean()
 
-    def f(x, rows):  # parameters: log Nc - mean, log Dc - mean, log alphaN, log alphaD
+    def f(x, rows):  # parameters: log Nc - mean of n, log Dc - mean of d, log alphaN, log alphaD
         c, e, aN, aD = x[:, :1], x[:, 1:2], np.exp(x[:, 2:3]), np.exp(x[:, 3:])
-        u, v = aN / aD * (c + center_n - n), e + center_d - d
+        u, v = aN / aD * (c + n.mean() - n), e + d.mean() - d
         m = np.logaddexp(u, v)
         p = np.exp(u - m)  # the share of the size term
         value, slope = huber(aD * m - target, delta)
@@ -294,7 +293,7 @@ def fit_kaplan(N, D, L, delta=1e-3):
     x, value = batched_bfgs(f, np.array(list(product(far, far, slow, slow))), 600)
     c, e, aN, aD = x[np.nanargmin(value)]
     with np.errstate(over="ignore"):
-        return KaplanFit(*map(float, np.exp((c + center_n, e + center_d, aN, aD))))
+        return KaplanFit(*map(float, np.exp((c + n.mean(), e + d.mean(), aN, aD))))
 
 
 def effective_data(D, unique, R_star=15.39):
@@ -508,7 +507,7 @@ def demonstrate(args):
 def fit_command(args):
     """Fit runs of a .json, .jsonl or .csv file by three methods, predict and draw."""
     runs = read_runs(args.runs)
-    budgets = [float(c) for c in args.predict] or [float(runs.C.max()) * 10]
+    budgets = args.predict or [float(runs.C.max()) * 10]
     analyse(runs, budgets, args.out, args.samples, args.drop_edges)
 
 
@@ -965,7 +964,7 @@ def make_parser():
             default, text = FLAGS[flag]
             kind = dict(action="store_true") if default is False else dict(type=type(default))
             if isinstance(default, list):
-                kind = dict(nargs="*", type=type((default or [""])[0]))
+                kind = dict(nargs="*", type={"data": str, "widths": int}.get(flag, float))
             command.add_argument(f"--{flag.replace('_', '-')}", default=default, help=text, **kind)
         command.set_defaults(run=run, **defaults)
     return parser
