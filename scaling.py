@@ -267,7 +267,7 @@ def fit_chinchilla(N, D, L, delta=1e-3, starts=None):
     f = chinchilla_objective(runs, np.ones((1, len(runs))), delta)
     x, value = batched_bfgs(f, chinchilla_starts(runs) if starts is None else starts, 60)
     best = np.argsort(np.where(np.isfinite(value), value, np.inf))[:10]
-    x, value = batched_bfgs(f, x[best], 400, 1e-12)
+    x, value = batched_bfgs(f, x[best], 4000, 1e-12)
     return to_fit(x[value.argmin()], runs, value.min())
 
 
@@ -290,7 +290,7 @@ def fit_kaplan(N, D, L, delta=1e-3):
         return value.sum(1), np.stack([(slope * g).sum(1) for g in grads], 1)
 
     far, slow = (0, 10, 20, 30), np.log((0.03, 0.1, 0.3))
-    x, value = batched_bfgs(f, np.array(list(product(far, far, slow, slow))), 600)
+    x, value = batched_bfgs(f, np.array(list(product(far, far, slow, slow))), 2000)
     c, e, aN, aD = x[np.nanargmin(value)]
     with np.errstate(over="ignore"):
         return KaplanFit(*map(float, np.exp((c + n.mean(), e + d.mean(), aN, aD))))
@@ -369,7 +369,7 @@ def bootstrap_chinchilla(runs, samples=4000, delta=1e-3, seed=0):
     fits = []
     for w in np.split(weights, range(250, samples, 250)):
         f = chinchilla_objective(runs, w, delta)
-        x, values = batched_bfgs(f, np.tile(start, (len(w), 1)), 300, 1e-8)
+        x, values = batched_bfgs(f, np.tile(start, (len(w), 1)), 3000, 1e-8)
         fits += [to_fit(row, runs, v) for row, v in zip(x, values)]
     return fits
 
