@@ -21,104 +21,50 @@ import math
 import os
 import sys
 import time
+from collections import namedtuple
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-# ---- files -------------------------------------------------------------------------------------
-
-
-def write_whole(path, text):
-    """Write beside, then rename: a kill leaves the old file or the new one."""
-    beside = Path(f"{path}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-@contextmanager
-def figure(path, panels):
-    """A row of `panels` axes, written to the PNG file `path` at the end."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    drawing, axes = plt.subplots(1, panels, figsize=(5.4 * panels, 4.6), dpi=100)
-    yield axes
-    for axis in axes:
-        axis.legend(fontsize=7)
-    drawing.tight_layout()
-    drawing.savefig(f"{path}.tmp", format="png")
-    plt.close(drawing)
-    os.replace(f"{path}.tmp", path)
-
-
 # ---- runs --------------------------------------------------------------------------------------
 
 NAMES = {  # column of a run -> what people call it
     "N": ("N", "n", "parameters", "params", "num_parameters"),
-    "C": ("C", "c", "compute_budget", "compute", "flops", "budget"),
     "D": ("D", "d", "tokens", "num_tokens", "train_tokens"),
+    "C": ("C", "c", "compute_budget", "compute", "flops", "budget"),
     "L": ("L", "loss", "final_loss", "val_loss"),
 }
 
 
-@dataclass
-class Runs:
-    """Runs as columns of equal length: parameters, tokens, training FLOPs, final loss (nats)."""
-
-    N: np.ndarray
-    D: np.ndarray
-    C: np.ndarray
-    L: np.ndarray
-
-    def __len__(self):
-        return len(self.N)
-
-    def take(self, rows):
-        return Runs(self.N[rows], self.D[rows], self.C[rows], self.L[rows])
-
-    def budgets(self):
-        """Compute budgets in rising order; runs within 5 % of each other share one."""
-        order = np.sort(self.C)
-        first = np.concatenate([[True], np.diff(np.log(order)) > 0.05])
-        return order[first]
-
-    def at(self, budget):
-        """The runs of one budget, in order of size."""
-        rows = np.flatnonzero(np.abs(np.log(self.C / budget)) < 0.05)
-        return self.take(rows[np.argsort(self.N[rows])])
-
-
 def make_runs(records, source="runs"):
-    """Records (dicts) -> Runs. Of N, D and C two are enough: C = 6 N D.
+    """Records (dicts) -> runs: a numpy record array with the columns N, D, C and L.
 
-    Raises ValueError that names the missing column, or the first row that cannot be a run.
+    Of N, D and C two are enough: C = 6 N D. Raises ValueError that names the missing column, or the
+    first row that cannot be a run.
     """
-    columns = {}
-    for column, names in NAMES.items():
+    def column(names):
         name = next((n for n in names if records and n in records[0]), None)
-        if name:
-            columns[column] = np.array([float(r.get(name) or math.nan) for r in records])
-    missing = [c for c in "L" if c not in columns]
-    missing += ["two of N, D, C"] if sum(c in columns for c in "NDC") < 2 else []
+        return name and np.array([float(r.get(name) or math.nan) for r in records])
+
+    N, D, C, L = map(column, NAMES.values())
+    missing = ["L"] * (L is None) + ["two of N, D, C"] * (sum(v is None for v in (N, D, C)) > 1)
     if missing:
-        names = "; ".join(f"{c}: {' or '.join(NAMES[c][2:4])}" for c in "NDCL")
+        names = "; ".join(f"{column}: {' or '.join(names[2:4])}" for column, names in NAMES.items())
         raise ValueError(f"{source}: {len(records)} runs without {' and '.join(missing)} ({names})")
-    if "N" not in columns:
-        columns["N"] = columns["C"] / (6 * columns["D"])
-    columns.setdefault("D", columns.get("C", math.nan) / (6 * columns["N"]))
-    columns.setdefault("C", 6 * columns["N"] * columns["D"])
-    bad = ~np.all([np.isfinite(v) & (v > 0) for v in columns.values()], axis=0)
+    N = C / (6 * D) if N is None else N
+    D = C / (6 * N) if D is None else D
+    C = 6 * N * D if C is None else C
+    bad = ~np.all([np.isfinite(v) & (v > 0) for v in (N, D, C, L)], axis=0)
     if bad.any():
         raise ValueError(f"{source}: run {int(np.argmax(bad)) + 1} has a value that is not a "
                          f"positive number; remove it or train it again ({bad.sum()} such)")
-    return Runs(**columns)
+    return np.rec.fromarrays([N, D, C, L], names="N,D,C,L")
 
 
 def read_runs(path):
-    """Runs of a .json (a list), .jsonl or .csv file."""
+    """Runs of a .json (a list), .jsonl or .csv file. Raises ValueError as `make_runs` does."""
     text = Path(path).read_text()
     try:
         if str(path).endswith(".csv"):
@@ -127,29 +73,32 @@ def read_runs(path):
             records = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             records = json.loads(text or "[]")
+        if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+            raise ValueError("not a list of runs")
     except ValueError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-        raise ValueError(f"{path}: not a list of runs")
     return make_runs(records, str(path))
+
+
+def by_budget(runs):
+    """The runs of each compute budget, in order of size; a step of 5 % in C begins another one."""
+    runs = runs[np.argsort(runs.C, kind="stable")]
+    starts = np.flatnonzero(np.diff(np.log(runs.C)) > 0.05) + 1
+    return [here[np.argsort(here.N)] for here in np.split(runs, starts)]
 
 
 # ---- power laws and IsoFLOP curves -------------------------------------------------------------
 
 
-@dataclass
-class PowerLaw:
+class PowerLaw(namedtuple("PowerLaw", "coefficient exponent")):
     """y = coefficient * x ** exponent"""
-
-    coefficient: float
-    exponent: float
 
     def __call__(self, x):
         return self.coefficient * np.asarray(x, float) ** self.exponent
 
 
 def fit_power_law(x, y):
-    """Least squares of log y on log x: `PowerLaw`. Two points at least."""
+    """Least squares of log y on log x: `PowerLaw`. Raises ValueError without two different x."""
     x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
     if len(x) < 2 or np.ptp(x) == 0:
         raise ValueError(f"a power law needs two different budgets, {len(np.unique(x))} given: add "
@@ -158,65 +107,46 @@ def fit_power_law(x, y):
     return PowerLaw(float(np.exp(intercept)), float(slope))
 
 
-@dataclass
-class Minima:
-    """The best model of each budget: arrays over budgets; `edge` where it lies outside its runs."""
-
-    C: np.ndarray
-    N: np.ndarray
-    L: np.ndarray
-    edge: np.ndarray
-
-    @property
-    def D(self):
-        return self.C / (6 * self.N)
-
-    def inside(self):
-        return Minima(*(getattr(self, k)[~self.edge] for k in ("C", "N", "L", "edge")))
-
-
 def isoflop_minima(runs, method="quadratic"):
-    """The size of lowest loss at each compute budget (Hoffmann's approach 2): `Minima`.
+    """The size of lowest loss at each compute budget (Hoffmann's approach 2).
 
     "min" takes the lowest run, as it is. "quadratic" fits L = a (ln N)^2 + b ln N + c to a budget's
-    runs and takes the bottom of the parabola, -b / 2a. Either way a best size at, or beyond, the
-    smallest or largest run of its budget is marked as `edge`: its true place is not known.
+    runs and takes the bottom of the parabola, -b / 2a. Returns a record array like runs, a row a
+    budget, with a column `edge`: true where the best size is the smallest or largest of its budget,
+    or beyond, so that its true place is not known. Raises ValueError with fewer than three sizes.
     """
-    rows = []
-    for budget in runs.budgets():
-        here = runs.at(budget)
-        x, y = np.log(here.N), here.L
-        best, edge = int(np.argmin(y)), int(np.argmin(y)) in (0, len(y) - 1)
-        n, loss = here.N[best], y[best]
+    minima = []
+    for here in by_budget(runs):
+        x, budget, best = np.log(here.N), here.C.min(), int(np.argmin(here.L))
+        n, loss, edge = here.N[best], here.L[best], best in (0, len(x) - 1)
         if method == "quadratic":
             if len(np.unique(x)) < 3:
                 raise ValueError(f"a parabola needs three sizes at a budget, {budget:.3g} FLOPs "
                                  f"has {len(np.unique(x))}: add runs of other sizes there")
-            a, b, c = np.polyfit(x, y, 2)
+            a, b, c = np.polyfit(x, here.L, 2)
             bottom = -b / (2 * a) if a > 0 else math.nan
             edge = not x[0] < bottom < x[-1]
             if not edge:
                 n, loss = math.exp(bottom), c - b * b / (4 * a)
-        rows.append((budget, n, loss, edge))
-    C, N, L, edge = zip(*rows)
-    return Minima(np.array(C), np.array(N), np.array(L), np.array(edge))
+        minima.append((n, budget / (6 * n), budget, loss, edge))
+    return np.rec.fromrecords(minima, names="N,D,C,L,edge")
 
 
 def envelope(curves, points=200):
-    """Approach 1: the lowest loss that any run has reached at each amount of compute: `Minima`.
+    """Approach 1: the lowest loss that any run has reached at each amount of compute.
 
-    curves: a list of (N, tokens (S,), losses (S,)), one training curve each, losses smoothed;
-    FLOPs are 6 N tokens. Only compute that at least two runs reached counts.
+    curves: a list of (N, tokens (S,), losses (S,)), one training curve each, losses smoothed.
+    Only compute (6 N tokens) that two runs reached counts. Returns rows as `isoflop_minima` does.
     """
     C = [6 * n * np.asarray(d, float) for n, d, _ in curves]
     low, high = sorted(c[0] for c in C)[1], sorted(c[-1] for c in C)[-2]
     grid = np.geomspace(low, high, points)
     losses = np.array([np.interp(grid, c, np.asarray(y, float), np.inf, np.inf)
                        for c, (_, _, y) in zip(C, curves)])  # (runs, points)
-    best = losses.argmin(0)
     sizes = np.array([n for n, _, _ in curves])
-    N = sizes[best]
-    return Minima(grid, N, losses.min(0), np.isin(N, (sizes.min(), sizes.max())))
+    N = sizes[losses.argmin(0)]
+    edge = np.isin(N, (sizes.min(), sizes.max()))
+    return np.rec.fromarrays([N, grid / (6 * N), grid, losses.min(0), edge], names="N,D,C,L,edge")
 
 
 # ---- minimising many small functions at once ---------------------------------------------------
@@ -227,55 +157,41 @@ def batched_bfgs(f, x, iterations=200, tolerance=1e-9):
     """Minimise S independent functions of P numbers together (Nocedal & Wright, algorithm 6.1).
 
     f(x (S, P), rows (S,)) -> values (S,), gradients (S, P); `rows` says which functions x belongs
-    to. Every row takes its own step length by backtracking and stops on its own, when its gradient
-    or the gain of a restart from the steepest descent is below `tolerance`. Returns (x, values).
+    to. Each iteration tries one step in every row: taken where f falls enough (Armijo's rule), else
+    shorter the next time. A row without progress starts again from the steepest descent; it is done
+    when that gains nothing either, or its gradient is below `tolerance`. Returns (x, values).
     """
-    x, (S, P) = x.copy(), x.shape
+    x, S, eye = x.copy(), len(x), np.eye(x.shape[1])
     value, grad = f(x, np.arange(S))
-    H = np.tile(np.eye(P), (S, 1, 1))  # inverse Hessians; the identity after a restart
-    fresh, alive = np.ones(S, bool), np.arange(S)
+    H = np.tile(eye, (S, 1, 1))  # inverse Hessians; the identity after a restart
+    fresh, length, alive = np.ones(S, bool), np.full(S, np.inf), np.arange(S)
     for _ in range(iterations):
-        g, h = grad[alive], H[alive]
-        step = -np.einsum("spq,sq->sp", h, g)
-        length = np.where(fresh[alive], np.minimum(1.0, 0.1 / (np.abs(step).max(1) + 1e-300)), 1.0)
-        new_x, new_value, new_grad = backtrack(f, x[alive], value[alive], g, step, length, alive)
-        gain, s, y = value[alive] - new_value, new_x - x[alive], new_grad - g
+        step = -np.einsum("spq,sq->sp", H[alive], grad[alive])
+        first = np.where(fresh[alive], 0.1 / (np.abs(step).max(1) + 1e-300), 1.0)
+        length[alive] = np.minimum(length[alive], np.minimum(first, 1.0))
+        trial = x[alive] + length[alive, None] * step
+        v, dv = f(trial, alive)
+        good = v <= value[alive] + 1e-4 * length[alive] * (step * grad[alive]).sum(1)
+        won, lost, v, dv = alive[good], alive[~good], v[good], dv[good]
+        s, y, gain = trial[good] - x[won], dv - grad[won], value[won] - v
+        x[won], value[won], grad[won] = trial[good], v, dv
+        length[won], length[lost] = np.inf, 0.4 * length[lost]
+        # H <- (I - r s y') H (I - r y s') + r s s', r = 1 / s'y; a fresh H is first I s'y / y'y
         sy = (s * y).sum(1)
-        ok = sy > 1e-14  # positive curvature; 0 where no step was taken
-        H[alive[ok]] = bfgs_update(h[ok], s[ok], y[ok], sy[ok], fresh[alive[ok]])
-        stuck = ~(gain >= tolerance * np.abs(new_value))
-        done = stuck & fresh[alive] | (np.abs(new_grad).max(1) < tolerance)
-        H[alive[stuck]], fresh[alive] = np.eye(P), stuck
-        x[alive], value[alive], grad[alive] = new_x, new_value, new_grad
-        alive = alive[~done]
+        scale = np.where(fresh[won], sy / (y * y).sum(1), 1.0)[:, None, None]
+        r, s, y = 1 / sy[:, None, None], s[:, :, None], y[:, None, :]
+        left = eye - r * s * y
+        new = left @ (H[won] * scale) @ left.transpose(0, 2, 1) + r * s * s.transpose(0, 2, 1)
+        curved = sy > 1e-14
+        H[won[curved]] = new[curved]
+        stuck = np.concatenate([won[~(gain >= tolerance * np.abs(v))], lost[length[lost] < 1e-10]])
+        done = np.concatenate([stuck[fresh[stuck]], won[np.abs(dv).max(1) < tolerance]])
+        fresh[won], fresh[stuck] = False, True
+        H[stuck], length[stuck] = eye, np.inf
+        alive = np.setdiff1d(alive, done)
         if not len(alive):
             break
     return x, value
-
-
-def backtrack(f, x, value, grad, step, length, rows):
-    """Shorten each row's step until f falls enough (Armijo's rule); rows that never do stay."""
-    x, value, new_grad, todo = x.copy(), value.copy(), grad.copy(), np.arange(len(x))
-    slope = (step * grad).sum(1)
-    for _ in range(25):
-        trial = x[todo] + length[todo, None] * step[todo]
-        v, dv = f(trial, rows[todo])
-        good = v <= value[todo] + 1e-4 * length[todo] * slope[todo]
-        won, todo = todo[good], todo[~good]
-        x[won], value[won], new_grad[won] = trial[good], v[good], dv[good]
-        length[todo] *= 0.4
-        if not len(todo):
-            break
-    return x, value, new_grad
-
-
-def bfgs_update(H, s, y, sy, fresh):
-    """H <- (I - r s y') H (I - r y s') + r s s', r = 1 / s'y; on a first step H = I s'y / y'y."""
-    scale = np.where(fresh, sy / (y * y).sum(1), 1.0)
-    H = H * scale[:, None, None]
-    r = (1 / sy)[:, None, None]
-    left = np.eye(s.shape[1]) - r * s[:, :, None] * y[:, None, :]
-    return left @ H @ left.transpose(0, 2, 1) + r * s[:, :, None] * s[:, None, :]
 
 
 def huber(r, delta):
@@ -291,16 +207,11 @@ def huber(r, delta):
 # ---- the loss as a function of parameters and tokens -------------------------------------------
 
 
-@dataclass
-class ChinchillaFit:
+class ChinchillaFit(namedtuple("ChinchillaFit", "E A B alpha beta objective", defaults=[0.0])):
     """L(N, D) = E + A / N^alpha + B / D^beta, with the objective's value at the fit."""
 
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-    objective: float = 0.0
+
+HOFFMANN = ChinchillaFit(1.69, 406.4, 410.7, 0.34, 0.28)  # as published, Chinchilla's own
 
 
 def chinchilla_objective(runs, weights, delta):
@@ -343,7 +254,7 @@ def chinchilla_starts(runs):
     return np.array(rows)
 
 
-def fit_chinchilla(N, D, L, delta=1e-3, starts=None, iterations=400):
+def fit_chinchilla(N, D, L, delta=1e-3, starts=None):
     """Hoffmann's approach 3: `ChinchillaFit` to N parameters, D tokens and losses L, each (n,).
 
     All starts go 60 iterations together, the best ten of them to the end. Raises ValueError with
@@ -356,29 +267,22 @@ def fit_chinchilla(N, D, L, delta=1e-3, starts=None, iterations=400):
     f = chinchilla_objective(runs, np.ones((1, len(runs))), delta)
     x, value = batched_bfgs(f, chinchilla_starts(runs) if starts is None else starts, 60)
     best = np.argsort(np.where(np.isfinite(value), value, np.inf))[:10]
-    x, value = batched_bfgs(f, x[best], iterations, 1e-12)
+    x, value = batched_bfgs(f, x[best], 4000, 1e-12)
     return to_fit(x[value.argmin()], runs, value.min())
 
 
-@dataclass
-class KaplanFit:
+class KaplanFit(namedtuple("KaplanFit", "Nc Dc alphaN alphaD")):
     """L(N, D) = ((Nc / N)^(alphaN / alphaD) + Dc / D)^alphaD (Kaplan et al., equation 1.5)."""
-
-    Nc: float
-    Dc: float
-    alphaN: float
-    alphaD: float
 
 
 def fit_kaplan(N, D, L, delta=1e-3):
     """Kaplan's form by the same Huber loss on log L: it has no irreducible loss."""
     runs = make_runs([dict(N=n, D=d, L=y) for n, d, y in zip(N, D, L)])
     n, d, target = np.log(runs.N), np.log(runs.D), np.log(runs.L)
-    center_n, center_d = n.mean(), d.mean()
 
-    def f(x, rows):  # parameters: log Nc - mean, log Dc - mean, log alphaN, log alphaD
+    def f(x, rows):  # parameters: log Nc - mean of n, log Dc - mean of d, log alphaN, log alphaD
         c, e, aN, aD = x[:, :1], x[:, 1:2], np.exp(x[:, 2:3]), np.exp(x[:, 3:])
-        u, v = aN / aD * (c + center_n - n), e + center_d - d
+        u, v = aN / aD * (c + n.mean() - n), e + d.mean() - d
         m = np.logaddexp(u, v)
         p = np.exp(u - m)  # the share of the size term
         value, slope = huber(aD * m - target, delta)
@@ -386,11 +290,10 @@ def fit_kaplan(N, D, L, delta=1e-3):
         return value.sum(1), np.stack([(slope * g).sum(1) for g in grads], 1)
 
     far, slow = (0, 10, 20, 30), np.log((0.03, 0.1, 0.3))
-    starts = np.array([(c, e, a, b) for c in far for e in far for a in slow for b in slow])
-    x, value = batched_bfgs(f, starts, 600)
+    x, value = batched_bfgs(f, np.array(list(product(far, far, slow, slow))), 2000)
     c, e, aN, aD = x[np.nanargmin(value)]
     with np.errstate(over="ignore"):
-        return KaplanFit(*map(float, np.exp((c + center_n, e + center_d, aN, aD))))
+        return KaplanFit(*map(float, np.exp((c + n.mean(), e + d.mean(), aN, aD))))
 
 
 def effective_data(D, unique, R_star=15.39):
@@ -441,19 +344,18 @@ def bootstrap(runs, statistic, samples=1000, seed=0):
     Samples that `statistic` refuses with a ValueError (fewer than three sizes left at a budget) are
     left out. Raises ValueError when that is all of them.
     """
-    rng, values = np.random.default_rng(seed), []
-    groups = [np.flatnonzero(np.abs(np.log(runs.C / c)) < 0.05) for c in runs.budgets()]
+    rng, groups, values = np.random.default_rng(seed), by_budget(runs), []
     for _ in range(samples):
-        rows = np.concatenate([rng.choice(g, len(g)) for g in groups])
+        sample = [here[rng.integers(len(here), size=len(here))] for here in groups]
         with suppress(ValueError):
-            values.append(statistic(runs.take(rows)))
+            values.append(statistic(np.concatenate(sample).view(np.recarray)))
     if not values:
         raise ValueError("no bootstrap sample can be fitted: add runs, five sizes at every budget")
     return np.array(values)
 
 
-def bootstrap_chinchilla(runs, samples=4000, delta=1e-3, seed=0, block=250):
-    """Fits to resampled runs, all at once: list of `ChinchillaFit`, `samples` long.
+def bootstrap_chinchilla(runs, samples=4000, delta=1e-3, seed=0):
+    """Fits to resampled runs, 250 at once: list of `ChinchillaFit`, `samples` long.
 
     Each starts from the fit to all runs. A sample is a row of weights, how often each run was
     drawn (multinomial), so that the logs of N and D are shared.
@@ -465,9 +367,9 @@ def bootstrap_chinchilla(runs, samples=4000, delta=1e-3, seed=0, block=250):
     weights = np.random.default_rng(seed).multinomial(
         len(runs), np.full(len(runs), 1 / len(runs)), samples).astype(float)  # (samples, n)
     fits = []
-    for w in np.split(weights, range(block, samples, block)):
+    for w in np.split(weights, range(250, samples, 250)):
         f = chinchilla_objective(runs, w, delta)
-        x, values = batched_bfgs(f, np.tile(start, (len(w), 1)), 300, 1e-8)
+        x, values = batched_bfgs(f, np.tile(start, (len(w), 1)), 3000, 1e-8)
         fits += [to_fit(row, runs, v) for row, v in zip(x, values)]
     return fits
 
@@ -475,45 +377,47 @@ def bootstrap_chinchilla(runs, samples=4000, delta=1e-3, seed=0, block=250):
 # ---- the three methods side by side ------------------------------------------------------------
 
 
-def isoflop_law(runs, method, drop_edges=False, warn=False):
-    """The power law of N in C through each budget's best size."""
-    minima = isoflop_minima(runs, method)
-    if warn and minima.edge.any():
-        at = ", ".join(f"{c:.3g}" for c in minima.C[minima.edge])
-        print(f"warning: {method}: the best size is the smallest or largest run at {at} FLOPs; "
-              + ("left out" if drop_edges else "add sizes there, or --drop-edges"))
-    minima = minima.inside() if drop_edges else minima
-    return fit_power_law(minima.C, minima.N)
+def size_law(fit):
+    """The power law of N in C that a `ChinchillaFit` amounts to: `PowerLaw`."""
+    return PowerLaw(float(compute_optimal(fit, 1.0)[0]), fit.beta / (fit.alpha + fit.beta))
 
 
-def report(runs, budgets, samples=500, drop_edges=False):
-    """Print N, D and loss predicted at `budgets` by each method, with 95 % intervals.
+def analyse(runs, budgets, path, samples=500, drop_edges=False):
+    """Fit by three methods, print what each says at `budgets` with 95 % intervals, draw to `path`.
 
-    Returns ({method: PowerLaw of N in C}, ChinchillaFit, its bootstrap samples) for drawing.
+    Returns (ChinchillaFit, its bootstrap samples).
     """
-    print(f"{len(runs)} runs, {len(runs.budgets())} budgets from {runs.C.min():.3g} to "
+    print(f"{len(runs)} runs, {len(by_budget(runs))} budgets from {runs.C.min():.3g} to "
           f"{runs.C.max():.3g} FLOPs")
     laws, ranges = {}, {}  # by method; ranges of the exponent and of N at each budget: (1 + K,)
-    for method, label in (("min", "lowest run"), ("quadratic", "parabola in ln N")):
-        def numbers(r, method=method):
-            law = isoflop_law(r, method, drop_edges)
-            return [law.exponent, *law(budgets)]
 
-        laws[label] = isoflop_law(runs, method, drop_edges, warn=True)
-        ranges[label] = interval(bootstrap(runs, numbers, samples))
+    def law_of(minima):
+        minima = minima[~minima.edge] if drop_edges else minima
+        return fit_power_law(minima.C, minima.N)
+
+    def numbers(law):
+        return [law.exponent, *law(budgets)]
+
+    for method, label in (("min", "lowest run"), ("quadratic", "parabola in ln N")):
+        minima = isoflop_minima(runs, method)
+        if minima.edge.any():
+            at = ", ".join(f"{c:.3g}" for c in minima.C[minima.edge])
+            print(f"warning: {method}: the best size is the smallest or largest run at {at} FLOPs; "
+                  + ("left out" if drop_edges else "add sizes there, or --drop-edges"))
+        laws[label] = law_of(minima)
+        ranges[label] = interval(bootstrap(
+            runs, lambda r, method=method: numbers(law_of(isoflop_minima(r, method))), samples))
     fit = fit_chinchilla(runs.N, runs.D, runs.L)
     fits = bootstrap_chinchilla(runs, samples)
-    label = "L(N, D), Huber"
-    laws[label] = PowerLaw(float(compute_optimal(fit, 1.0)[0]), fit.beta / (fit.alpha + fit.beta))
-    ranges[label] = interval([[f.beta / (f.alpha + f.beta), *compute_optimal(f, budgets)[0]]
-                              for f in fits])
+    laws["L(N, D), Huber"] = size_law(fit)
+    ranges["L(N, D), Huber"] = interval([numbers(size_law(f)) for f in fits])
     for i, name in enumerate(["exponent of N in C", *(f"N at {c:.3g} FLOPs" for c in budgets)]):
         print(f"\n{name:<24}{'':>12}  95 %")
-        for label, law in laws.items():
-            value, (low, high) = law(budgets[i - 1]) if i else law.exponent, ranges[label]
-            print(f"  {label:<22}{value:>12.4g}  {low[i]:.4g} to {high[i]:.4g}")
+        for label, (low, high) in ranges.items():
+            print(f"  {label:<22}{numbers(laws[label])[i]:>12.4g}  {low[i]:.4g} to {high[i]:.4g}")
     print_law(runs, budgets, fit, fits)
-    return laws, fit, fits
+    draw(runs, laws, fit, fits, path)
+    return fit, fits
 
 
 def print_law(runs, budgets, fit, fits):
@@ -539,19 +443,33 @@ def scatter(runs, fit):
     return np.std(np.log(runs.L / predict_loss(fit, runs.N, runs.D)))
 
 
+@contextmanager
+def figure(path, panels):
+    """A row of `panels` axes, written to the PNG file `path` at the end."""
+    from matplotlib.figure import Figure
+    drawing = Figure((5.4 * panels, 4.6), dpi=100, layout="tight")
+    axes = drawing.subplots(1, panels)
+    yield axes
+    for axis in axes:
+        axis.legend(fontsize=7)
+    drawing.savefig(f"{path}.tmp", format="png")
+    os.replace(f"{path}.tmp", path)
+    print(f"{path}: the plots")
+
+
 def draw(runs, laws, fit, fits, path):
     """IsoFLOP curves with their minima, N_opt and D_opt against C, the loss surface: one PNG."""
-    budgets, minima = runs.budgets(), isoflop_minima(runs)
+    minima = isoflop_minima(runs)
     with figure(path, 3) as (iso, opt, surface):
-        for i, budget in enumerate(budgets):
-            here, color = runs.at(budget), (i / len(budgets), 0.3, 0.6)
-            iso.plot(here.N, here.L, "o", color=color, ms=4, label=f"{budget:.2g} FLOPs")
+        for i, here in enumerate(by_budget(runs)):
+            color = (i / len(minima), 0.3, 0.6)
+            iso.plot(here.N, here.L, "o", color=color, ms=4, label=f"{minima.C[i]:.2g} FLOPs")
             x = np.linspace(np.log(here.N[0]), np.log(here.N[-1]), 60)
-            iso.plot(np.exp(x), np.polyval(np.polyfit(np.log(here.N), here.L, 2), x), "-",
-                     color=color, lw=0.8)
+            parabola = np.polyfit(np.log(here.N), here.L, 2)
+            iso.plot(np.exp(x), np.polyval(parabola, x), "-", color=color, lw=0.8)
         iso.plot(minima.N, minima.L, "kx", label="bottom of the parabola")
         iso.set(xscale="log", xlabel="parameters N", ylabel="loss (nats)", title="IsoFLOP curves")
-        grid = np.geomspace(budgets[0], budgets[-1] * 100, 50)
+        grid = np.geomspace(minima.C[0], minima.C[-1] * 100, 50)
         for i, (label, law) in enumerate(laws.items()):
             opt.plot(grid, law(grid), color=f"C{i}", label=f"N, {label}: C^{law.exponent:.3f}")
             opt.plot(grid, grid / (6 * law(grid)), "--", color=f"C{i}", lw=0.8)
@@ -567,49 +485,70 @@ def draw(runs, laws, fit, fits, path):
                     title="fitted loss (nats)")
 
 
+def synthetic_runs(N, D):
+    """Runs of Hoffmann's law with 1 % noise: to try a method, or a plan, on a known truth."""
+    noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(len(N)))
+    return make_runs([dict(N=n, D=d, L=y) for n, d, y in
+                      zip(N, D, predict_loss(HOFFMANN, N, D) * noise)])
+
+
+def demonstrate(args):
+    """Five budgets, nine sizes at each: does the analysis find the law they were made by?"""
+    print("No command given: a demonstration on 45 synthetic runs of the law\n"
+          "L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28 with 1 % noise.\n")
+    C = np.repeat((1e19, 3e19, 1e20, 3e20, 1e21), 9)
+    N = compute_optimal(HOFFMANN, C)[0] * np.tile(np.geomspace(0.2, 5, 9), 5)
+    analyse(synthetic_runs(N, C / (6 * N)), [1e23], args.out, samples=1000)
+    n, d, loss = compute_optimal(HOFFMANN, 1e23)
+    print(f"\nthe truth: at 1e+23 FLOPs {n:.4g} parameters, {d:.4g} tokens, loss {loss:.4f}, "
+          f"exponent {size_law(HOFFMANN).exponent:.4f}\npython scaling.py --help for the commands")
+
+
+def fit_command(args):
+    """Fit runs of a .json, .jsonl or .csv file by three methods, predict and draw."""
+    runs = read_runs(args.runs)
+    budgets = args.predict or [float(runs.C.max()) * 10]
+    analyse(runs, budgets, args.out, args.samples, args.drop_edges)
+
+
 # ---- what to run -------------------------------------------------------------------------------
 
 
+def write_whole(path, text):
+    """Write beside, then rename: a kill leaves the old file or the new one."""
+    Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
+
+
 class Ledger:
-    """An account of compute on disk: reserve when a run is submitted, charge what it took.
+    """An account on disk, in FLOPs or seconds: reserves for a run, then charges what it took."""
 
-    submit() refuses a run submitted before and one whose reservation would pass the budget;
-    charge() replaces a reservation by the actual amount. Units are the caller's (seconds, FLOPs).
-    """
-
-    def __init__(self, path, budget=None):
-        self.path, self.entries, self.budget = Path(path), {}, budget
+    def __init__(self, path, budget=math.inf):
+        self.path, self.budget, self.amounts = Path(path), budget, {}  # run -> reserved or charged
         if self.path.exists():
-            stored = json.loads(self.path.read_text())
-            self.entries, self.budget = stored["entries"], stored["budget"]
-            if budget not in (None, self.budget):
+            self.budget, self.amounts = json.loads(self.path.read_text())
+            if budget not in (math.inf, self.budget):
                 raise ValueError(f"{path}: has a budget of {self.budget:g}, not {budget:g}; use it "
                                  "or another folder")
-        if self.budget is None:
-            raise ValueError(f"{path}: a new ledger needs a budget")
 
     def spent(self):
-        """Charged, or still reserved."""
-        return sum(e["reserved"] if e["actual"] is None else e["actual"]
-                   for e in self.entries.values())
+        return sum(self.amounts.values())
 
     def submit(self, run, amount):
+        """Reserve; returns the run's key. ValueError: submitted before, or over budget with it."""
         key = json.dumps(run, sort_keys=True)
-        if key in self.entries:
+        if key in self.amounts:
             raise ValueError(f"this run was submitted before: {key}")
         if self.spent() + amount > self.budget:
             raise ValueError(f"over budget: {self.spent():.4g} of {self.budget:.4g} is spent or "
                              f"reserved, the run asks for {amount:.4g}")
-        self.entries[key] = dict(reserved=amount, actual=None)
-        self.save()
+        self.charge(key, amount)
         return key
 
-    def charge(self, key, actual):
-        self.entries[key]["actual"] = actual
-        self.save()
-
-    def save(self):
-        write_whole(self.path, json.dumps(dict(budget=self.budget, entries=self.entries), indent=1))
+    def charge(self, key, amount):
+        """Replace a run's reservation by what it took."""
+        self.amounts[key] = amount
+        write_whole(self.path, json.dumps([self.budget, self.amounts], indent=1))
 
 
 T, B, VOCABULARY = 128, 16, 1024  # of the sweep's models and batches
@@ -622,29 +561,26 @@ def model_flags(width):
                 d_ff=8 * width // 3 // 16 * 16, vocab_size=VOCABULARY, context_length=T)
 
 
-def count(sizes):
-    """(parameters without the token table, which computes nothing; exact FLOPs a token)."""
+def planned_run(width, C):
+    """The run of this width nearest to C FLOPs, in whole steps: dict of C, N, D, steps, width.
+
+    FLOPs are exact, N is without the token table, which computes nothing.
+    """
     import torch
 
-    import model as model_py
-    config = model_py.ModelConfig(qk_norm=True, tie_embeddings=False, **sizes)
+    from model import ModelConfig, Transformer
     with torch.device("meta"):
-        model = model_py.Transformer(config)
-    return model.num_parameters(embeddings=False), model.flops_per_token(T)
-
-
-def planned_run(width, C):
-    """The run of this width nearest to C FLOPs, in whole steps."""
-    n, f = count(model_flags(width))
-    steps = max(20, round(C / f / (B * T)))
-    return dict(C=steps * B * T * f, N=n, D=steps * B * T, steps=steps, width=width)
+        model = Transformer(ModelConfig(qk_norm=True, tie_embeddings=False, **model_flags(width)))
+    flops = model.flops_per_token(T)
+    steps, N = max(20, round(C / flops / (B * T))), model.num_parameters(embeddings=False)
+    return dict(C=steps * B * T * flops, N=N, D=steps * B * T, steps=steps, width=width)
 
 
 def plan_runs(flops, budgets=4, sizes=5, ratio=2.5, tokens_per_parameter=20):
     """Runs that spend `flops` in all: `budgets` a factor `ratio` apart, `sizes` models at each.
 
     Sizes go up and down in steps from the N where D = tokens_per_parameter * N. Returns a list of
-    dicts with C, N, D, steps and width, the cheapest budget first.
+    `planned_run`s, the cheapest budget first.
     """
     smallest = flops / (sizes * sum(ratio**i for i in range(budgets)))
     planned = []
@@ -657,10 +593,9 @@ def plan_runs(flops, budgets=4, sizes=5, ratio=2.5, tokens_per_parameter=20):
 
 
 def print_plan(planned, flops_per_second, ratio):
-    """The runs, what they cost, and what they will tell: simulated with 1 % noise on a known law.
+    """The runs, what they cost, and what they will tell: simulated on Hoffmann's law.
 
-    The law is Hoffmann's, L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28: at another scale, but the
-    width of an interval depends on where the runs lie more than on the law.
+    It is of another scale, but intervals depend on where the runs lie more than on the law.
     """
     print(f"{'FLOPs':>10}{'parameters':>12}{'tokens':>12}{'tokens/N':>9}{'width':>6}{'steps':>7}"
           f"{'seconds':>9}")
@@ -670,49 +605,62 @@ def print_plan(planned, flops_per_second, ratio):
     total = sum(r["C"] for r in planned)
     print(f"{len(planned)} runs, {total:.3g} FLOPs, {total / flops_per_second / 60:.1f} minutes at "
           f"{flops_per_second:.3g} FLOP/s")
-    N, D = (np.array([r[k] for r in planned], float) for k in "ND")
-    noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(len(N)))
-    runs, C = Runs(N, D, 6 * N * D, predict_loss(HOFFMANN, N, D) * noise), 6 * ratio * max(N * D)
-    best = [compute_optimal(f, C) for f in bootstrap_chinchilla(runs, 300)]
-    low, high = interval(best)
+    runs = synthetic_runs(*(np.array([r[k] for r in planned], float) for k in "ND"))
+    C = ratio * max(runs.C)
+    low, high = interval([compute_optimal(f, C) for f in bootstrap_chinchilla(runs, 300)])
     print(f"they will tell, for {C:.3g} FLOPs and runs with 1 % noise, the best size to a factor "
           f"of {(high[0] / low[0]) ** 0.5:.2f} and its loss to {high[2] / low[2] / 2 - 0.5:.1%} "
           "(half of the 95 % interval)")
 
 
+def plan_command(args):
+    """Which small runs to make for a budget, and what they will tell."""
+    flops = args.flops or 60 * args.budget_minutes * args.flops_per_second
+    planned = plan_runs(flops, args.budgets, args.sizes, args.ratio)
+    print_plan(planned, args.flops_per_second, args.ratio)
+    lr, batch = deepseek_hyperparameters(flops)
+    print(f"for one run of {flops:.3g} FLOPs DeepSeek's fits say: learning rate {lr:.2g}, "
+          f"{batch:,.0f} tokens a batch")
+
+
 # ---- a sweep with train.py ---------------------------------------------------------------------
 
 
-def train_run(run, args, seed=0):
-    """Train one planned run with train.py; returns its record. A finished one is only read.
+def data_flags(args):
+    return [f"--cache={args.cache}", *(["--data", *args.data] if args.data else [])]
+
+
+def train_run(run, args, wait=False):
+    """The record (dict) of a planned run: read if it is finished, else trained with train.py.
 
     Runs of one width share a folder: train.py keeps the checkpoint from which the learning rate
     fell (warm-up, stable, decay), so that a longer run branches off there, as if trained alone.
+    With `wait` another process is training it.
     """
     import train
-    out = Path(args.out) / f"{run['width']}-{seed}"
-    done = Path(args.out) / f"{run['width']}-{run['steps']}-{seed}.json"
+    width, steps = run["width"], run["steps"]
+    out, done = Path(args.out) / f"{width}", Path(args.out) / f"{width}-{steps}.json"
+    while wait and not done.exists():
+        time.sleep(1)
     if done.exists():
         return json.loads(done.read_text())
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in model_flags(run["width"]).items()]
-    flags += [f"--steps={run['steps']}", f"--batch-size={B}", f"--out={out}", f"--seed={seed}",
-              f"--cache={args.cache}", "--eval-every=0", "--save-every=200", "--compile=off",
-              f"--dtype={args.dtype}", "--log-every=100000", "--sample-prompts", "--keep=1"]
-    flags += ["--data", *args.data] if args.data else []
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in model_flags(width).items()]
+    flags += [f"--steps={steps}", f"--batch-size={B}", f"--out={out}", f"--dtype={args.dtype}",
+              "--eval-every=0", "--save-every=200", "--keep=1", "--compile=off", "--seed=0",
+              "--log-every=100000", "--sample-prompts", *data_flags(args)]
     start = time.time()
     train.main(flags)
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    record = dict(N=run["N"], D=run["D"], C=run["C"], L=last["val_loss"],
-                  bits_per_byte=last["bits_per_byte"], width=run["width"], steps=run["steps"],
-                  seed=seed, seconds=round(time.time() - start, 1))
+    record = run | dict(L=last["val_loss"], bits_per_byte=last["bits_per_byte"],
+                        seconds=round(time.time() - start, 1))
     write_whole(done, json.dumps(record))
     return record
 
 
 def take_share(planned):
-    """This process's part of the runs under torchrun, whole widths: (runs, whether it is the first)
+    """This process's part of the runs under torchrun, whole widths: (runs, is it the first?).
 
-    Every process then trains alone, with its share of the cores: several runs at a time.
+    train.py, imported later, no longer finds what torchrun has set: every process trains alone.
     """
     rank, world = (int(os.environ.pop(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     widths = sorted({r["width"] for r in planned})
@@ -733,17 +681,14 @@ def sweep(args):
     if not first:
         return [train_run(run, args) for run in mine]
     print_plan(planned, args.flops_per_second, args.ratio)
-    ledger = Ledger(out / "ledger.json", 1.01 * sum(run["C"] for run in planned))  # in FLOPs
+    ledger = Ledger(out / "budget.json", 1.01 * sum(run["C"] for run in planned))  # in FLOPs
     records = []
     for run in mine + [run for run in planned if run not in mine]:
-        request = {k: run[k] for k in ("width", "steps", "N")}
-        key = json.dumps(request, sort_keys=True)
-        if key not in ledger.entries:
-            ledger.submit(request, run["C"])
-        while run not in mine and not (out / f"{run['width']}-{run['steps']}-0.json").exists():
-            time.sleep(1)  # another process has it
-        records.append(train_run(run, args))
-        ledger.charge(key, records[-1]["C"])
+        key = json.dumps(run, sort_keys=True)
+        if key not in ledger.amounts:
+            ledger.submit(run, run["C"])
+        records.append(train_run(run, args, wait=run not in mine))
+        ledger.charge(key, run["C"])
         write_whole(out / "runs.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     check_prediction(make_runs(records), args)
 
@@ -751,8 +696,7 @@ def sweep(args):
 def check_prediction(runs, args):
     """Fit the law to the runs, predict a run `ratio` times larger, train that and compare."""
     C = float(runs.C.max()) * args.ratio
-    laws, fit, fits = report(runs, [C])
-    draw(runs, laws, fit, fits, Path(args.out) / "scaling.png")
+    fit, fits = analyse(runs, [C], Path(args.out) / "scaling.png")
     N = float(compute_optimal(fit, C)[0])
     run = min((planned_run(w, C) for w in WIDTHS), key=lambda r: abs(math.log(r["N"] / N)))
     predicted = float(predict_loss(fit, run["N"], run["D"]))
@@ -767,140 +711,126 @@ def check_prediction(runs, args):
 # ---- muP: rates that transfer across width -----------------------------------------------------
 
 
-def small_model(width, parametrization, base_width, seed, layers=2):
-    """A Transformer in muP or in the standard parametrisation, and its parameter groups.
+def small_model(width, parametrization, base_width, lr, seed):
+    """A two-layer Transformer and its AdamW, in muP ("mup") or as usual ("standard").
 
-    Both start alike: matrices with std fan_in^-1/2, tables with 1, the head at zero (Yang et al.,
-    appendix D.2). They differ in Adam's rates: muP multiplies those of the matrices and of the
-    head, whose fan-in grows, by base_width / width (table 3); tables and norms keep theirs. The
-    heads have one size at every width, so attention needs no change.
+    Both start alike: matrices with std fan_in^-1/2, table with 1, head at zero (Yang et al.,
+    appendix D.2). They differ in Adam's rates: muP multiplies those of matrices and head, whose
+    fan-in grows, by base_width / width (table 3); table and norms keep theirs. Attention heads have
+    one size at every width, so attention needs no change.
     """
     import torch
 
-    import model as model_py
-    torch.manual_seed(seed)
-    sizes = dict(d_model=width, num_layers=layers, num_heads=width // 32, d_ff=2 * width,
-                 vocab_size=VOCABULARY, context_length=64)
-    model = model_py.Transformer(model_py.ModelConfig(tie_embeddings=False, **sizes))
-    matrices, others = [], []
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 2 and name != "embed.weight":
-                p.normal_(std=p.shape[1] ** -0.5) if name != "lm_head.weight" else p.zero_()
-                matrices.append(p)
-            else:
-                others.append(p)
-        model.embed.weight.normal_(std=1.0)
-    factor = base_width / width if parametrization == "mup" else 1.0
-    return model, [dict(params=matrices, factor=factor), dict(params=others, factor=1.0)]
-
-
-def train_small(model, groups, lr, steps, batch):
-    """AdamW at a constant rate on batch(step) -> (inputs, targets); the losses in nats, a list."""
     import train
-    optimizer = train.AdamW([g | dict(lr=lr * g["factor"]) for g in groups], lr=lr,
-                            betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
+    from model import ModelConfig, Transformer
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(
+        d_model=width, num_layers=2, num_heads=width // 32, d_ff=2 * width, vocab_size=VOCABULARY,
+        context_length=64, tie_embeddings=False))
+    table, head = model.embed.weight, model.lm_head.weight
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not table]
+    others = [p for p in model.parameters() if p.ndim == 1 or p is table]
+    with torch.no_grad():
+        for p in matrices:
+            p.normal_(std=p.shape[1] ** -0.5) if p is not head else p.zero_()
+        table.normal_(std=1.0)
+    factor = base_width / width if parametrization == "mup" else 1.0
+    return model, train.AdamW([dict(params=matrices, lr=lr * factor), dict(params=others, lr=lr)],
+                              lr=lr, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
+
+
+def train_small(model, optimizer, steps, batch):
+    """Train on batch() -> (inputs, targets), until a loss is not finite: losses in nats, a list."""
     losses = []
-    for step in range(steps):
-        loss = model.loss(*batch(step))
+    while len(losses) < steps and np.isfinite(losses).all():
+        loss = model.loss(*batch())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            break
     return losses
 
 
 def activation_changes(width, parametrization, lr, steps, tokens, base_width, seed):
     """Root mean square of what `steps` steps on one batch change in that batch's activations.
 
-    {name: number} of the last layer's attention and feed-forward outputs, of the residual stream
-    and of the logits. One batch of 128 tokens: updates add up along the directions of its tokens,
-    and with more of them than the width they would look random.
+    {name: number} for the last layer's attention and feed-forward, the residual stream, the logits.
+    One batch of 128 tokens: updates add up along the directions of its tokens, and with more of
+    them than the width they would look random.
     """
     import torch
-    model, groups = small_model(width, parametrization, base_width, seed)
+    model, optimizer = small_model(width, parametrization, base_width, lr, seed)
     rows = np.stack([tokens[1000 * (seed * 4 + i):][:33] for i in range(4)]).astype(np.int64)
     inputs, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
-    last = model.layers[-1]
-
-    def outputs():
-        seen, watched = {}, {"attention": last.attn, "feed-forward": last.ffn, "residual": last}
-        hooks = [m.register_forward_hook(lambda _, __, y, n=n: seen.update({n: y}))
-                 for n, m in watched.items()]
-        with torch.no_grad():
-            seen["logits"] = model(inputs)
-        for hook in hooks:
-            hook.remove()
-        return seen
-
-    before = outputs()
-    train_small(model, groups, lr, steps, lambda step: (inputs, targets))
-    return {n: float((y - before[n]).square().mean().sqrt()) for n, y in outputs().items()}
+    last, seen = model.layers[-1], {}  # name: output of the latest forward pass
+    for name, part in dict(attention=last.attn, ffn=last.ffn, residual=last,
+                           logits=model.lm_head).items():
+        part.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y.detach()}))
+    model(inputs)
+    before = dict(seen)
+    train_small(model, optimizer, steps, lambda: (inputs, targets))
+    model(inputs)
+    return {n: float((seen[n] - before[n]).square().mean().sqrt()) for n in before}
 
 
-def corpus_tokens(args, *flags):
+def corpus_tokens(args, flag):
     """The default corpus of train.py (or --data) as one array of ids."""
     import train
-    flags = [*flags, f"--cache={args.cache}", *(["--data", *args.data] if args.data else [])]
-    return np.asarray(train.prepare_data(train.make_parser().parse_args(flags)).train[0])
+    return np.asarray(train.prepare_data(train.make_parser().parse_args(
+        [flag, *data_flags(args)])).train[0])
+
+
+def by_width(args, columns, measure):
+    """Print measure(parametrisation, width, seed) -> [a number a column], averaged over seeds.
+
+    Returns {(parametrisation, width): [a number a column]}.
+    """
+    table = {}
+    for kind in ("standard", "mup"):
+        print(f"{kind + ', width':<16}" + "".join(f"{c:>11}" for c in columns))
+        for width in args.widths:
+            row = np.mean([measure(kind, width, seed) for seed in range(args.seeds)], axis=0)
+            print(f"{width:<16}" + "".join(f"{v:>11.4f}" for v in row), flush=True)
+            table[kind, width] = row
+    return table
 
 
 def coordinate_check(args):
-    """Print how much a few steps change the activations, by width, in both parametrisations.
+    """Do activations keep their scale? What a few steps change in them, by width.
 
     muP's promise is that the change does not depend on width; in the standard one it grows.
-    Returns {(parametrisation, activation): [one number a width]}.
     """
-    tokens, table = corpus_tokens(args, f"--vocab-size={VOCABULARY}"), {}
-    print(f"change after {args.steps} steps of AdamW at {args.lr:g}, mean of {args.seeds} seeds")
-    print(f"{'width':<24}" + "".join(f"{w:>9}" for w in args.widths) + f"{'max/min':>9}")
+    tokens, lr = corpus_tokens(args, f"--vocab-size={VOCABULARY}"), 2.0**-8
+    print(f"change after {args.steps} steps of AdamW at {lr:g}, mean of {args.seeds} seeds")
+    table = by_width(args, ("attention", "ffn", "residual", "logits"),
+                     lambda kind, width, seed: list(activation_changes(
+                         width, kind, lr, args.steps, tokens, args.widths[0], seed).values()))
     for kind in ("standard", "mup"):
-        runs = [[activation_changes(w, kind, args.lr, args.steps, tokens, args.widths[0], seed)
-                 for seed in range(args.seeds)] for w in args.widths]
-        for name in runs[0][0]:
-            row = [float(np.mean([s[name] for s in seeds])) for seeds in runs]
-            table[kind, name] = row
-            print(f"{kind + ' ' + name:<24}" + "".join(f"{v:>9.4f}" for v in row)
-                  + f"{max(row) / min(row):>9.2f}")
-    return table
+        rows = np.array([table[kind, width] for width in args.widths])
+        print(f"{kind}, max/min".ljust(16), *(f"{v:>10.2f}" for v in rows.max(0) / rows.min(0)))
 
 
 def learning_rates(args):
-    """Loss after short runs, by width and learning rate, in both parametrisations; and a plot.
+    """Does the best learning rate stay put? Loss after short runs, by width and rate; and a plot.
 
-    Returns {(parametrisation, width): [mean loss of the last tenth over the seeds, one a rate]}.
+    The loss is the mean of the last tenth of a run. In muP the best rate is the same at all widths.
     """
     import train
-    tokens, table = corpus_tokens(args, f"--vocab-size={VOCABULARY}"), {}
-    for kind in ("standard", "mup"):
-        print(f"{kind + ', width':<16}" + "".join(f"{lr:>8.2g}" for lr in args.rates)
-              + f"{'best':>9}")
-        for width in args.widths:
-            losses = []
-            for lr in args.rates:
-                runs = []
-                for seed in range(args.seeds):
-                    np.random.seed(seed)  # the same batches for all
-                    model, groups = small_model(width, kind, args.widths[0], seed)
-                    run = train_small(model, groups, lr, args.steps,
-                                      lambda step: train.get_batch(tokens, 8, 64, "cpu"))
-                    runs.append(np.mean(run[-max(1, args.steps // 10):]))
-                losses.append(float(np.mean(runs)))
-            table[kind, width] = losses
-            print(f"{width:<16}" + "".join(f"{v:>8.4f}" for v in losses)
-                  + f"{args.rates[int(np.nanargmin(losses))]:>9.2g}", flush=True)
-    draw_rates(table, args.rates, args.out)
-    return table
+    tokens, rates = corpus_tokens(args, f"--vocab-size={VOCABULARY}"), 2.0 ** np.arange(-9.5, -4)
 
+    def final_loss(kind, width, lr, seed):
+        np.random.seed(seed)  # the same batches for all
+        losses = train_small(*small_model(width, kind, args.widths[0], lr, seed), args.steps,
+                             lambda: train.get_batch(tokens, 8, 64, "cpu"))
+        return np.mean(losses[-max(1, args.steps // 10):])
 
-def draw_rates(table, rates, path):
-    with figure(path, 2) as panels:
-        for panel, kind in zip(panels, ("standard", "mup")):
-            for (name, width), losses in table.items():
-                if name == kind:
-                    panel.plot(rates, losses, "o-", label=f"width {width}")
+    table = by_width(args, [f"{lr:.2g}" for lr in rates], lambda kind, width, seed: [
+        final_loss(kind, width, lr, seed) for lr in rates])
+    with figure(args.out, 2) as panels:
+        for (kind, width), losses in table.items():
+            print(f"{kind}, width {width}: best at {rates[np.nanargmin(losses)]:.2g}")
+            panel = panels[("standard", "mup").index(kind)]
+            panel.plot(rates, losses, "o-", label=f"width {width}")
             panel.set(xscale="log", xlabel="learning rate", ylabel="loss (nats)", title=kind)
 
 
@@ -918,17 +848,6 @@ def gradient_noise_scale(small, big, b_small, b_big):
     return noise / signal if signal > 0 else math.inf
 
 
-def critical_batch_size(steps, examples):
-    """E_min / S_min of (S / S_min - 1)(E / E_min - 1) = 1, from runs that reach one loss.
-
-    steps, examples (n,): what runs of different batch sizes took. Least squares on 1 / S being
-    linear in 1 / E: S_min / S + E_min / E = 1.
-    """
-    A = np.stack([1 / np.asarray(steps, float), 1 / np.asarray(examples, float)], 1)  # (n, 2)
-    (s_min, e_min), *_ = np.linalg.lstsq(A, np.ones(len(A)), rcond=None)
-    return float(e_min / s_min)
-
-
 def deepseek_hyperparameters(C):
     """(learning rate, batch in tokens) at C FLOPs: DeepSeek LLM's fits, equation 1 there."""
     return 0.3118 * C**-0.125, 0.2920 * C**0.3271
@@ -941,34 +860,31 @@ def fit_hyperparameter(C, value, loss, tolerance=0.0025):
     runs within `tolerance` of their budget's lowest loss count as best: `PowerLaw`.
     """
     C, value, loss = (np.asarray(a, float) for a in (C, value, loss))
-    lowest = np.array([loss[C == c].min() for c in C])
-    near = loss <= lowest * (1 + tolerance)
+    near = loss <= (1 + tolerance) * np.array([loss[C == c].min() for c in C])
     return fit_power_law(C[near], value[near])
 
 
 def noise(args):
-    """Measure the gradient noise scale of a checkpoint on its data, in tokens."""
+    """Gradient noise scale of a checkpoint on its data, in tokens."""
     import torch
 
-    import model as model_py
     import train
-    model = model_py.Transformer.from_pretrained(args.model, dtype=torch.float32)
-    length = min(model.config.context_length, 256)
+    from model import Transformer
+    model, batches = Transformer.from_pretrained(args.model, dtype=torch.float32), 32
+    T = min(model.config.context_length, 256)
     tokens = corpus_tokens(args, f"--tokenizer={args.model}/tokenizer.json")
     np.random.seed(0)
-    total, small = None, []
-    for _ in range(args.batches):
-        inputs, targets = train.get_batch(tokens, 4, length, "cpu")
+    total, small = 0, []
+    for _ in range(batches):
         model.zero_grad()
-        model.loss(inputs, targets).backward()
+        model.loss(*train.get_batch(tokens, 4, T, "cpu")).backward()
         grad = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         small.append(grad.square().sum().item())
-        total = grad if total is None else total + grad
-    big = (total / args.batches).square().sum().item()
-    scale = gradient_noise_scale(float(np.mean(small)), big, 4 * length, 4 * length * args.batches)
-    print(f"gradient noise scale of {args.model}: {scale:,.0f} tokens, from {args.batches} batches "
-          f"of {4 * length}")
-    return scale
+        total = total + grad
+    big = (total / batches).square().sum().item()
+    scale = gradient_noise_scale(float(np.mean(small)), big, 4 * T, 4 * T * batches)
+    print(f"gradient noise scale of {args.model}: {scale:,.0f} tokens, from {batches} batches of "
+          f"{4 * T}")
 
 
 # ---- accounting --------------------------------------------------------------------------------
@@ -980,110 +896,55 @@ GPUS = {"a100": (312, 80, 1.5), "h100": (989, 80, 2.5), "h200": (989, 141, 3.0),
 
 def account(args):
     """FLOPs, days, dollars and bytes of a training run on named GPUs."""
-    import model as model_py
-    model = model_py.count_only(args.model, args.context_length or None)
-    N, without = model.num_parameters(), model.num_parameters(embeddings=False)
-    exact = model.flops_per_token(model.config.context_length) * args.tokens
+    from model import count_only
     if args.gpu not in GPUS:
         raise ValueError(f"--gpu {args.gpu}: one of {', '.join(GPUS)}")
-    peak, memory, price = GPUS[args.gpu]
+    model = count_only(args.model)
+    T, D = model.config.context_length, args.tokens
+    N, without = model.num_parameters(), model.num_parameters(embeddings=False)
+    exact, (peak, memory, price) = model.flops_per_token(T) * D, GPUS[args.gpu]
     seconds = exact / (args.gpus * peak * 1e12 * args.mfu)
-    rows = [
-        ("parameters", f"{N:,}; {without:,} without token and position tables"),
-        ("FLOPs, exact", f"{exact:.4g}, attention products at length "
-         f"{model.config.context_length} included"),
-        ("FLOPs, 6ND", f"{6 * N * args.tokens:.4g} with the tables, "
-         f"{6 * without * args.tokens:.4g} without"),
-        ("tokens", f"{args.tokens:.4g}, {args.tokens / N:.1f} a parameter"),
-        ("time", f"{seconds / 86400:.3g} days on {args.gpus} x {args.gpu} at {args.mfu:.0%} MFU"),
-        ("cost", f"{seconds / 3600 * args.gpus * price:,.0f} dollars at {price} an hour each"),
-        ("memory", f"{16 * N / 1e9:.2f} GB of fp32 weights, gradients and AdamW's two moments; "
-         f"{args.gpus} x {memory} GB there"),
-    ]
-    for name, text in rows:
-        print(f"{name:<16}{text}")
+    print(f"""\
+parameters      {N:,}; {without:,} without token and position tables
+FLOPs, exact    {exact:.4g}, attention products at length {T} included
+FLOPs, 6ND      {6 * N * D:.4g} with the tables, {6 * without * D:.4g} without
+tokens          {D:.4g}, {D / N:.1f} a parameter
+time            {seconds / 86400:.3g} days on {args.gpus} x {args.gpu} at {args.mfu:.0%} MFU
+cost            {seconds / 3600 * args.gpus * price:,.0f} dollars at {price} an hour each
+memory          {16 * N / 1e9:.2f} GB of fp32 weights, gradients and AdamW's two moments; \
+{args.gpus} x {memory} GB there""")
 
 
 # ---- command line ------------------------------------------------------------------------------
 
-
-HOFFMANN = ChinchillaFit(1.69, 406.4, 410.7, 0.34, 0.28)  # Chinchilla's fit as published
-
-
-def synthetic_runs(budgets=(1e19, 3e19, 1e20, 3e20, 1e21), sizes=9, sigma=0.01, seed=0):
-    """Runs of HOFFMANN's law times exp(sigma noise)."""
-    C = np.repeat(budgets, sizes)
-    N = compute_optimal(HOFFMANN, C)[0] * np.tile(np.geomspace(0.2, 5, sizes), len(budgets))
-    noise = np.exp(sigma * np.random.default_rng(seed).standard_normal(len(N)))
-    return Runs(N, C / (6 * N), C, predict_loss(HOFFMANN, N, C / (6 * N)) * noise)
-
-
-def demonstrate(args):
-    print("No command given: a demonstration on 45 synthetic runs of the law\n"
-          "L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28 with 1 % noise.\n")
-    runs = synthetic_runs()
-    draw(runs, *report(runs, [1e23], samples=1000), args.out)
-    n, d, loss = compute_optimal(HOFFMANN, 1e23)
-    print(f"\nthe truth: at 1e+23 FLOPs {n:.4g} parameters, {d:.4g} tokens, loss {loss:.4f}, "
-          f"exponent {0.28 / (0.34 + 0.28):.4f}\n{args.out}: the plots; "
-          "python scaling.py --help for the commands")
-
-
-def fit_command(args):
-    runs = read_runs(args.runs)
-    budgets = args.predict or [float(runs.C.max()) * 10]
-    draw(runs, *report(runs, budgets, args.samples, args.drop_edges), args.out)
-    print(f"{args.out}: the plots")
-
-
-def plan_command(args):
-    flops = args.flops or 60 * args.budget_minutes * args.flops_per_second
-    print_plan(plan_runs(flops, args.budgets, args.sizes, args.ratio), args.flops_per_second,
-               args.ratio)
-    lr, batch = deepseek_hyperparameters(flops)
-    print(f"for one run of {flops:.3g} FLOPs DeepSeek's fits say: learning rate {lr:.2g}, "
-          f"{batch:,.0f} tokens a batch")
-
-
-# Flags: (default, help). A list as default takes several numbers.
-CORPUS = dict(data=([], "text files, as for train.py; Python's own library without"),
-              cache=("data", "folder for tokens"))
-PLANNING = dict(
+FLAGS = dict(  # (default, help); a list takes several values
+    predict=([], "FLOPs to predict at; ten times the largest budget without"),
+    samples=(500, "bootstrap samples"),
+    drop_edges=(False, "leave out budgets whose best size is its smallest or largest"),
+    out=("scaling.png", "file of the plots; of a sweep, the folder of its runs"),
     budget_minutes=(20.0, "minutes for the whole sweep"),
+    flops=(0.0, "budget in FLOPs, instead of minutes"),
     flops_per_second=(7e10, "training speed of this machine on these models"),
     budgets=(4, "compute budgets"), sizes=(5, "model sizes at each"),
-    ratio=(2.5, "between one budget and the next"))
-WIDTH_FLAG = dict(widths=([64, 128, 256, 512], "widths of the models"))
-COMMANDS = {
-    "fit": (fit_command, "fit runs of a .json, .jsonl or .csv file by three methods", dict(
-        predict=([], "FLOPs to predict at; ten times the largest budget without"),
-        samples=(500, "bootstrap samples"),
-        drop_edges=(False, "leave out budgets whose best size is its smallest or largest"),
-        out=("scaling.png", "file of the plots"))),
-    "plan": (plan_command, "which small runs to make for a budget", PLANNING | dict(
-        flops=(0.0, "budget in FLOPs, instead of minutes"))),
-    "sweep": (sweep, "make the planned runs with train.py, fit, predict, check",
-              PLANNING | CORPUS | dict(
-                  out=("sweep", "folder of the runs"),
-                  dtype=("auto", "of matrix products, as for train.py"))),
-    "coordinate-check": (coordinate_check, "do activations keep their scale?",
-                         CORPUS | WIDTH_FLAG | dict(
-                             steps=(4, "steps before looking"),
-                             lr=(2.0**-8, "learning rate at the first width"),
-                             seeds=(4, "seeds to average"))),
-    "learning-rates": (learning_rates, "does the best learning rate stay put?",
-                       CORPUS | WIDTH_FLAG | dict(
-                           rates=([2.0**-(e + 0.5) for e in range(9, 3, -1)], "learning rates"),
-                           steps=(120, "steps of a run"), seeds=(3, "runs to average"),
-                           out=("learning_rates.png", "file of the plot"))),
-    "noise": (noise, "gradient noise scale of a checkpoint", CORPUS | dict(
-        model=("out", "folder of the checkpoint"),
-        batches=(32, "batches of four windows to look at"))),
-    "account": (account, "FLOPs, time, cost and memory of a training run", dict(
-        model=("gpt2-xl", "folder of a config.json, or gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
-        context_length=(0, "tokens a window, 0 for the model's own"),
-        tokens=(1e11, "training tokens"), gpu=("h100", f"one of {', '.join(GPUS)}"),
-        gpus=(8, "how many"), mfu=(0.4, "share of the peak that is reached"))),
+    ratio=(2.5, "between one budget and the next"),
+    data=([], "text files, as for train.py; Python's own library without"),
+    cache=("data", "folder for tokens"),
+    dtype=("auto", "of matrix products, as for train.py"),
+    widths=([64, 128, 256, 512], "widths of the models"),
+    steps=(4, "steps of a run"), seeds=(4, "runs to average"),
+    model=("gpt2-xl", "folder of a checkpoint; for account also gpt2, gpt2-medium, -large, -xl"),
+    tokens=(1e11, "training tokens"), gpu=("h100", f"one of {', '.join(GPUS)}"),
+    gpus=(8, "how many"), mfu=(0.4, "share of the peak that is reached"))
+COMMANDS = {  # (function, its flags, defaults of its own)
+    "fit": (fit_command, "predict samples drop_edges out", {}),
+    "plan": (plan_command, "budget_minutes flops flops_per_second budgets sizes ratio", {}),
+    "sweep": (sweep, "budget_minutes flops_per_second budgets sizes ratio data cache dtype out",
+              dict(out="sweep")),
+    "coordinate-check": (coordinate_check, "widths steps seeds data cache", {}),
+    "learning-rates": (learning_rates, "widths steps seeds data cache out",
+                       dict(steps=120, seeds=3, out="learning_rates.png")),
+    "noise": (noise, "model data cache", dict(model="out")),
+    "account": (account, "model tokens gpu gpus mfu", {}),
 }
 
 
@@ -1093,21 +954,19 @@ def make_parser():
     parser.add_argument("--out", default="scaling.png", help="plots (default: %(default)s)")
     parser.set_defaults(run=demonstrate)
     commands = parser.add_subparsers(title="commands")
-    for name, (run, help, flags) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(run=run)
-        if name == "fit":
+    for name, (run, flags, defaults) in COMMANDS.items():
+        text = run.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=text, description=text,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        if run == fit_command:
             command.add_argument("runs", help="file of runs: L and two of N, D, C")
-        for flag, (default, text) in flags.items():
-            if default is False:
-                kind = dict(action="store_true")
-            elif isinstance(default, list):
-                kind = dict(nargs="*", type=type(default[0]) if default else
-                            float if flag == "predict" else str)
-            else:
-                kind = dict(type=type(default))
-            command.add_argument(f"--{flag.replace('_', '-')}", default=default,
-                                 help=f"{text} (default: {default})".replace("%", "%%"), **kind)
+        for flag in flags.split():
+            default, text = FLAGS[flag]
+            kind = dict(action="store_true") if default is False else dict(type=type(default))
+            if isinstance(default, list):
+                kind = dict(nargs="*", type={"data": str, "widths": int}.get(flag, float))
+            command.add_argument(f"--{flag.replace('_', '-')}", default=default, help=text, **kind)
+        command.set_defaults(run=run, **defaults)
     return parser
 
 

@@ -33,7 +33,7 @@ def test_runs_are_read_from_three_formats_under_the_names_people_use(tmp_path):
     (tmp_path / "a.csv").write_text("params,flops,val_loss\n1000,6e9,3.5\n1000,6e9,3.5\n")
     for name in ("a.json", "a.jsonl", "a.csv"):
         runs = scaling.read_runs(tmp_path / name)
-        assert len(runs) == 2 and runs.budgets().tolist() == [6e9]
+        assert len(runs) == 2 and [here.C.min() for here in scaling.by_budget(runs)] == [6e9]
         assert (runs.N[0], runs.D[0], runs.C[0], runs.L[0]) == pytest.approx((1000, 1e6, 6e9, 3.5))
 
 
@@ -89,7 +89,7 @@ def test_a_minimum_at_the_edge_is_marked_warned_about_and_left_out(tmp_path, cap
             ((1e15, 14.0), (1e16, 15.0), (1e17, 30.0)) for x in (13.0, 14.2, 15.1, 16.0)]
     for method in ("min", "quadratic"):
         edge = scaling.isoflop_minima(scaling.make_runs(rows), method)
-        assert edge.edge.tolist() == [False, False, True] and len(edge.inside().C) == 2
+        assert edge.edge.tolist() == [False, False, True] and len(edge) == 3
     (tmp_path / "r.json").write_text(json.dumps(rows))
     flags = ["fit", str(tmp_path / "r.json"), "--samples", "20", "--out", str(tmp_path / "p.png")]
     scaling.main(flags)
@@ -254,7 +254,7 @@ def test_a_sweep_goes_on_where_it_was_and_checks_its_prediction(tmp_path, monkey
         made.append((value["d-model"], value["steps"]))
         if len(made) == 7:
             raise KeyboardInterrupt
-        N, _ = scaling.count(scaling.model_flags(int(value["d-model"])))
+        N = scaling.planned_run(int(value["d-model"]), 1e12)["N"]
         D = int(value["steps"]) * scaling.B * scaling.T
         out = tmp_path / "sweep" / value["out"].split("/")[-1]
         out.mkdir(parents=True, exist_ok=True)
@@ -303,6 +303,17 @@ def test_mup_keeps_activations_where_standard_rates_let_them_grow():
     assert 0.8 < ratio["mup"] < 1.2 and ratio["standard"] > 2, ratio
 
 
+def test_the_sweep_over_rates_prints_a_table_and_draws_it(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n".join(f"{i} and {i + 1} meet." for i in range(3000)))
+    scaling.main(["learning-rates", "--widths", "32", "--steps", "2", "--seeds", "1",
+                  "--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "c"),
+                  "--out", str(tmp_path / "rates.png")])
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith("32 ")]
+    assert len(rows) == 2 and len(rows[0]) == 7 and rows[0] == rows[1]  # the base width: the same
+    assert "mup, width 32: best at" in out and (tmp_path / "rates.png").stat().st_size > 5_000
+
+
 def test_gradient_noise_scale_of_known_noise():
     """g = G + noise / sqrt(B) per example: |G|^2 = 4, trace of the covariance 1000."""
     rng, d = np.random.default_rng(0), 1000
@@ -313,12 +324,6 @@ def test_gradient_noise_scale_of_known_noise():
 
     scale = scaling.gradient_noise_scale(squared(8), squared(512), 8, 512)
     assert scale == pytest.approx(250, rel=0.1)
-
-
-def test_critical_batch_size_of_an_exact_tradeoff():
-    batch = np.array([8.0, 64.0, 512.0])
-    steps = 100 + 100 * 50 / batch  # S_min (1 + B_crit / B)
-    assert scaling.critical_batch_size(steps, steps * batch) == pytest.approx(50)
 
 
 def test_hyperparameter_fit_takes_all_runs_that_are_nearly_best():
