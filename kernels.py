@@ -48,18 +48,22 @@ UPCAST = constexpr(INTERPRETED)  # the interpreter multiplies bf16 wrongly: it g
 LOG2E, LN2 = constexpr(1 / math.log(2)), constexpr(math.log(2))  # exp(x) = exp2(x LOG2E): GPUs
 PRECISION = constexpr("tf32x3")  # have exp2. fp32 products: 3 tensor-core ones, good to 2^-22
 
-# (queries BM, keys BN, warps, pipeline stages) by head dimension, rounded up to a power of two. A
+# (queries BM, keys BN, warps, pipeline stages) by head dimension, up to 64, 128 or 256. A
 # table and not @triton.autotune: that may choose another tile tomorrow, another tile sums in
 # another order, and a resumed run would not repeat its bits. `bench --tune` prints your GPU's best.
 TILES = {
-    "forward": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 128, 8, 3),
-                128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "decode": dict.fromkeys((16, 32, 64, 128, 256), (16, 64, 4, 3)),
-    "backward_q": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 8, 2),
-                   128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
-    "backward_kv": {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (64, 128, 8, 2),
-                    128: (64, 128, 8, 2), 256: (64, 32, 8, 1)},
+    "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+    "decode": dict.fromkeys((64, 128, 256), (16, 64, 4, 3)),
+    "backward_q": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
+    "backward_kv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 32, 8, 1)},
 }
+
+
+def _need(holds, what, *tensors):
+    """Raise one line that says what a function takes and what it got."""
+    if not holds:
+        got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors)
+        raise ValueError(f"need {what}: got {got}")
 
 
 def _use_triton(x, impl):
@@ -76,7 +80,7 @@ def _use_triton(x, impl):
 def _attention_tiles(kernel, q):
     """The options BE, BM, BN, num_warps, num_stages for q's head dimension; tiny in a test."""
     BE = max(16, triton.next_power_of_2(q.shape[-1]))
-    BM, BN, warps, stages = TILES[kernel][BE]
+    BM, BN, warps, stages = TILES[kernel][max(BE, 64)]
     if INTERPRETED:  # 33 positions are already several tiles and a ragged last one
         return dict(BE=BE, BM=16 if BM < BN else 32, BN=32 if BM < BN else 16)
     if q.dtype == torch.float32:  # twice the shared memory a number
@@ -475,28 +479,14 @@ def _launch_attention(kernel, name, q, k, v, tensors, p, splits=1):
                      CAP=bool(p.softcap), E=q.shape[2], **tiles)
 
 
-def _attention_forward(q, k, v, p):
-    """q (rows, H, E), k and v (rows, K, E) -> o like q, lse (H, rows) fp32."""
-    o, lse = _like(q), torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
-    _launch_attention(_flash_forward, "forward", q, k, v, (o, lse), p)
-    return o, lse
-
-
-def _attention_backward(q, k, v, o, lse, do, dlse, p):
-    """(dq, dk, dv), contiguous."""
-    dq, dk, dv, delta = _like(q), _like(k), _like(v), torch.empty_like(lse)
-    do = torch.zeros_like(o) if do is None else do.contiguous()
-    dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
-    _launch_attention(_flash_backward_q, "backward_q", q, k, v, (o, lse, do, dlse, delta, dq), p)
-    _launch_attention(_flash_backward_kv, "backward_kv", q, k, v, (lse, do, delta, dk, dv), p)
-    return dq, dk, dv
-
-
 class _Flash(torch.autograd.Function):
+    """q (rows, H, E), k and v (rows, K, E) -> o like q, lse (H, rows) fp32."""
+
     @staticmethod
     def forward(ctx, q, k, v, problem):
         q, k, v = (_rows_whole(x) for x in (q, k, v))
-        o, lse = _attention_forward(q, k, v, problem)
+        o, lse = _like(q), torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
+        _launch_attention(_flash_forward, "forward", q, k, v, (o, lse), problem)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.problem = problem
         ctx.set_materialize_grads(False)
@@ -504,42 +494,55 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse):
-        return *_attention_backward(*ctx.saved_tensors, do, dlse, ctx.problem), None
+        q, k, v, o, lse = ctx.saved_tensors
+        dq, dk, dv, delta = _like(q), _like(k), _like(v), torch.empty_like(lse)
+        do = torch.zeros_like(o) if do is None else do.contiguous()
+        dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
+        _launch_attention(_flash_backward_q, "backward_q", q, k, v, (o, lse, do, dlse, delta, dq),
+                          ctx.problem)
+        _launch_attention(_flash_backward_kv, "backward_kv", q, k, v, (lse, do, delta, dk, dv),
+                          ctx.problem)
+        return dq, dk, dv, None
 
 
-class FlashAttentionTriton(torch.autograd.Function):
-    """The kernels under FlashAttentionTorch's contract: `.apply(q, k, v, is_causal)`, (B, T, E)."""
+class FlashAttentionTriton(_Flash):
+    """The kernels under FlashAttentionTorch's contract: `.apply(q, k, v, is_causal)`, (B, T, E).
+    A batch of one-headed sequences is one sequence with B heads, whose LSE is (B, Tq)."""
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False):
-        (B, Tq, E), Tk = q.shape, k.shape[1]
-        ctx.problem = _Problem(_batch_table(B, Tq, Tk, q.device), Tq, Tk, FAR,
-                               0 if is_causal else FAR, E**-0.5, 0.0)
-        rows = [x.reshape(-1, 1, E).contiguous() for x in (q, k, v)]  # (B, T, E) -> (B T, 1, E)
-        o, lse = _attention_forward(*rows, ctx.problem)
-        ctx.save_for_backward(q, k, v, o.view(q.shape), lse.view(B, Tq))
-        return o.view(q.shape)
+        Tq, Tk, E = q.shape[1], *k.shape[1:]
+        problem = _Problem(_batch_table(1, Tq, Tk, q.device), Tq, Tk, FAR, 0 if is_causal else FAR,
+                           E**-0.5, 0.0)
+        heads = (x.transpose(0, 1) for x in (q, k, v))  # (B, T, E) -> (T, B, E)
+        return _Flash.forward(ctx, *heads, problem)[0].transpose(0, 1)
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, o, lse = ctx.saved_tensors
-        rows = [x.reshape(-1, 1, q.shape[-1]).contiguous() for x in (q, k, v, o, do)]
-        grads = _attention_backward(*rows[:4], lse.view(1, -1), rows[4], None, ctx.problem)
-        return *(g.view(x.shape) for g, x in zip(grads, (q, k, v))), None
+        dq, dk, dv, _ = _Flash.backward(ctx, do.transpose(0, 1), None)
+        return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1), None
 
 
 def _check_attention(q, k, v, dims, scale):
-    """One line for inputs that no kernel could take."""
-    if not q.dim() == k.dim() == v.dim() == dims or k.shape != v.shape or (
-            q.shape[-1] != k.shape[-1] or not k.shape[-2] or q.shape[-2] % k.shape[-2]
-            or not 1 <= q.shape[-1] <= 256 or dims == 4 and len(q) != len(k)):
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need {dims} "
-                         "dimensions, k like v, one batch, one d_head of 1 to 256, and q's heads a "
-                         "multiple of k's")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v must share a dtype: got {q.dtype}, {k.dtype}, {v.dtype}")
+    _need(q.dim() == k.dim() == v.dim() == dims and q.dtype == k.dtype == v.dtype
+          and k.shape == v.shape and 1 <= q.shape[-1] == k.shape[-1] <= 256
+          and k.shape[-2] and q.shape[-2] % k.shape[-2] == 0 and (dims == 3 or len(q) == len(k)),
+          f"q, k, v that share a dtype, {dims} dimensions, batch and d_head (1 to 256), k like v, "
+          "q's heads a multiple of k's", q, k, v)
     if scale is not None and scale <= 0:
         raise ValueError(f"scale={scale}: must be above 0")
+
+
+def _heads_first(function, *inputs, **options):
+    """(B, T, H, E) in and out of torch's attention functions, which take (B, H, T, E)."""
+    heads_first = (x.transpose(1, 2) for x in inputs)
+    return function(*heads_first, enable_gqa=True, **options).transpose(1, 2)
+
+
+def _attend(q, k, v, table, Tq, Tk, causal, window, softcap, scale):
+    """The kernels on the sequences that table lists: (o like q (rows, H, E), lse (H, rows))."""
+    return _Flash.apply(q, k, v, _Problem(table, Tq, Tk, *_bounds(causal, window),
+                                          scale or q.shape[-1] ** -0.5, softcap))
 
 
 def flash_attention(q, k, v, *, causal=True, window=None, softcap=0.0, scale=None,
@@ -557,18 +560,14 @@ def flash_attention(q, k, v, *, causal=True, window=None, softcap=0.0, scale=Non
     gives 0 and an LSE of -inf. Deterministic to the bit. FlashAttention-2, algorithms 1 and 2.
     """
     _check_attention(q, k, v, 4, scale)
-    bounds = _bounds(causal, window)
-    (B, Tq, H, E), Tk = q.shape, k.shape[1]
+    (B, Tq, H, _), Tk = q.shape, k.shape[1]
     if _use_triton(q, impl):
-        problem = _Problem(_batch_table(B, Tq, Tk, q.device), Tq, Tk, *bounds, scale or E**-0.5,
-                           softcap)
-        o, lse = _Flash.apply(*(x.flatten(0, 1) for x in (q, k, v)), problem)  # (B T, heads, E)
+        o, lse = _attend(*(x.flatten(0, 1) for x in (q, k, v)),  # (B, T, heads, E) -> (B T, ...)
+                         _batch_table(B, Tq, Tk, q.device), Tq, Tk, causal, window, softcap, scale)
         o, lse = o.view(q.shape), lse.view(H, B, Tq).transpose(0, 1)  # (H, B Tq) -> (B, H, Tq)
         return (o, lse) if return_lse else o
-    if impl is None and not (window or softcap or return_lse or causal and Tq != Tk):
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, E) -> (B, H, T, E)
-        return F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=scale,
-                                              enable_gqa=True).transpose(1, 2)  # torch's own kernel
+    if impl is None and window is None and not (softcap or return_lse or causal and Tq != Tk):
+        return _heads_first(F.scaled_dot_product_attention, q, k, v, is_causal=causal, scale=scale)
     return flash_attention_reference(q, k, v, causal=causal, window=window, softcap=softcap,
                                      scale=scale, return_lse=return_lse)
 
@@ -599,8 +598,7 @@ def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, *, cu_seqlens_k=None
         cu_k, Tk = cu_q, max_seqlen
     if _use_triton(q, impl):
         table = torch.stack([cu_q[:-1], cu_q.diff(), cu_k[:-1], cu_k.diff()], 1).to(torch.int32)
-        o, lse = _Flash.apply(q, k, v, _Problem(table, max_seqlen, Tk, *_bounds(causal, window),
-                                                scale or q.shape[-1] ** -0.5, softcap))
+        o, lse = _attend(q, k, v, table, max_seqlen, Tk, causal, window, softcap, scale)
     else:
         o, lse = flash_attention_varlen_reference(q, k, v, cu_q, cu_k, causal=causal, window=window,
                                                   softcap=softcap, scale=scale)
@@ -724,20 +722,18 @@ def _rms_backward(X, W, DY, DSUM, RSTD, DX, DW, N, D: constexpr, BD: constexpr, 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
-        x, D, total = x.contiguous(), x.shape[-1], x
-        if residual is not None:
-            residual, total = residual.contiguous(), _like(x)
+        x, D, has_res = x.contiguous(), x.shape[-1], residual is not None
+        residual, total = (residual.contiguous(), _like(x)) if has_res else (x, x)
         y, rstd = _like(x), torch.empty(x.numel() // D, dtype=torch.float32, device=x.device)
         BD = triton.next_power_of_2(D)
         BR = max(1, (64 if INTERPRETED else 4096) // BD)  # 16 to 64 numbers a thread
-        ctx.options = dict(D=D, BD=BD, BR=BR, HAS_RES=residual is not None,
+        ctx.options = dict(D=D, BD=BD, BR=BR, HAS_RES=has_res,
                            num_warps=max(1, min(BD * BR // 512, 32)))
-        _rms_forward[(triton.cdiv(len(rstd), BR),)](
-            x, x if residual is None else residual, weight, y, total, rstd, len(rstd), eps,
-            **ctx.options)
-        ctx.save_for_backward(x if residual is None else total, weight, rstd)
+        _rms_forward[(triton.cdiv(len(rstd), BR),)](x, residual, weight, y, total, rstd, len(rstd),
+                                                   eps, **ctx.options)
+        ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
-        return y, None if residual is None else total
+        return y, total if has_res else None
 
     @staticmethod
     def backward(ctx, dy, dsum):
@@ -756,10 +752,11 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, impl=None):
     x (..., D), weight (D,) or None. With residual (..., D) it normalises s = x + residual and
     returns (y, s): a pre-norm block's add and next norm in one pass. D up to 32,768.
     """
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual must be {tuple(x.shape)} {x.dtype} like x")
+    if weight is not None:
+        _need(weight.shape == x.shape[-1:], "x (..., D), weight (D,)", x, weight)
+    if residual is not None:
+        _need(residual.shape == x.shape and residual.dtype == x.dtype, "x and residual alike", x,
+              residual)
     if not _use_triton(x, impl) or x.shape[-1] > 32768:
         return rms_norm_reference(x, weight, eps, residual)
     weight = x.new_ones(x.shape[-1]) if weight is None else weight
@@ -815,9 +812,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate, up, *, impl=None):
     """silu(gate) * up in one pass each way; gate and up (..., F), also two halves of one tensor."""
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} "
-                         f"{up.dtype} must have the same shape and dtype")
+    _need(gate.shape == up.shape and gate.dtype == up.dtype,
+          "gate and up of the same shape and dtype", gate, up)
     if not _use_triton(gate, impl):
         return swiglu_reference(gate, up)
     rows = (_rows_whole(x.reshape(-1, x.shape[-1])) for x in (gate, up))  # (..., F) -> (N, F)
@@ -909,15 +905,13 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
     Hugging Face, or (2i, 2i + 1) if interleaved, as in the paper. Returns new q and k.
     """
     B, T, _, E = q.shape
-    if E % 2 or cos.shape != sin.shape or cos.shape[-1] != E // 2 or k.shape[:2] != (B, T) or (
-            len(cos) < T if positions is None else positions.numel() not in (T, B * T)):
-        got = tuple(cos.shape), None if positions is None else tuple(positions.shape)
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} need cos and sin ({T} rows or "
-                         f"more, {E // 2}), and positions ({T},) or ({B}, {T}): got {got}")
+    enough = len(cos) >= T if positions is None else positions.numel() in (T, B * T)
+    positions = torch.arange(T, device=q.device) if positions is None else positions
+    _need(enough and cos.shape == sin.shape and 2 * cos.shape[-1] == E and k.shape[:2] == (B, T),
+          f"q and k ({B}, {T}, heads, even E), cos and sin (rows, {E // 2}), positions ({T},) or "
+          f"({B}, {T}) or a row for each token", q, k, cos, sin, positions)
     if not _use_triton(q, impl):
         return apply_rope_reference(q, k, cos, sin, positions, interleaved)
-    if positions is None:
-        positions = torch.arange(T, device=q.device)
     positions = positions.reshape(-1, T).contiguous()
     return _Rope.apply(q, k, cos.contiguous(), sin.contiguous(), positions, interleaved)
 
@@ -930,30 +924,22 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
 # needs three numbers of its logits: their log-sum-exp, the target's, and (to smooth) their sum.
 
 
-def _losses(lse, logit, total, t, V, opts):
-    """(loss, log-probability) of each token, from those three numbers and its target t."""
-    ignore_index, z_loss, _, smoothing = opts
-    logit = logit.masked_fill((t < 0) | (t >= V), math.nan)  # shows a target that is not a word
-    loss = (1 - smoothing) * (lse - logit) + smoothing * (lse - total / V) + z_loss * lse.square()
-    return (torch.where(t != ignore_index, x, 0.0) for x in (loss, logit - lse))
-
-
 def linear_cross_entropy_reference(x, weight, targets, *, ignore_index=-100, z_loss=0.0,
                                    softcap=0.0, label_smoothing=0.0, reduction="mean",
                                    return_logprobs=False):
     """What linear_cross_entropy computes, all logits in memory; same arguments."""
-    logits, t, V = (x @ weight.t()).flatten(0, -2), targets.flatten(), len(weight)  # (N, V)
+    logits, t = (x @ weight.t()).flatten(0, -2), targets.flatten()  # (N, V), (N,)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    logit = logits.gather(1, t.clamp(0, V - 1)[:, None])[:, 0]
-    loss, logprob = _losses(logits.logsumexp(-1), logit, logits.sum(-1), t, V,
-                            (ignore_index, z_loss, softcap, label_smoothing))
+    nll = functools.partial(F.cross_entropy, logits, t, ignore_index=ignore_index, reduction="none")
+    valid = t != ignore_index
+    loss = nll(label_smoothing=label_smoothing) + z_loss * logits.logsumexp(-1).square() * valid
     if reduction == "none":
         loss = loss.view(targets.shape)
     else:
-        loss = loss.sum() / ((t != ignore_index).sum().clamp_min(1) if reduction == "mean" else 1)
-    return (loss, logprob.view(targets.shape).detach()) if return_logprobs else loss
+        loss = loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else 1)
+    return (loss, -nll().view(targets.shape).detach()) if return_logprobs else loss
 
 
 def _loss_rows_reference(logits, t, scale, opts, grad):
@@ -1113,8 +1099,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if reduction == "mean":
             scale = scale / scale.sum().clamp_min(1)
         want = [ctx.now and training and need for need in ctx.needs_input_grad[:2]]
-        stats, dx, dw = core(x, weight, t, scale, opts, *want)
-        loss, logprob = _losses(*stats, t, len(weight), opts)
+        (lse, logit, total), dx, dw = core(x, weight, t, scale, opts, *want)
+        (ignore_index, z_loss, _, smoothing), V = opts, len(weight)
+        logit = logit.masked_fill((t < 0) | (t >= V), math.nan)  # shows a target that is no word
+        loss = lse - (1 - smoothing) * logit - smoothing * total / V + z_loss * lse.square()
+        loss, logprob = (torch.where(t != ignore_index, x, 0.0) for x in (loss, logit - lse))
         ctx.opts, ctx.core = opts, core
         ctx.save_for_backward(*((dx, dw) if ctx.now else (x, weight, t)))
         ctx.mark_non_differentiable(logprob)
@@ -1148,9 +1137,8 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, s
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sum' or 'none'")
-    if x.shape[:-1] != targets.shape or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets "
-                         f"{tuple(targets.shape)}: need (..., D), (V, D), (...)")
+    _need(x.shape[:-1] == targets.shape and weight.dim() == 2 and x.shape[-1] == weight.shape[1],
+          "x (..., D), weight (V, D), targets (...)", x, weight, targets)
     if torch.is_autocast_enabled(x.device.type):
         x, weight = (a.to(torch.get_autocast_dtype(x.device.type)) for a in (x, weight))
     V, t = len(weight), targets.flatten()
@@ -1172,19 +1160,21 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, s
 # kernel a list of tensors; here a table of pointers makes a whole parameter group one launch.
 
 
-def adamw_reference(w, g, m, v, *, lr, betas, eps, weight_decay, step):
-    """One step, in place, for a tensor w of gradient g and moments m and v, all fp32."""
-    m.lerp_(g, 1 - betas[0])
-    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    unbias = math.sqrt(1 - betas[1] ** step)  # sqrt(v / unbias^2) + eps, times unbias
-    root = v.sqrt().add_(eps * unbias)
-    w.mul_(1 - lr * weight_decay).addcdiv_(m, root, value=-lr * unbias / (1 - betas[0] ** step))
-
-
-def _round_randomly(w):
-    """fp32 to bf16, up or down with the odds of its nearness: add 16 random bits below, and cut."""
-    noise = torch.randint_like(w, 1 << 16, dtype=torch.int32)
-    return (w.view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
+def fused_adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas, eps,
+                          weight_decay, step, grad_scale=None):
+    """What fused_adamw does, one tensor at a time; same arguments."""
+    unbias = math.sqrt(1 - betas[1] ** step)  # sqrt(v / unbias^2) + eps, times unbias, is root
+    for p, g, m, v, w in zip(params, grads, exp_avgs, exp_avg_sqs, masters or params):
+        w, g = w.to(m.dtype), g.to(m.dtype) if grad_scale is None else g.to(m.dtype) * grad_scale
+        m.lerp_(g, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        root = v.sqrt().add_(eps * unbias)
+        w.mul_(1 - lr * weight_decay).addcdiv_(m, root, value=-lr * unbias / (1 - betas[0] ** step))
+        if p.dtype == torch.bfloat16 and not masters:  # up or down with the odds of its nearness
+            noise = torch.randint_like(w, 1 << 16, dtype=torch.int32)  # below bf16's 16 bits
+            w = (w.view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
+        if w is not p:  # fp32 parameters were updated in place
+            p.copy_(w)
 
 
 @triton.jit
@@ -1218,83 +1208,40 @@ def _adamw_kernel(TABLE, P, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, 
         tl.store(v_at + c, v, mask=keep)
         if MASTER:
             tl.store(w_at + c, w, mask=keep)
-        if STOCHASTIC:  # as _round_randomly
+        if STOCHASTIC:  # add 16 random bits below bf16's, and cut
             noise = tl.randint(seed + tl.program_id(1), c.to(tl.int32)) & 0xFFFF
             bits = w.to(tl.int32, bitcast=True) + noise.to(tl.int32)
             w = (bits & -65536).to(tl.float32, bitcast=True)
         tl.store(p_at + c, w.to(P.dtype.element_ty), mask=keep)
 
 
-class FusedAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101, algorithm 2), one launch for a parameter group (and dtype in it).
+@torch.no_grad()
+def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas=(0.9, 0.95),
+                eps=1e-8, weight_decay=0.1, step, grad_scale=None, impl=None):
+    """An AdamW step (arXiv 1711.05101, algorithm 2), in place, one launch for many tensors.
 
-    Parameters fp32, bf16 or fp16, contiguous; exp_avg and exp_avg_sq fp32. 16-bit parameters keep
-    an fp32 master copy, or, if stochastic (bf16 only), none, 4 bytes less each: the update is
-    rounded up or down at random. step(grad_scale=...) multiplies the gradients by a scalar tensor
-    (the clip factor) in the same pass, without waiting for the GPU.
+    Lists of contiguous tensors: params and grads of one dtype (fp32, bf16, fp16); exp_avgs and
+    exp_avg_sqs fp32, zeros before step 1; masters, fp32 copies that keep what a 16-bit parameter
+    cannot. bf16 without masters, 4 bytes less each, is rounded up or down at random. grad_scale, a
+    scalar tensor (the clip factor: nothing waits for the GPU), multiplies the gradients. Reads are
+    16 bytes wide where all lengths are multiples of 16. Raises ValueError for strided tensors.
     """
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                 stochastic=False, impl=None):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-                                      stochastic=stochastic, impl=impl))
-
-    @torch.no_grad()
-    def step(self, closure=None, grad_scale=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            group["step"], kinds = group.get("step", 0) + 1, {}
-            for p in group["params"]:
-                if p.grad is not None:  # only lengths of a multiple of 16 can be read 16 bytes wide
-                    kinds.setdefault((p.dtype, p.numel() % 16 == 0), []).append(p)
-            for params in kinds.values():
-                rows = [self._row(p, group) for p in params]
-                update = self._launch if _use_triton(params[0], group["impl"]) else self._plain
-                update(rows, group, grad_scale)
-        return loss
-
-    def load_state_dict(self, state_dict):
-        """As torch's, which would cast the fp32 moments to a bf16 parameter's dtype."""
-        super().load_state_dict(state_dict)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params):
-            saved = state_dict["state"].get(i, {})
-            self.state[p] = {name: x.to(p.device, copy=True) for name, x in saved.items()}
-
-    def _row(self, p, group):
-        """(p, grad, exp_avg, exp_avg_sq, master or p)."""
-        if not (p.is_contiguous() and p.grad.is_contiguous()):
-            raise ValueError("FusedAdamW takes contiguous parameters and gradients")
-        state = self.state[p]
-        if not state:
-            state.update({name: torch.zeros_like(p, dtype=torch.float32)
-                          for name in ("exp_avg", "exp_avg_sq")})
-            if p.dtype != torch.float32 and not group["stochastic"]:
-                state["master"] = p.float()
-        return p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", p)
-
-    def _plain(self, rows, group, grad_scale):
-        hyper = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "step")}
-        for p, g, m, v, master in rows:
-            w, g = master.float(), g.float() if grad_scale is None else g.float() * grad_scale
-            adamw_reference(w, g, m, v, **hyper)
-            if w is not p:
-                rounded = group["stochastic"] and p.dtype == torch.bfloat16
-                p.copy_(_round_randomly(w) if rounded else w)
-
-    def _launch(self, rows, group, grad_scale):
-        p, block = rows[0][0], 64 if INTERPRETED else 2048
-        table = [[x.data_ptr() for x in row] + [row[0].numel()] for row in rows]
-        grad_scale = torch.ones((), device=p.device) if grad_scale is None else grad_scale.float()
-        lr, (beta1, beta2), step = group["lr"], group["betas"], group["step"]
-        programs = min(triton.cdiv(max(row[-1] for row in table), block), _programs(p, 8))
-        _adamw_kernel[programs, len(rows)](
-            torch.tensor(table).to(p.device, non_blocking=True), p, grad_scale,
-            1 - lr * group["weight_decay"], lr, beta1, beta2, group["eps"], 1 / (1 - beta1**step),
-            1 / (1 - beta2**step), step * len(rows), MASTER=rows[0][4] is not p, BLOCK=block,
-            STOCHASTIC=group["stochastic"] and p.dtype == torch.bfloat16,
-            ALIGN=16 if all(n % 16 == 0 for row in table for n in row) else 1)
+    hyper = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step)
+    rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, masters or params))
+    if not all(x.is_contiguous() for row in rows for x in row):
+        raise ValueError("fused_adamw takes contiguous tensors")
+    if not rows or not _use_triton(p := params[0], impl):
+        return fused_adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters,
+                                     grad_scale=grad_scale, **hyper)
+    table = [[x.data_ptr() for x in row] + [row[0].numel()] for row in rows]
+    grad_scale = torch.ones((), device=p.device) if grad_scale is None else grad_scale.float()
+    block = 64 if INTERPRETED else 2048
+    programs = min(triton.cdiv(max(row[-1] for row in table), block), _programs(p, 8))
+    _adamw_kernel[programs, len(rows)](
+        torch.tensor(table).to(p.device, non_blocking=True), p, grad_scale, 1 - lr * weight_decay,
+        lr, *betas, eps, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step), step * len(rows),
+        MASTER=bool(masters), STOCHASTIC=p.dtype == torch.bfloat16 and not masters,
+        ALIGN=16 if all(n % 16 == 0 for row in table for n in row) else 1, BLOCK=block)
 
 
 # ---- mixture of experts: a matmul for each group of rows -----------------------------------------
@@ -1385,9 +1332,8 @@ def grouped_mm(x, w, offsets, *, impl=None):
     x (N, D), w (G, D, F), offsets (G,) integers, non-decreasing: group g is rows offsets[g - 1] (0
     for the first) to offsets[g], perhaps none. Returns (N, F); rows past the last offset give 0.
     """
-    if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[1] or offsets.shape != w.shape[:1]:
-        raise ValueError(f"x {tuple(x.shape)}, w {tuple(w.shape)}, offsets {tuple(offsets.shape)}: "
-                         "need (N, D), (G, D, F), (G,)")
+    _need(x.dim() == 2 and w.dim() == 3 and x.shape[1:] == w.shape[1:2]
+          and offsets.shape == w.shape[:1], "x (N, D), w (G, D, F), offsets (G,)", x, w, offsets)
     if not _use_triton(x, impl):
         return grouped_mm_reference(x, w, offsets)
     return _GroupedMM.apply(x.contiguous(), w, offsets.to(torch.int32))
@@ -1442,8 +1388,7 @@ class _SymmetricMM(torch.autograd.Function):
 
 def symmetric_mm(x, *, impl=None):
     """x @ x.mT for x (..., M, K) -> (..., M, M), only one triangle of tiles computed."""
-    if x.dim() < 2:
-        raise ValueError(f"x must be (..., M, K), got {tuple(x.shape)}")
+    _need(x.dim() >= 2, "x (..., M, K)", x)
     if not _use_triton(x, impl):
         return symmetric_mm_reference(x)
     y = _SymmetricMM.apply(x.reshape(-1, *x.shape[-2:]))  # (..., M, K) -> (B, M, K)
@@ -1461,14 +1406,9 @@ class _Case(NamedTuple):
     ours: Callable  # takes the inputs and impl=
     twin: Callable
     peers: dict
-    unit: str  # what work counts, "FLOP" or "B", in the
-    work: tuple  # (forward, backward); 0: not timed by itself
-
-
-def _heads_first(function, *inputs, **options):
-    """(B, T, H, E) in and out of a function of (B, H, T, E)."""
-    heads_first = (x.transpose(1, 2) for x in inputs)
-    return function(*heads_first, enable_gqa=True, **options).transpose(1, 2)
+    unit: str  # what the work counts: "FLOP" or "B"
+    forward: int = 0  # work; 0: not timed
+    both: int = 0  # of forward and backward
 
 
 def _sdpa(backend, *inputs):
@@ -1485,6 +1425,7 @@ def _flex(T):
 
 def _cases(cuda, small):
     """What bench times, at a GPU's or a CPU's sizes; small: what it checks and compile compiles."""
+    partial, (device, size) = functools.partial, ("cuda", 2) if cuda else ("cpu", 4)
     attention = [(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
                  (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else [(1, 1024, 8, 2, 64)]
     B, S, N, D, M, G, V = (16, 16384, 16384, 4096, 2048, 64, 131072) if cuda else (
@@ -1492,33 +1433,31 @@ def _cases(cuda, small):
     if small:
         attention = [(1, 96, 2 * H // K, 2, E) for _, _, H, K, E in attention]
         B, S, N, D, M, G, V = 1, 200, 130, 512, 128, 8, 1000
-    device, size = ("cuda", 2) if cuda else ("cpu", 4)
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
-                SDPBackend.EFFICIENT_ATTENTION] if cuda else [SDPBackend.FLASH_ATTENTION]
+
     for b, T, H, K, E in attention:
-        peers = {f"sdpa {x.name}": functools.partial(_sdpa, x) for x in backends}
+        peers = {"sdpa flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION)}
         if cuda:
-            peers["flex"] = _flex(T)
-        half = 2 * b * H * T * T * E  # 4 B H T^2 E, of which causal needs half
+            peers.update({"sdpa cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+                          "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+                          "flex": _flex(T)})
+        flop = 2 * b * H * T * T * E  # 4 B H T^2 E, of which causal needs half
         yield _Case("flash_attention", [(b, T, H, E), (b, T, K, E), (b, T, K, E)], flash_attention,
-                    flash_attention_reference, peers, "FLOP", (half, half * 5 // 2))
-    H, K, E = attention[-1][2:]
+                    flash_attention_reference, peers, "FLOP", flop, flop * 7 // 2)
     yield _Case("flash_decode", [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
                 flash_decode_reference,
-                {"sdpa": functools.partial(_heads_first, F.scaled_dot_product_attention)}, "B",
-                (2 * B * S * K * E * size, 0))
+                {"sdpa": partial(_heads_first, F.scaled_dot_product_attention)}, "B",
+                2 * B * S * K * E * size)
 
     angle = dict(zip(("cos", "sin"), torch.randn(2, N, 64, device=device)))
-    rope = functools.partial(apply_rope_reference, **angle)
-    for name, shapes, ours, twin, peer, *moved in (  # moved: times N D numbers, forward, backward
+    rope, x = partial(apply_rope_reference, **angle), N * D * size  # bytes
+    for name, shapes, ours, twin, peer, *work in (
             ("rms_norm", [(N, D), (D,)], rms_norm, rms_norm_reference,
-             lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2, 3),
-            ("swiglu", [(N, D)] * 2, swiglu, swiglu_reference, lambda g, u: F.silu(g) * u, 3, 5),
+             lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2 * x, 5 * x),
+            ("swiglu", [(N, D)] * 2, swiglu, swiglu_reference, swiglu_reference, 3 * x, 8 * x),
             ("apply_rope", [(1, N, D // 128, 128), (1, N, D // 512, 128)],  # k is D / 4
-             functools.partial(apply_rope, **angle), rope, rope, 2.5, 2.5)):
+             partial(apply_rope, **angle), rope, rope, 5 * x // 2, 5 * x)):
         peers = {"torch": peer, **({"compile": torch.compile(twin)} if cuda else {})}
-        yield _Case(name, shapes, ours, twin, peers, "B", tuple(n * N * D * size for n in moved))
-
+        yield _Case(name, shapes, ours, twin, peers, "B", *work)
     targets = torch.randint(V, (N,), device=device)
 
     def loss(function):  # divided, so that logits are of a model's size
@@ -1527,13 +1466,13 @@ def _cases(cuda, small):
     yield _Case("linear_cross_entropy", [(N, D), (V, D)], loss(linear_cross_entropy),
                 loss(linear_cross_entropy_reference),
                 {"F.cross_entropy": loss(lambda x, w, t: F.cross_entropy((x @ w.t()).float(), t))},
-                "FLOP", (0, 6 * N * D * V))
+                "FLOP", both=6 * N * D * V)
     ends = (torch.linspace(0, 1, G + 1, device=device)[1:] ** 2 * N).int()  # the last get most
-    loop = functools.partial(grouped_mm_reference, offsets=ends)
-    yield _Case("grouped_mm", [(N, M), (G, M, M)], functools.partial(grouped_mm, offsets=ends),
-                loop, {"loop": loop}, "FLOP", (2 * N * M * M, 4 * N * M * M))
+    loop = partial(grouped_mm_reference, offsets=ends)
+    yield _Case("grouped_mm", [(N, M), (G, M, M)], partial(grouped_mm, offsets=ends), loop,
+                {"loop": loop}, "FLOP", 2 * N * M * M, 6 * N * M * M)
     yield _Case("symmetric_mm", [(2 * M, 2 * M)], symmetric_mm, symmetric_mm_reference,
-                {"x @ x.mT": symmetric_mm_reference}, "FLOP", (8 * M**3, 0))
+                {"x @ x.mT": symmetric_mm_reference}, "FLOP", 8 * M**3)
 
 
 def _inputs(shapes, device, dtype, seed=0):
@@ -1544,7 +1483,8 @@ def _inputs(shapes, device, dtype, seed=0):
 
 def _run(function, *inputs, backward=True, **options):
     """The outputs and, if backward, the inputs' gradients; an output is its own: it is not 0."""
-    outs = function(*inputs, **options)
+    with torch.set_grad_enabled(backward):
+        outs = function(*inputs, **options)
     outs = outs if isinstance(outs, tuple) else (outs,)
     return (*outs, *torch.autograd.grad(outs, inputs, outs)) if backward else outs
 
@@ -1553,7 +1493,7 @@ def _error(case, device, dtype):
     """The largest relative error of a case, forward and backward, against fp64."""
     low = _inputs(case.shapes, device, dtype)
     high = [x.detach().double().requires_grad_() for x in low]
-    pairs = zip(*(_run(f, *x, backward=case.work[1] > 0)
+    pairs = zip(*(_run(f, *x, backward=case.both > 0)
                   for f, x in ((case.ours, low), (case.twin, high))))
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
@@ -1564,8 +1504,7 @@ def _seconds(call, sets):
     for _ in range(3):
         call(*next(turn))
     if not sets[0][0].is_cuda:
-        times = timeit.repeat(lambda: call(*next(turn)), number=1, repeat=3)
-        return statistics.median(times)
+        return statistics.median(timeit.repeat(lambda: call(*next(turn)), number=1, repeat=3))
     torch.cuda._sleep(40_000_000)  # 20 ms in which all launches queue up: no gaps between them
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
     for mark in marks:
@@ -1575,43 +1514,29 @@ def _seconds(call, sets):
     return statistics.median(a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:]))
 
 
-def _passes(case, call, sets):
-    """{pass: seconds} of those that case has work for."""
-    forward, backward = case.work
-    seconds = {}
-    if forward:
-        seconds["forward"] = _seconds(call, [[x.detach() for x in inputs] for inputs in sets])
-    if backward:
-        both = _seconds(functools.partial(_run, call), sets)
-        if forward:
-            seconds["backward"] = both - seconds["forward"]
-        seconds["both"] = both
-    return seconds
-
-
-def _peak_bytes(call, cuda):
+def _peak_mib(call, cuda):
     """The most memory that call() holds beyond what there is; on a CPU as Linux counts it."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        return torch.cuda.max_memory_allocated() - before
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # start the high-water mark again
     call()
     with open("/proc/self/status") as f:
         high, now = (int(line.split()[1]) for line in f if line.startswith(("VmHWM", "VmRSS")))
-    return (high - now) * 1024
+    return (high - now) / 1024
 
 
-def _print_row(name, shape, ours, peer, theirs, work, unit, limits, error=""):
-    print(f"| {name} | {shape} | {ours * 1e3:.3g} | {peer} | {theirs * 1e3:.3g} "
-          f"| {ours / theirs:.2f} | {work / ours / 1e12:.3g} T{unit}/s "
-          f"| {work / ours / limits[unit]:.0%} | {error} |", flush=True)
+def _print_row(name, shape, ours, peer, theirs, rate=0.0, unit="", limits=None, error=""):
+    rates = f"{rate / 1e12:.3g} T{unit}/s | {rate / limits[unit]:.0%}" if limits else "|"
+    print(f"| {name} | {shape} | {ours:.3g} | {peer} | {theirs:.3g} | {ours / theirs:.2f} "
+          f"| {rates} | {error} |", flush=True)
 
 
 def _bench_case(case, small, device, dtype, limits):
-    """Check a case at its small size, then print a row for each pass and peer."""
+    """Check a case at its small size, then print a row for each peer and pass."""
     cuda, error = device == "cuda", _error(small, device, dtype)
     if not error < (0.03 if cuda else 1e-5):
         raise ValueError(f"{case.name}: error {error:.1e} against the fp64 twin, not timed")
@@ -1619,41 +1544,44 @@ def _bench_case(case, small, device, dtype, limits):
     sets = [_inputs(case.shapes, device, dtype, i)  # together larger than a 50 MB L2
             for i in range(max(2, min(8, 200_000_000 // size)))]
     shape = " ".join("x".join(map(str, s)) for s in case.shapes)
-    work = {"forward": case.work[0], "backward": case.work[1], "both": sum(case.work)}
-    ours = _passes(case, case.ours, sets)
-    for name, peer in case.peers.items():
+    passes = [(name, work) for name, work in (("forward", case.forward),
+                                              ("forward+backward", case.both)) if work]
+    for (peer, other), (name, work) in itertools.product(case.peers.items(), passes):
+        runs = [functools.partial(_run, f, backward="backward" in name) for f in (case.ours, other)]
         try:
-            theirs = _passes(case, peer, sets)
+            ours, theirs = (_seconds(run, sets) for run in runs)
         except RuntimeError as problem:  # a backend refuses the shape, or memory runs out
-            print(f"{case.name}: no {name}: {str(problem).splitlines()[0]}", file=sys.stderr)
+            print(f"{case.name} beside {peer}: {str(problem).splitlines()[0]}", file=sys.stderr)
             continue
-        for mode in theirs:
-            _print_row(f"{case.name} {mode}", shape, ours[mode], name, theirs[mode], work[mode],
-                       case.unit, limits, f"{error:.0e}")
-    if not case.work[0]:  # the loss is about memory
-        ours, theirs = (_peak_bytes(lambda f=f: _run(f, *sets[0]), cuda) / 2**20
-                        for f in (case.ours, peer))
-        print(f"| {case.name} peak MiB | {shape} | {ours:.0f} | {name} | {theirs:.0f} "
-              f"| {ours / theirs:.2f} | | | |", flush=True)
+        _print_row(f"{case.name} {name}", shape, ours * 1e3, peer, theirs * 1e3,
+                   work / ours, case.unit, limits, f"{error:.0e}")
+        if case.name == "linear_cross_entropy":  # which is about memory
+            ours, theirs = (_peak_mib(functools.partial(run, *sets[0]), cuda) for run in runs)
+            _print_row(f"{case.name} peak MiB", shape, ours, peer, theirs)
 
 
 def _bench_adamw(device, limits):
     """A step over 64 tensors, ours and torch's fused."""
-    side, seconds = 4096 if device == "cuda" else 256, []
-    for make in (FusedAdamW, functools.partial(torch.optim.AdamW, fused=True)):
-        params = _inputs([(side, side)] * 64, device, torch.float32)
-        for p in params:
-            p.grad = torch.randn_like(p)
-        step = make(params, lr=1e-4).step
-        seconds.append(_seconds(lambda *_, step=step: step(), [params]))
-    _print_row("adamw fp32 step", f"64x{side}x{side}", seconds[0], "torch fused", seconds[1],
-               28 * 64 * side**2, "B", limits)
+    side = 4096 if device == "cuda" else 256
+    params, grads = (_inputs([(side, side)] * 64, device, torch.float32, i) for i in range(2))
+    for p, g in zip(params, grads):
+        p.grad = g.detach()
+    moments = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    step = functools.partial(fused_adamw, params, grads, *moments, lr=1e-4, step=1)
+    torchs = torch.optim.AdamW(params, lr=1e-4, fused=True).step
+    ours, theirs = (_seconds(lambda *_, f=f: f(), [params]) for f in (step, torchs))
+    _print_row("adamw fp32 step", f"64x{side}x{side}", ours * 1e3, "torch fused", theirs * 1e3,
+               28 * 64 * side**2 / ours, "B", limits)
 
 
-def bench(only="", device=None):
+def bench(only=""):
     """Print the table: each kernel and pass, ours and each peer, and the share of the limit."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cuda, dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    cases = list(zip(_cases(cuda, False), _cases(cuda, True)))
+    names = [*dict.fromkeys(case.name for case, _ in cases), "adamw"]
+    if not any(only in name for name in names):
+        raise ValueError(f"--only {only}: no such kernel; there are {', '.join(names)}")
     n, numbers = (8192, 1 << 29) if cuda else (2048, 1 << 25)
     a, x = (torch.randn(s, device=device, dtype=dtype) for s in ((n, n), (numbers,)))
     limits = {"FLOP": 2 * n**3 / _seconds(torch.mm, [(a, a)]),
@@ -1664,7 +1592,7 @@ def bench(only="", device=None):
           f"{limits['FLOP'] / 1e12:.3g} TFLOP/s, copy {limits['B'] / 1e12:.3g} TB/s\n\n"
           "| kernel | shape | ours ms | peer | ms | ratio | rate | of limit | error |\n"
           + "|---" * 9 + "|")
-    for case, small in zip(_cases(cuda, False), _cases(cuda, True)):
+    for case, small in cases:
         if only in case.name:
             _bench_case(case, small, device, dtype, limits)
     if only in "adamw":
@@ -1705,11 +1633,11 @@ def compile_all():
     run, shared, triton.JITFunction.run = triton.JITFunction.run, {}, compile_only
     for dtype, case in itertools.product((torch.bfloat16, torch.float32), _cases(False, True)):
         for impl in ("triton", "chunked")[: 1 + (case.name == "linear_cross_entropy")]:
-            _run(case.ours, *_inputs(case.shapes, "cpu", dtype), backward=case.work[1] > 0,
-                 impl=impl)
-        p = torch.nn.Parameter(torch.zeros(4096, dtype=dtype))
-        p.grad = torch.zeros_like(p)
-        FusedAdamW([p], impl="triton").step()
+            inputs = _inputs(case.shapes, "cpu", dtype)
+            _run(case.ours, *inputs, impl=impl, backward=case.both > 0)
+        x, m = torch.zeros(4096, dtype=dtype), torch.zeros(4096)
+        for masters in (None, [m]):
+            fused_adamw([x], [x], [m], [m], masters, lr=1e-3, step=1, impl="triton")
     print(f"{len(shared)} kernels compiled for sm_90")
     if max(shared.values()) > 227:
         raise ValueError("a kernel wants more than the 227 KiB of shared memory there are")
@@ -1720,20 +1648,19 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("bench", help="time every kernel against its peers")
     sub.add_argument("--only", default="", help="kernels whose name contains this (default: all)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU, if any)")
     sub.add_argument("--tune", action="store_true", help="time other attention tiles instead")
     commands.add_parser("compile", help="compile every kernel for an H100 that is not here")
     args = parser.parse_args(argv)
     try:
-        if args.command == "compile" and INTERPRETED:  # settled when Triton was imported: restart
-            os.environ["TRITON_INTERPRET"] = "0"
-            os.execv(sys.executable, [sys.executable, __file__, "compile"])
         if args.command == "compile":
+            if INTERPRETED:  # settled when Triton was imported: restart
+                os.environ["TRITON_INTERPRET"] = "0"
+                os.execv(sys.executable, [sys.executable, __file__, "compile"])
             compile_all()
-        elif (args.tune or args.device == "cuda") and not torch.cuda.is_available():
-            raise ValueError("--tune and --device cuda need a GPU, and torch sees none")
+        elif args.tune and not torch.cuda.is_available():
+            raise ValueError("--tune: timings need a GPU, and torch sees none")
         else:
-            tune() if args.tune else bench(args.only, args.device)
+            tune() if args.tune else bench(args.only)
     except (ValueError, OSError) as problem:
         print(f"kernels.py: {problem}", file=sys.stderr)
         return 2
