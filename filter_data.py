@@ -1288,8 +1288,9 @@ def map_shards(o, label, function, *columns):
         documents += count or 0
         if (now := time.monotonic()) - shown > 2 or done == len(todo):
             shown, each = now, (now - began) / done
-            print(f"{label}: {done}/{len(todo)} shards, {documents / (now - began):,.0f} "
-                  f"documents/s, {each * (len(todo) - done):.0f} s left", file=sys.stderr)
+            rate = f"{documents / (now - began):,.0f} documents/s, " if documents else ""
+            print(f"{label}: {done}/{len(todo)} shards, {rate}"
+                  f"{each * (len(todo) - done):.0f} s left", file=sys.stderr)
     while missing := [row[0] for row in rows if not os.path.exists(row[0])]:
         time.sleep(0.2)
         if time.monotonic() - shown > 60:
