@@ -273,7 +273,8 @@ class Numbers:
         mixed *= np.uint64(0xBF58476D1CE4E5B9)  # the best mixed bits are the highest ones
         slot = (mixed >> np.uint64(65 - len(self.slots).bit_length())).astype(np.int64)
         number = self.slots.take(slot)
-        todo = np.flatnonzero(self._differs(number, first, second))
+        todo = self._differs(number, first, second)
+        todo = np.flatnonzero(todo if insert else todo & (number > 0))
         while todo.size:
             at, key = slot[todo], (first[todo], second[todo])
             if insert:
@@ -763,7 +764,8 @@ class BPE:
     def forget(self):
         """Start with no words. Word n has the ids pool[first[n] : first[n] + count[n]]."""
         self.words, self.known, self.pooled = Words(), 0, 0
-        self.first, self.count, self.pool = np.zeros((3, 1), np.int64)
+        self.first, self.count = np.zeros((2, 1), np.int64)
+        self.pool = np.zeros(0, np.int32)
 
     def learn(self):
         """Put the ids of the words that are new into the pool."""
@@ -785,7 +787,7 @@ class BPE:
         self.count = append(self.count, begin + 1, count)
 
     def look_up(self, number):
-        """(ids of the words with these numbers in a row, how many of each): int64 both."""
+        """(int32 ids of the words with these numbers in a row, int64 how many of each)."""
         count = self.count.take(number)
         return self.pool.take(ranges(self.first.take(number), count)), count
 
@@ -950,9 +952,12 @@ class Tokenizer:
 
     def encode(self, text, allowed_special="all"):
         """List of the ids of a text; see `encode_numpy`."""
-        if len(text) > SHORT or self.normalizer or any(t in text for t in self.special_tokens):
-            return self._ints.take(self.encode_numpy(text, allowed_special)).tolist()
         ids, known = [], self._short
+        if len(text) > SHORT or self.normalizer or any(t in text for t in self.special_tokens):
+            out = self.encode_numpy(text, allowed_special)
+            for i in range(0, len(out), 8192):  # blocks stay in the cache
+                ids += self._ints.take(out[i : i + 8192]).tolist()
+            return ids
         for word in self._find(text):
             if word not in known:  # a word of more than 40 characters would take merge_word long
                 known[word] = (self.encode_numpy(word, ()).tolist() if len(word) > 40 else
