@@ -514,7 +514,7 @@ TASKS = {
                                   [row["sol1"], row["sol2"]]), score_choices, "acc_norm"),
     "winogrande": Task(winogrande, score_choices, "acc"),
     "lambada": Task(lambda row: Item(row["text"].rsplit(" ", 1)[0], 0,
-                                     row["text"].rsplit(" ", 1)[1:]), score_last, "acc"),
+                                     [row["text"].rsplit(" ", 1)[1]]), score_last, "acc"),
     "wikitext": Task(wikitext, score_rolling, "bits_per_byte",
                      lambda path: tokenizer_py.read_documents([str(path)])),
     "gsm8k": Task(gsm8k, generated(judge_gsm8k), "strict"),

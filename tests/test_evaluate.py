@@ -434,6 +434,7 @@ def test_the_default_job_scores_a_checkpoint_of_train(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("task,content,words", [
     ("arc", '{"question": "a"}', ["answerKey", "item 1"]), ("arc", "", ["no items"]),
     ("mmlu", "q,a,b,c,B\n", ["5 columns"]), ("lambada", "{", ["Expecting"]),
+    ("lambada", '{"text": "alone"}', ["item 1", "lambada"]),
 ])
 def test_bad_task_files_end_in_one_line(task, content, words, folder, tmp_path, capsys):
     path = tmp_path / ("x_test.csv" if task == "mmlu" else "x.jsonl")
