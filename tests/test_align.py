@@ -534,9 +534,9 @@ def test_another_runs_folder_is_refused(tmp_path, capsys):
 
 
 def test_sorting_improves_by_expert_iteration(tmp_path):
-    """A short form of the default job: accuracy rises from a weak start."""
-    align.main(["ei", "--pretrain-steps", "90", "--steps", "4", "--prompts", "64", "--group-size",
+    """A short form of the default job: accuracy rises from a weak start (by 0.3 with 3 seeds)."""
+    align.main(["ei", "--pretrain-steps", "90", "--steps", "4", "--prompts", "256", "--group-size",
                 "2", "--held-out", "100", "--out", str(tmp_path), "--eval-every", "4"])
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["accuracy"] > log[0]["reward"] and log[-1]["pool"] > log[0]["pool"] > 0
+    assert log[-1]["accuracy"] > log[0]["reward"] + 0.1 and log[-1]["pool"] > log[0]["pool"] > 0
     assert np.isfinite(log[-1]["loss"])
