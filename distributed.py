@@ -623,13 +623,15 @@ class FSDP(nn.Module):
         for tensor in (output,) if torch.is_tensor(output) else output:
             if torch.is_tensor(tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self.before_backward, layer))
+        for tensor in inputs if layer is self.order[0] else ():  # after it, tables are reduced
+            if torch.is_tensor(tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: layer.done())
 
     def before_backward(self, layer, grad):
         self.backward_runs = True
         i = self.order.index(layer)
-        for later in self.order[i + 1:]:
-            if not later.learns:  # no gradient says when it is done with
-                later.free()
+        for later in self.order[:i:-1]:  # done, also where a weight is frozen or was not used here:
+            later.done()  # so that all ranks reduce in one order
         for ahead in self.order[max(0, i + 1 - self.prefetch):i + 1][::-1]:
             ahead.gather()
         layer.wait()

@@ -389,6 +389,42 @@ def check_fsdp_mixed_precision(n):
     assert counter.total("reduce_scatter") == share * 4 * (matrices + padded)
 
 
+class SometimesBoth(nn.Module):
+    """Blocks of two matrices, of which the second is not always used."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Linear(8, 8, bias=False) for _ in range(2))
+
+        def forward(self, x, both):
+            return x + self.a(x) + (self.b(x) if both else 0)
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Linear(8, 8, bias=False)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(4))
+
+    def forward(self, x, uses):
+        x = self.table(x)
+        for block, both in zip(self.blocks, uses):
+            x = block(x, both)
+        return x
+
+
+def check_fsdp_of_weights_that_only_some_ranks_use(n):
+    """Reductions of equal sizes must meet on all ranks, also where one skips a weight."""
+    x = [torch.randn(3, 8, generator=torch.Generator().manual_seed(r)) for r in range(n)]
+    uses = [[(r + i // 2) % 2 for i in range(4)] for r in range(n)]
+    net, wrapped, rank = SometimesBoth(), D.FSDP(SometimesBoth(), average=False), dist.get_rank()
+    sum(net(*batch).square().sum() for batch in zip(x, uses)).backward()
+    wrapped(x[rank], uses[rank]).square().sum().backward()
+    wrapped.finish_gradient_synchronization()
+    same({k: D.whole(p.grad, p) for k, p in wrapped.module.named_parameters()},
+         {k: p.grad for k, p in net.named_parameters()}, 1e-4)
+
+
 def check_fsdp_recomputes(n):
     """With every block checkpointed, the gradients are the same."""
     model = transformer()
