@@ -992,8 +992,8 @@ class Pipeline:
 
     def step(self, x, y, backward=True):
         xs, ys = x.chunk(self.m), y.chunk(self.m)
-        if len(xs) != self.m:
-            raise ValueError(f"a batch of {len(x)} does not make {self.m} micro-batches")
+        if len(x) % self.m:
+            raise ValueError(f"a batch of {len(x)} does not make {self.m} equal micro-batches")
         self.inbox, self.kept = {}, {}  # (kind, micro, stage): (works, tensor); (input, output)
         self.message = None  # like what is sent: an empty tensor without storage
         flying, total = [], torch.zeros((), device=x.device)

@@ -566,8 +566,8 @@ def check_pipeline(n):
             assert sum(sent) == 2 * (n * chunks - 1) * x.numel() * 32 * 4
             if schedule == "1f1b":
                 assert pipeline.most_kept == min(4, n - dist.get_rank())
-    with pytest.raises(ValueError, match="does not make 4 micro-batches"):
-        pipeline.step(x[:3], y[:3])
+    with pytest.raises(ValueError, match="does not make 4 equal micro-batches"):
+        pipeline.step(x[:7], y[:7])
 
 
 def check_expert_parallel(n):
