@@ -1289,7 +1289,8 @@ def save_sharded(folder, model, optimizers=(), step=0):
 def load_sharded(folder, model, optimizers=()):
     """Read the newest complete checkpoint of save_sharded in whatever layout the model has now;
     returns its step."""
-    complete = sorted(p.parent for p in Path(folder).glob("step-*/index.json"))
+    complete = sorted((p.parent for p in Path(folder).glob("step-*/index.json")),
+                      key=lambda place: int(place.name.removeprefix("step-")))
     if not complete:
         raise ValueError(f"{folder}: no complete checkpoint in it")
     index = json.loads((complete[-1] / "index.json").read_text())

@@ -758,7 +758,7 @@ def test_ranks(worlds, name, n):
     assert worlds[0][n, name] is None, worlds[0][n, name]
 
 
-def test_checkpoint_of_four_ranks_opens_in_one_process(worlds):
+def test_checkpoint_of_four_ranks_opens_in_one_process(worlds, tmp_path):
     D.init_distributed("cpu")
     try:
         model = transformer(seed=4)
@@ -770,6 +770,9 @@ def test_checkpoint_of_four_ranks_opens_in_one_process(worlds):
             torch.testing.assert_close(optimizer.state[p]["exp_avg"],
                                        want["states"][name]["exp_avg"])
             assert optimizer.state[p]["step"] == 2  # which is not cut as the weights are
+        for step in (999_999, 1_000_000):  # which is the newer, though not by the alphabet
+            D.save_sharded(tmp_path, model, step=step)
+        assert D.load_sharded(tmp_path, model) == 1_000_000
         with pytest.raises(ValueError, match="embed.weight is"):
             D.load_sharded(worlds[1] / SHARDS, transformer(vocab_size=98))
         with pytest.raises(ValueError, match="no complete checkpoint"):
