@@ -1604,7 +1604,7 @@ def layouts(s, gpus, T, tokens_per_step, node):
     for tp, pp, cp, ep, dp in itertools.product(
             [n for n in counts if n <= node and s.kv_heads % n == 0],
             [n for n in counts if n <= min(s.layers, 32)],
-            [n for n in counts if n == 1 or n <= 16 and T // n >= 1024],
+            [n for n in counts if n == 1 or n <= 16 and T // n >= 1024 and T % (2 * n) == 0],
             [n for n in counts if n <= 64 and s.experts % n == 0], counts):
         fsdp, no_layout = divmod(gpus, tp * pp * cp * ep * dp)
         if no_layout or tokens_per_step // T % (dp * fsdp * ep):

@@ -962,6 +962,12 @@ def test_plan_bytes_are_those_of_a_real_step_on_1024_ranks(mesh):
     assert sum(memory.values()) == pytest.approx(peak + 2 * state, rel=0.05)
 
 
+def test_layouts_divide_the_sequence():
+    every = list(D.layouts(D.MODELS["8b"], 24, 8192, 8192 * 24, 8))
+    assert {a.cp for a in every} == {1, 2, 4, 8}  # not 3, 6 or 12
+    assert all(a.dp * a.fsdp * a.tp * a.pp * a.cp * a.ep == 24 for a in every)
+
+
 def test_plan_command(capsys):
     best = D.main(["plan", "--model", "8b", "--gpus", "64", "--tokens-per-step", "1048576"])
     table = capsys.readouterr().out
