@@ -759,7 +759,7 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, impl=None):
               residual)
     if not _use_triton(x, impl) or x.shape[-1] > 32768:
         return rms_norm_reference(x, weight, eps, residual)
-    weight = x.new_ones(x.shape[-1]) if weight is None else weight
+    weight = x.new_ones(x.shape[-1]) if weight is None else weight.contiguous()
     y, total = _RMSNorm.apply(x, weight, eps, residual)
     return y if residual is None else (y, total)
 
@@ -1336,7 +1336,7 @@ def grouped_mm(x, w, offsets, *, impl=None):
           and offsets.shape == w.shape[:1], "x (N, D), w (G, D, F), offsets (G,)", x, w, offsets)
     if not _use_triton(x, impl):
         return grouped_mm_reference(x, w, offsets)
-    return _GroupedMM.apply(x.contiguous(), w, offsets.to(torch.int32))
+    return _GroupedMM.apply(x.contiguous(), w, offsets.to(torch.int32).contiguous())
 
 
 # ---- X X' at half the work -----------------------------------------------------------------------

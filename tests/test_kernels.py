@@ -277,6 +277,18 @@ def test_rms_norm_without_weight():
     )
 
 
+def test_small_inputs_may_be_strided():
+    """What is read by address alone: a norm's weight, a mixture's offsets."""
+    x, weight = randn(5, 24), randn(48, seed=1)[::2]
+    assert relative(kernels.rms_norm(x, weight, impl="triton"),
+                    F.rms_norm(x.double(), (24,), weight.double(), 1e-5)) < 1e-5
+    offsets = torch.tensor([1, 0, 3, 0, 7, 0, 8, 0], dtype=torch.int32)[::2]
+    x, w = randn(8, 6), randn(4, 6, 5, seed=2)
+    group = torch.tensor([0, 1, 1, 2, 2, 2, 2, 3])  # of each row
+    assert relative(kernels.grouped_mm(x, w, offsets, impl="triton"),
+                    torch.einsum("nd,ndf->nf", x.double(), w.double()[group])) < 1e-5
+
+
 @pytest.mark.parametrize("F_", [1, 32, 75])
 def test_swiglu(F_):
     inputs = [randn(3, 2, 2 * F_)]
