@@ -1233,6 +1233,10 @@ def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas
     if not rows or not _use_triton(p := params[0], impl):
         return fused_adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters,
                                      grad_scale=grad_scale, **hyper)
+    types = [p.dtype] * 2 + [torch.float32] * 2 + [torch.float32 if masters else p.dtype]
+    _need(all([x.dtype for x in row] == types and all(x.shape == row[0].shape for x in row)
+              for row in rows), "tensors alike, moments and masters in float32, all others in one "
+          "dtype", *rows[0])  # addresses carry no types
     table = [[x.data_ptr() for x in row] + [row[0].numel()] for row in rows]
     grad_scale = torch.ones((), device=p.device) if grad_scale is None else grad_scale.float()
     block = 64 if INTERPRETED else 2048

@@ -569,6 +569,8 @@ def test_nothing_is_written_outside_or_left_unwritten(monkeypatch):
         (lambda x: kernels.linear_cross_entropy(x, x[0, :, 0], torch.full((2, 5, 3), 5)), "0 .. 4"),
         (lambda x: kernels.grouped_mm(x, x, x), "need x (N, D)"),
         (lambda x: kernels.symmetric_mm(x[0, 0, 0]), "(..., M, K)"),
+        (lambda x: kernels.fused_adamw([x.bfloat16()], [x], [x], [x], lr=1.0, step=1,
+                                       impl="triton"), "in one dtype"),
     ],
 )
 def test_mistakes_end_in_one_line(call, message):
