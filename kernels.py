@@ -54,7 +54,7 @@ PRECISION = constexpr("tf32x3")  # have exp2. fp32 products: 3 tensor-core ones,
 TILES = {
     "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
     "decode": dict.fromkeys((64, 128, 256), (16, 64, 4, 3)),
-    "backward_q": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
+    "backward_q": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
     "backward_kv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 32, 8, 1)},
 }
 
@@ -1639,6 +1639,10 @@ def compile_all():
         for impl in ("triton", "chunked")[: 1 + (case.name == "linear_cross_entropy")]:
             inputs = _inputs(case.shapes, "cpu", dtype)
             _run(case.ours, *inputs, impl=impl, backward=case.both > 0)
+    for dtype in (torch.bfloat16, torch.float32):
+        for E in (64, 128, 256):  # the tiles differ
+            capped = functools.partial(flash_attention, softcap=30.0 * (E == 64), impl="triton")
+            _run(capped, *_inputs([(1, 96, 2, E)] * 3, "cpu", dtype))
         x, m = torch.zeros(4096, dtype=dtype), torch.zeros(4096)
         for masters in (None, [m]):
             fused_adamw([x], [x], [m], [m], masters, lr=1e-3, step=1, impl="triton")

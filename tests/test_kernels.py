@@ -602,3 +602,5 @@ def test_every_kernel_compiles_for_hopper():
     launched = [f.__name__ for f in jitted if "tl.program_id(0)" in inspect.getsource(f)]
     assert len(launched) > 12
     assert all(f"{name}:" in run.stdout for name in launched)
+    # the tiles of every head dimension, forward and backward, in both types, and one with a cap
+    assert run.stdout.count("_flash_backward_kv:") >= 7
