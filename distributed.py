@@ -578,7 +578,8 @@ class FSDP(nn.Module):
     the optimizer sees, and their gradients, keep the weights' own dtype. With W weights, w of them
     outside the layers, a step sends (N-1)/N of 2 (W - w) + w in compute_dtype and W in
     reduce_dtype: three halves of DDP's bytes. Layers are prefetched in the order they are
-    registered in, which must be that of their use.
+    registered in, which must be that of their use. A rank may skip some weights of a layer, but not
+    a whole one, nor a table that others use.
     """
 
     no_sync = no_sync
