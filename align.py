@@ -158,7 +158,8 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     scores = [reward_fn(r, t) for r, t in zip(rollout_responses, repeated_ground_truths)]
     raw = torch.tensor([s["reward"] for s in scores], dtype=torch.float32)
     groups = raw.view(-1, group_size)
-    advantages = groups - groups.mean(1, keepdim=True)
+    alike = (groups == groups[:, :1]).all(1, keepdim=True)  # 0, whatever their mean is rounded to
+    advantages = (groups - groups.mean(1, keepdim=True)).masked_fill(alike, 0.0)
     if normalize_by_std and group_size > 1:
         advantages = advantages / (groups.std(1, keepdim=True) + advantage_eps)
     metadata = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} if scores else {}
@@ -309,7 +310,7 @@ def answer_of(response):
 
 def scores(answer, right):
     """The course's three rewards: an answer that is None did not have the form asked for."""
-    right = float(right and answer is not None)
+    right = float(bool(right) and answer is not None)
     return dict(format_reward=float(answer is not None), answer_reward=right, reward=right)
 
 
@@ -335,12 +336,15 @@ def countdown_reward_fn(response, ground_truth):
     numbers, target = ground_truth.split(" = ")
     answer = (answer_of(response) or "").split("=")[0]
     used = sorted(re.findall(r"\d+", answer)) == sorted(numbers.split())
-    allowed = re.fullmatch(r"[\d+\-*/() ]+", answer)
-    return scores(answer or None, used and allowed and grade(answer, target))
+    # no ** or //, and no product or sum by writing side by side: 3(5), 2 1/3
+    plain = re.fullmatch(r"[\d+\-*/() ]+", answer) and not re.search(
+        r"\*\s*\*|/\s*/|[\d)]\s*\(|\)\s*\d|\d\s+\d", answer)
+    return scores(answer or None, used and plain and grade(answer, target))
 
 
 def safe_rewards(reward_fn, responses, truths, seconds=10.0):
-    """reward_fn of each; one that raises or takes longer counts as 0: (dicts, how many failed).
+    """reward_fn of each; one that raises, takes longer or is not finite counts as 0: (dicts, how
+    many failed).
 
     The alarm stops Python code, sleeping and regular expressions alike, and leaves no thread
     behind; it needs Unix and the main thread.
@@ -355,6 +359,8 @@ def safe_rewards(reward_fn, responses, truths, seconds=10.0):
                 signal.setitimer(signal.ITIMER_REAL, seconds)
                 given = dict(reward_fn(response, truth))
                 given["reward"] = float(given["reward"])
+                if not math.isfinite(given["reward"]):
+                    raise ValueError
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Exception:  # a user's function: whatever it raises
@@ -415,9 +421,9 @@ def read_rows(path):
             for number, line in enumerate(f, 1):
                 if line.strip():
                     try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError:
-                        raise ValueError(f"{file}: line {number} is not JSON") from None
+                        yield dict(json.loads(line))
+                    except (ValueError, TypeError):
+                        raise ValueError(f"{file}: line {number} is not a JSON object") from None
 
 
 def file_task(args):
@@ -874,7 +880,10 @@ def sft(s):
     limit = s.model.config.context_length
     if not s.args.data:
         raise ValueError("sft: needs --data FILE.jsonl of messages, or prompt and response")
-    rows = fitting([conversation(row, s.tokenizer) for row in read_rows(s.args.data)], limit)
+    try:
+        rows = fitting([conversation(row, s.tokenizer) for row in read_rows(s.args.data)], limit)
+    except KeyError as error:
+        raise ValueError(f"--data: a message is without {error}") from None
     for chosen in batches(s, pack(rows, limit) if s.args.pack else rows):
         yield sft_update(s, chosen[RANK::WORLD_SIZE])
 
@@ -922,7 +931,8 @@ def log_generations(path, step, prompts, completions, truths, rewards, count=8):
         for p, c, t, r in list(zip(prompts, completions, truths, rewards))[:count]:
             f.write(json.dumps(dict(step=step, prompt=p, response=c.text, truth=t, **r,
                                     tokens=len(c.tokens), reason=c.reason,
-                                    mean_logprob=float(np.mean(c.logprobs)))) + "\n")
+                                    mean_logprob=float(np.mean(c.logprobs))),
+                               default=str) + "\n")  # a user's reward may hold anything
 
 
 def collect(s):
@@ -1211,7 +1221,7 @@ def make_parser():
     add("entropy_bonus", 0.0, "weight of the entropy")
     add("beta", 0.1, "of DPO")
     add("preference", "sigmoid", "loss of dpo", choices=["sigmoid", "ipo", "hinge", "simpo"])
-    add("label_smoothing", 0.0, "share of preferences that may be wrong")
+    add("label_smoothing", 0.0, "share of preferences that may be wrong (sigmoid)")
     add("nll", None, "of DPO: weight of the chosen response's own likelihood; 1 without --data",
         type=float)
     add("pairs", 2048, "problems to make own pairs from, without --data")

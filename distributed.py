@@ -578,7 +578,8 @@ class FSDP(nn.Module):
     the optimizer sees, and their gradients, keep the weights' own dtype. With W weights, w of them
     outside the layers, a step sends (N-1)/N of 2 (W - w) + w in compute_dtype and W in
     reduce_dtype: three halves of DDP's bytes. Layers are prefetched in the order they are
-    registered in, which must be that of their use.
+    registered in, which must be that of their use. A rank may skip some weights of a layer, but not
+    a whole one, nor a table that others use.
     """
 
     no_sync = no_sync
@@ -623,13 +624,15 @@ class FSDP(nn.Module):
         for tensor in (output,) if torch.is_tensor(output) else output:
             if torch.is_tensor(tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self.before_backward, layer))
+        for tensor in inputs if layer is self.order[0] else ():  # after it, tables are reduced
+            if torch.is_tensor(tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: layer.done())
 
     def before_backward(self, layer, grad):
         self.backward_runs = True
         i = self.order.index(layer)
-        for later in self.order[i + 1:]:
-            if not later.learns:  # no gradient says when it is done with
-                later.free()
+        for later in self.order[:i:-1]:  # done, also where a weight is frozen or was not used here:
+            later.done()  # so that all ranks reduce in one order
         for ahead in self.order[max(0, i + 1 - self.prefetch):i + 1][::-1]:
             ahead.gather()
         layer.wait()
@@ -990,8 +993,8 @@ class Pipeline:
 
     def step(self, x, y, backward=True):
         xs, ys = x.chunk(self.m), y.chunk(self.m)
-        if len(xs) != self.m:
-            raise ValueError(f"a batch of {len(x)} does not make {self.m} micro-batches")
+        if len(x) % self.m:
+            raise ValueError(f"a batch of {len(x)} does not make {self.m} equal micro-batches")
         self.inbox, self.kept = {}, {}  # (kind, micro, stage): (works, tensor); (input, output)
         self.message = None  # like what is sent: an empty tensor without storage
         flying, total = [], torch.zeros((), device=x.device)
@@ -1287,7 +1290,8 @@ def save_sharded(folder, model, optimizers=(), step=0):
 def load_sharded(folder, model, optimizers=()):
     """Read the newest complete checkpoint of save_sharded in whatever layout the model has now;
     returns its step."""
-    complete = sorted(p.parent for p in Path(folder).glob("step-*/index.json"))
+    complete = sorted((p.parent for p in Path(folder).glob("step-*/index.json")),
+                      key=lambda place: int(place.name.removeprefix("step-")))
     if not complete:
         raise ValueError(f"{folder}: no complete checkpoint in it")
     index = json.loads((complete[-1] / "index.json").read_text())
@@ -1601,7 +1605,7 @@ def layouts(s, gpus, T, tokens_per_step, node):
     for tp, pp, cp, ep, dp in itertools.product(
             [n for n in counts if n <= node and s.kv_heads % n == 0],
             [n for n in counts if n <= min(s.layers, 32)],
-            [n for n in counts if n == 1 or n <= 16 and T // n >= 1024],
+            [n for n in counts if n == 1 or n <= 16 and T // n >= 1024 and T % (2 * n) == 0],
             [n for n in counts if n <= 64 and s.experts % n == 0], counts):
         fsdp, no_layout = divmod(gpus, tp * pp * cp * ep * dp)
         if no_layout or tokens_per_step // T % (dp * fsdp * ep):

@@ -54,7 +54,7 @@ PRECISION = constexpr("tf32x3")  # have exp2. fp32 products: 3 tensor-core ones,
 TILES = {
     "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
     "decode": dict.fromkeys((64, 128, 256), (16, 64, 4, 3)),
-    "backward_q": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
+    "backward_q": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
     "backward_kv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 32, 8, 1)},
 }
 
@@ -759,7 +759,7 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, impl=None):
               residual)
     if not _use_triton(x, impl) or x.shape[-1] > 32768:
         return rms_norm_reference(x, weight, eps, residual)
-    weight = x.new_ones(x.shape[-1]) if weight is None else weight
+    weight = x.new_ones(x.shape[-1]) if weight is None else weight.contiguous()
     y, total = _RMSNorm.apply(x, weight, eps, residual)
     return y if residual is None else (y, total)
 
@@ -1233,6 +1233,10 @@ def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas
     if not rows or not _use_triton(p := params[0], impl):
         return fused_adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters,
                                      grad_scale=grad_scale, **hyper)
+    types = [p.dtype] * 2 + [torch.float32] * 2 + [torch.float32 if masters else p.dtype]
+    _need(all([x.dtype for x in row] == types and all(x.shape == row[0].shape for x in row)
+              for row in rows), "tensors alike, moments and masters in float32, all others in one "
+          "dtype", *rows[0])  # addresses carry no types
     table = [[x.data_ptr() for x in row] + [row[0].numel()] for row in rows]
     grad_scale = torch.ones((), device=p.device) if grad_scale is None else grad_scale.float()
     block = 64 if INTERPRETED else 2048
@@ -1336,7 +1340,7 @@ def grouped_mm(x, w, offsets, *, impl=None):
           and offsets.shape == w.shape[:1], "x (N, D), w (G, D, F), offsets (G,)", x, w, offsets)
     if not _use_triton(x, impl):
         return grouped_mm_reference(x, w, offsets)
-    return _GroupedMM.apply(x.contiguous(), w, offsets.to(torch.int32))
+    return _GroupedMM.apply(x.contiguous(), w, offsets.to(torch.int32).contiguous())
 
 
 # ---- X X' at half the work -----------------------------------------------------------------------
@@ -1635,6 +1639,10 @@ def compile_all():
         for impl in ("triton", "chunked")[: 1 + (case.name == "linear_cross_entropy")]:
             inputs = _inputs(case.shapes, "cpu", dtype)
             _run(case.ours, *inputs, impl=impl, backward=case.both > 0)
+    for dtype in (torch.bfloat16, torch.float32):
+        for E in (64, 128, 256):  # the tiles differ
+            capped = functools.partial(flash_attention, softcap=30.0 * (E == 64), impl="triton")
+            _run(capped, *_inputs([(1, 96, 2, E)] * 3, "cpu", dtype))
         x, m = torch.zeros(4096, dtype=dtype), torch.zeros(4096)
         for masters in (None, [m]):
             fused_adamw([x], [x], [m], [m], masters, lr=1e-3, step=1, impl="triton")

@@ -116,6 +116,14 @@ def test_group_advantages_by_hand():
     assert plain.tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, 0, 0])
 
 
+@pytest.mark.parametrize("reward,size", [(0.7, 7), (0.1, 8), (1.0, 6)])
+def test_equal_rewards_have_no_advantage(reward, size):
+    """Though the mean of seven 0.7 is not 0.7 in fp32."""
+    advantages, _, _ = align.compute_group_normalized_rewards(
+        lambda r, t: dict(reward=reward), ["a"] * size, ["t"] * size, size)
+    assert advantages.tolist() == [0.0] * size
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_clipping_is_exactly_at_the_range(sign):
     ratios = torch.tensor([[0.5, 0.79999, 0.80001, 1.0, 1.19999, 1.20001, 2.0]]).double()
@@ -277,9 +285,17 @@ def test_rewards():
     assert align.question_only_reward_fn("thus \\boxed{7}", "7")["reward"] == 1
     assert align.sort_reward_fn("<think> 21 </think> <answer> 12 </answer>", "12")["reward"] == 1
     assert align.sort_reward_fn("<think> 21 </think> <answer> 012 </answer>", "12")["reward"] == 0
-    for answer, reward in (("3 * 7 + 5", 1), ("3 + 5 + 7", 0), ("26", 0), ("5 + 7 * 3 = 26", 1)):
+    for answer, reward in (("3 * 7 + 5", 1), ("3 + 5 + 7", 0), ("26", 0), ("5 + 7 * 3 = 26", 1),
+                           ("3 x 7 + 5", 0), ("5 + 3(7)", 0), ("5 + (3)(7)", 0)):
         text = f"</think> <answer> {answer} </answer>"
         assert align.countdown_reward_fn(text, "3 5 7 = 26")["reward"] == reward
+
+
+@pytest.mark.parametrize("answer,truth", [
+    ("2 ** 3 + 1", "1 2 3 = 9"), ("7 // 3 + 5", "3 5 7 = 7"), ("2 6/3", "2 3 6 = 4")])
+def test_countdown_has_four_operations(answer, truth):
+    text = f"</think> <answer> {answer} </answer>"
+    assert align.countdown_reward_fn(text, truth)["reward"] == 0
 
 
 def test_a_reward_that_raises_or_hangs_counts_0():
@@ -290,12 +306,14 @@ def test_a_reward_that_raises_or_hangs_counts_0():
             time.sleep(30)
         while response == "spin":
             pass
+        if response == "nan":
+            return dict(reward=math.nan)
         return dict(reward=1.0, format_reward=1.0, answer_reward=1.0)
 
     start = time.time()
-    answers = ["a", "raise", "hang", "spin", "b"]
-    results, failures = align.safe_rewards(reward, answers, [""] * 5, 0.3)
-    assert [r["reward"] for r in results] == [1, 0, 0, 0, 1] and failures == 3
+    answers = ["a", "raise", "hang", "spin", "nan", "b"]
+    results, failures = align.safe_rewards(reward, answers, [""] * 6, 0.3)
+    assert [r["reward"] for r in results] == [1, 0, 0, 0, 0, 1] and failures == 4
     assert time.time() - start < 5
 
 
@@ -507,6 +525,8 @@ def test_two_ranks_count_tokens_together(tmp_path):
 @pytest.mark.parametrize("rows,flags,words", [
     ([], ["sft"], ["--data"]),
     ([dict(prompt="a")], ["sft", "--data", "D"], ["prompt"]),
+    ([dict(messages=[dict(content="a")])], ["sft", "--data", "D"], ["a message", "'role'"]),
+    (["a"], ["sft", "--data", "D"], ["line 1 is not a JSON object"]),
     ([dict(prompt="a", response="")], ["sft", "--data", "D"], ["no response left"]),
     ([dict(question="a")], ["grpo", "--task", "gsm8k", "--data", "D"], ["question"]),
     ([], ["grpo", "--task", "gsm8k"], ["needs --data"]),

@@ -389,6 +389,42 @@ def check_fsdp_mixed_precision(n):
     assert counter.total("reduce_scatter") == share * 4 * (matrices + padded)
 
 
+class SometimesBoth(nn.Module):
+    """Blocks of two matrices, of which the second is not always used."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Linear(8, 8, bias=False) for _ in range(2))
+
+        def forward(self, x, both):
+            return x + self.a(x) + (self.b(x) if both else 0)
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Linear(8, 8, bias=False)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(4))
+
+    def forward(self, x, uses):
+        x = self.table(x)
+        for block, both in zip(self.blocks, uses):
+            x = block(x, both)
+        return x
+
+
+def check_fsdp_of_weights_that_only_some_ranks_use(n):
+    """Reductions of equal sizes must meet on all ranks, also where one skips a weight."""
+    x = [torch.randn(3, 8, generator=torch.Generator().manual_seed(r)) for r in range(n)]
+    uses = [[(r + i // 2) % 2 for i in range(4)] for r in range(n)]
+    net, wrapped, rank = SometimesBoth(), D.FSDP(SometimesBoth(), average=False), dist.get_rank()
+    sum(net(*batch).square().sum() for batch in zip(x, uses)).backward()
+    wrapped(x[rank], uses[rank]).square().sum().backward()
+    wrapped.finish_gradient_synchronization()
+    same({k: D.whole(p.grad, p) for k, p in wrapped.module.named_parameters()},
+         {k: p.grad for k, p in net.named_parameters()}, 1e-4)
+
+
 def check_fsdp_recomputes(n):
     """With every block checkpointed, the gradients are the same."""
     model = transformer()
@@ -530,8 +566,8 @@ def check_pipeline(n):
             assert sum(sent) == 2 * (n * chunks - 1) * x.numel() * 32 * 4
             if schedule == "1f1b":
                 assert pipeline.most_kept == min(4, n - dist.get_rank())
-    with pytest.raises(ValueError, match="does not make 4 micro-batches"):
-        pipeline.step(x[:3], y[:3])
+    with pytest.raises(ValueError, match="does not make 4 equal micro-batches"):
+        pipeline.step(x[:7], y[:7])
 
 
 def check_expert_parallel(n):
@@ -722,7 +758,7 @@ def test_ranks(worlds, name, n):
     assert worlds[0][n, name] is None, worlds[0][n, name]
 
 
-def test_checkpoint_of_four_ranks_opens_in_one_process(worlds):
+def test_checkpoint_of_four_ranks_opens_in_one_process(worlds, tmp_path):
     D.init_distributed("cpu")
     try:
         model = transformer(seed=4)
@@ -734,6 +770,9 @@ def test_checkpoint_of_four_ranks_opens_in_one_process(worlds):
             torch.testing.assert_close(optimizer.state[p]["exp_avg"],
                                        want["states"][name]["exp_avg"])
             assert optimizer.state[p]["step"] == 2  # which is not cut as the weights are
+        for step in (999_999, 1_000_000):  # which is the newer, though not by the alphabet
+            D.save_sharded(tmp_path, model, step=step)
+        assert D.load_sharded(tmp_path, model) == 1_000_000
         with pytest.raises(ValueError, match="embed.weight is"):
             D.load_sharded(worlds[1] / SHARDS, transformer(vocab_size=98))
         with pytest.raises(ValueError, match="no complete checkpoint"):
@@ -921,6 +960,12 @@ def test_plan_bytes_are_those_of_a_real_step_on_1024_ranks(mesh):
         memory["head"] -= 4 * 128256 * 4096
     assert memory["state"] == pytest.approx(4 * state, rel=0.05)  # weight, gradient, two moments
     assert sum(memory.values()) == pytest.approx(peak + 2 * state, rel=0.05)
+
+
+def test_layouts_divide_the_sequence():
+    every = list(D.layouts(D.MODELS["8b"], 24, 8192, 8192 * 24, 8))
+    assert {a.cp for a in every} == {1, 2, 4, 8}  # not 3, 6 or 12
+    assert all(a.dp * a.fsdp * a.tp * a.pp * a.cp * a.ep == 24 for a in every)
 
 
 def test_plan_command(capsys):

@@ -277,6 +277,18 @@ def test_rms_norm_without_weight():
     )
 
 
+def test_small_inputs_may_be_strided():
+    """What is read by address alone: a norm's weight, a mixture's offsets."""
+    x, weight = randn(5, 24), randn(48, seed=1)[::2]
+    assert relative(kernels.rms_norm(x, weight, impl="triton"),
+                    F.rms_norm(x.double(), (24,), weight.double(), 1e-5)) < 1e-5
+    offsets = torch.tensor([1, 0, 3, 0, 7, 0, 8, 0], dtype=torch.int32)[::2]
+    x, w = randn(8, 6), randn(4, 6, 5, seed=2)
+    group = torch.tensor([0, 1, 1, 2, 2, 2, 2, 3])  # of each row
+    assert relative(kernels.grouped_mm(x, w, offsets, impl="triton"),
+                    torch.einsum("nd,ndf->nf", x.double(), w.double()[group])) < 1e-5
+
+
 @pytest.mark.parametrize("F_", [1, 32, 75])
 def test_swiglu(F_):
     inputs = [randn(3, 2, 2 * F_)]
@@ -557,6 +569,8 @@ def test_nothing_is_written_outside_or_left_unwritten(monkeypatch):
         (lambda x: kernels.linear_cross_entropy(x, x[0, :, 0], torch.full((2, 5, 3), 5)), "0 .. 4"),
         (lambda x: kernels.grouped_mm(x, x, x), "need x (N, D)"),
         (lambda x: kernels.symmetric_mm(x[0, 0, 0]), "(..., M, K)"),
+        (lambda x: kernels.fused_adamw([x.bfloat16()], [x], [x], [x], lr=1.0, step=1,
+                                       impl="triton"), "in one dtype"),
     ],
 )
 def test_mistakes_end_in_one_line(call, message):
@@ -588,3 +602,5 @@ def test_every_kernel_compiles_for_hopper():
     launched = [f.__name__ for f in jitted if "tl.program_id(0)" in inspect.getsource(f)]
     assert len(launched) > 12
     assert all(f"{name}:" in run.stdout for name in launched)
+    # the tiles of every head dimension, forward and backward, in both types, and one with a cap
+    assert run.stdout.count("_flash_backward_kv:") >= 7
