@@ -641,9 +641,10 @@ def text_pieces(file, bad):
         *documents, last = data.split(end)
         for document in documents:
             yield from (document, None)
-        keep = len(last) - len(end) if block else len(last)  # EOT may lie across two blocks
-        yield last[: max(0, keep)]
-        rest = last[max(0, keep) :] + rest
+        begun = last.rfind(b"<", max(0, len(last) - len(end) + 1))  # EOT across two blocks?
+        begun = begun if block and begun >= 0 else len(last)
+        yield last[:begun]
+        rest = last[begun:] + rest
     yield None
 
 
@@ -915,7 +916,7 @@ class Tokenizer:
                 token.encode(), max(self.vocab, default=-1) + 1)
             self.special_tokens[token], self.vocab[i] = i, token.encode()
         special = set(self.special_tokens.values())
-        made = {bytes([byte]) for byte in range(256)} | {left + right for left, right in self.merges}
+        made = {bytes([byte]) for byte in range(256)} | {a + b for a, b in self.merges}
         self.token_ids = {token: i for i, token in self.vocab.items()
                           if i not in special or token in made}
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}

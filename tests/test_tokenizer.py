@@ -384,6 +384,12 @@ def test_read_documents(tmp_path, capsys, monkeypatch):
         text = "x" * ((1 << 20) - shift) + tk.EOT + "y" * 30
         (tmp_path / "c.txt").write_text(text)
         assert list(tk.read_documents([tmp_path / "c.txt"])) == text.split(tk.EOT)
+        raw = "<é".encode() * (1 << 18) + b"\xf0\x9f" + "日".encode() * 9 + b"x" * shift
+        raw = (raw + b"<|" + "日😀".encode() * (1 << 17))[shift:] + b"\xe6"
+        (tmp_path / "c.txt").write_bytes(raw)
+        text = raw.decode(errors="replace")
+        assert list(tk.read_documents(tmp_path / "c.txt")) == [text]
+        assert f" {text.count(chr(0xFFFD))} invalid" in capsys.readouterr().err
     assert list(tk.read_documents(str(tmp_path / "*.gz"))) == ["x" * (1 << 20), "y" * 30]
     (tmp_path / "d.txt").write_bytes(b"a\0b")
     with pytest.raises(ValueError, match="d.txt"):
