@@ -960,7 +960,7 @@ class Tokenizer:
 
     def _encode_batch(self, batch):
         """Ids of a batch of chunks: number all words, learn the new ones, look up all ids."""
-        if self._bpe.known > MAX_WORDS:
+        if self._bpe.known > MAX_WORDS or self._bpe.pooled > 8 * MAX_WORDS:  # many, or long ones
             self._bpe.forget()
         chunks = []
         for parts in batch:
