@@ -277,9 +277,11 @@ def calibration_error(confidences, correct, bins=10):
 def paired_test(a, b, samples=10_000, seed=0):
     """(mean of b - a, two-sided p) by flipping the signs of the items' differences at random."""
     d = np.asarray(b, float) - np.asarray(a, float)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (samples, len(d)))
-    extreme = np.abs(signs @ d) >= abs(d.sum()) - 1e-12
-    return float(d.mean()), float((extreme.sum() + 1) / (samples + 1))
+    rng, extreme = np.random.default_rng(seed), 0
+    for _ in range(samples // 100):  # a hundred at once: all would not fit in memory
+        sums = rng.choice([-1.0, 1.0], (100, len(d))) @ d
+        extreme += (np.abs(sums) >= abs(d.sum()) - 1e-12).sum()
+    return float(d.mean()), float((extreme + 1) / (samples // 100 * 100 + 1))
 
 
 # ---- tasks -------------------------------------------------------------------------------------
@@ -483,7 +485,7 @@ def judge_gsm8k(item, text):
                  flexible=(numbers[-1][0] or numbers[-1][1]) if numbers else "[invalid]")
 
     def tidy(number):
-        return re.sub(r",|\$|\.$", "", number).lower()
+        return re.sub(r"[,$]", "", number).removesuffix(".")
 
     return {name: float(tidy(number) == tidy(item.gold)) for name, number in found.items()}
 
@@ -627,7 +629,10 @@ BRACES = [(re.compile(pattern), plain) for pattern, plain in (  # inner ones fir
     (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
     (r"\\sqrt\s*\[([^][{}]*)\]\s*\{([^{}]*)\}", r"((\2)^(1/(\1)))"),
-    (r"\\sqrt\s*\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\^\s*\{([^{}]*)\}", r"^(\1)"))]
+    (r"\\sqrt\s*\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
+    (r"_\s*\{([^{}]*)\}", r"_\1"))]
+TIMES = {"dozen": "12", "hundred": "100", "thousand": "10^3", "million": "10^6", "billion": "10^9",
+         "trillion": "10^12"}
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
@@ -660,6 +665,8 @@ def clean(text):
         before = text
         for pattern, plain in BRACES:
             text = pattern.sub(plain, text)
+    text = re.sub(rf"(?<=\d)\s*({'|'.join(TIMES)})s?\b",
+                  lambda m: "*" + TIMES[m.group(1).lower()], text, flags=re.I)
     return " ".join(text.split()).rstrip(".").strip()
 
 
@@ -845,10 +852,12 @@ def same_equation(a, b):
 
 
 def same(a, b):
-    """Whether two structures mean the same; x = 5 is also 5."""
+    """Whether two structures mean the same; x = 5 is also 5, but not y = 5."""
     (kind, x), (other, y) = a, b
     if kind == other == "equation":
-        return same(x[1], y[1]) or same_equation(x[0], y[0])
+        (name, value), (named, _) = (text.split("=") for text in (x[0], y[0]))
+        alike = name.strip() == named.strip() or re.search("[a-z]", value)  # f(x) = 2x is y = 2x
+        return alike and same(x[1], y[1]) or same_equation(x[0], y[0])
     if "equation" in (kind, other):
         return same(x[1], b) if kind == "equation" else same(a, y[1])
     if kind != other or kind == "text":
@@ -910,6 +919,9 @@ sys.addaudithook(guard)
 '''
 
 
+ENDED = 77  # exit code of a program that ran to its end
+
+
 def limit_process(seconds, megabytes):
     """In the child, before it runs: own session, bounded time, memory, files, processes."""
     import resource
@@ -929,22 +941,25 @@ def run_program(source, seconds=5, megabytes=1024):
     refuses sockets, other processes, and writing elsewhere. That stops accidents and lazy attacks.
     It is no jail: run models you distrust in a container or a virtual machine.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "program.py").write_text(GUARD + source, encoding="utf-8")
-        child = subprocess.Popen([sys.executable, "-I", "-S", "program.py"], cwd=folder, text=True,
+    at_end = f"\nraise SystemExit({ENDED})\n"  # an exit(0) before the tests is no success
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
+        (Path(folder) / "program.py").write_text(GUARD + source + at_end, encoding="utf-8")
+        child = subprocess.Popen([sys.executable, "-I", "-S", "program.py"], cwd=folder,
                                  env={"PATH": "/usr/bin:/bin", "HOME": folder},
                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.PIPE,
+                                 stderr=errors,  # a file, whose size is limited, unlike a pipe's
                                  preexec_fn=lambda: limit_process(seconds, megabytes))
         try:
-            errors = child.communicate(timeout=seconds)[1].strip().splitlines()
-            return child.returncode == 0, (errors or [f"exit code {child.returncode}"])[-1][:200]
+            code = child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             return False, f"more than {seconds} seconds"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
+            child.wait()
+        errors.seek(0)
+        words = errors.read().decode(errors="replace").strip().splitlines()
+        return code == ENDED, (words or [f"exit code {code}"])[-1][:200]
 
 
 # ---- train.py's own checkpoint: against chance and an n-gram model -----------------------------

@@ -44,9 +44,15 @@ def make_runs(records, source="runs"):
     Of N, D and C two are enough: C = 6 N D. Raises ValueError that names the missing column, or the
     first row that cannot be a run.
     """
+    def number(value):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            return math.nan
+
     def column(names):
         name = next((n for n in names if records and n in records[0]), None)
-        return name and np.array([float(r.get(name) or math.nan) for r in records])
+        return name and np.array([number(r.get(name)) for r in records])
 
     N, D, C, L = map(column, NAMES.values())
     missing = ["L"] * (L is None) + ["two of N, D, C"] * (sum(v is None for v in (N, D, C)) > 1)
@@ -136,10 +142,15 @@ def envelope(curves, points=200):
     """Approach 1: the lowest loss that any run has reached at each amount of compute.
 
     curves: a list of (N, tokens (S,), losses (S,)), one training curve each, losses smoothed.
-    Only compute (6 N tokens) that two runs reached counts. Returns rows as `isoflop_minima` does.
+    Only compute (6 N tokens) from where two runs had begun to where but one was left counts.
+    Returns rows as `isoflop_minima` does. Raises ValueError where no two curves overlap.
     """
     C = [6 * n * np.asarray(d, float) for n, d, _ in curves]
-    low, high = sorted(c[0] for c in C)[1], sorted(c[-1] for c in C)[-2]
+    low, high = (sorted(c[end] for c in C)[nth] if len(C) > 1 else math.nan
+                 for end, nth in ((0, 1), (-1, -2)))
+    if not low < high:
+        raise ValueError("an envelope needs two curves with some compute in common: add runs of "
+                         "other sizes, or log earlier losses")
     grid = np.geomspace(low, high, points)
     losses = np.array([np.interp(grid, c, np.asarray(y, float), np.inf, np.inf)
                        for c, (_, _, y) in zip(C, curves)])  # (runs, points)
@@ -582,6 +593,9 @@ def plan_runs(flops, budgets=4, sizes=5, ratio=2.5, tokens_per_parameter=20):
     Sizes go up and down in steps from the N where D = tokens_per_parameter * N. Returns a list of
     `planned_run`s, the cheapest budget first.
     """
+    if sizes > len(WIDTHS) or ratio <= 1:
+        raise ValueError(f"--sizes {sizes} --ratio {ratio:g}: there are {len(WIDTHS)} sizes, and "
+                         "each budget must be larger than the one before")
     smallest = flops / (sizes * sum(ratio**i for i in range(budgets)))
     planned = []
     for i in range(budgets):
@@ -948,6 +962,14 @@ COMMANDS = {  # (function, its flags, defaults of its own)
 }
 
 
+def positive(text):
+    """The number of a flag, an int if it is one; no flag here takes 0 or less."""
+    value = int(text) if text.isdecimal() else float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return value
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -962,9 +984,10 @@ def make_parser():
             command.add_argument("runs", help="file of runs: L and two of N, D, C")
         for flag in flags.split():
             default, text = FLAGS[flag]
-            kind = dict(action="store_true") if default is False else dict(type=type(default))
+            kind = dict(action="store_true") if default is False else dict(
+                type=str if isinstance(default, str) or flag == "data" else positive)
             if isinstance(default, list):
-                kind = dict(nargs="*", type={"data": str, "widths": int}.get(flag, float))
+                kind["nargs"] = "*"
             command.add_argument(f"--{flag.replace('_', '-')}", default=default, help=text, **kind)
         command.set_defaults(run=run, **defaults)
     return parser

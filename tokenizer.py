@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import zlib
 from array import array
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -212,15 +213,20 @@ def split_contractions(raw, start):
     start[end[end < len(start)]] = True
 
 
+def whole(words, text):
+    """The words that a pattern found in a text; ValueError if they leave some of it out."""
+    if sum(map(len, words)) != len(text):
+        raise ValueError(r"--pattern must match every character (append |[\s\S] to it) and have no "
+                         "group that captures (write (?:...) for it)")
+    return words
+
+
 def regex_starts(parts, pattern, size):
     """(bytes,) bool: where any other pattern starts a word, found by the regex module."""
     words = []
     for data, special in parts:
         text = data.decode()
-        found = [text] if special is not None else regex.findall(pattern, text)
-        if sum(map(len, found)) != len(text):
-            raise ValueError(r"--pattern does not match every character: append |[\s\S] to it")
-        words += found
+        words += [text] if special is not None else whole(regex.findall(pattern, text), text)
     lengths = np.array([len(word.encode()) for word in words])
     start = np.zeros(size, bool)
     start[np.cumsum(lengths) - lengths] = True
@@ -600,33 +606,56 @@ def list_files(spec):
 
 
 def read_pieces(path):
-    """Yield a file in pieces of about a million characters, and None where a document ends.
+    """Yield a file in pieces of about a megabyte of UTF-8, and None where a document ends.
 
     Documents end at <|endoftext|>; in .jsonl each line is one. Line ends stay as they are. What is
     not UTF-8 becomes U+FFFD; that, and lines without a "text", are counted and reported.
     """
-    opener = gzip.open if path.endswith(".gz") else open
-    bad, rest, jsonl = 0, "", path.removesuffix(".gz").endswith(".jsonl")
-    with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
-        for line in file if jsonl else ():
-            try:
-                yield from (json.loads(line)["text"] + "", None)
-            except (ValueError, KeyError, TypeError):
-                bad += bool(line.strip())
-        while block := file.read(1 << 20):
-            if "\0" in block:
-                raise ValueError(f"{path}: has a NUL byte, so it is no text; leave it out")
-            bad += block.count("\ufffd")
-            *documents, rest = (rest + block).split(EOT)
-            for document in documents:
-                yield from (document, None)
-            keep = max(0, len(rest) - len(EOT))  # EOT may lie across two blocks
-            yield rest[:keep]
-            rest = rest[keep:]
-        yield from (rest, None)
-    if bad:
+    jsonl, bad = path.removesuffix(".gz").endswith(".jsonl"), [0]
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        try:
+            yield from (jsonl_pieces if jsonl else text_pieces)(file, bad)
+        except (ValueError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: {error}") from None
+    if bad[0]:
         what = 'lines without a "text" skipped' if jsonl else "invalid characters read as U+FFFD"
-        print(f"{path}: {bad} {what}", file=sys.stderr)
+        print(f"{path}: {bad[0]} {what}", file=sys.stderr)
+
+
+def jsonl_pieces(file, bad):
+    for line in file:
+        try:
+            text = json.loads(line.decode(errors="replace"))["text"].encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            bad[0] += bool(line.strip())
+        else:
+            yield from (text, None)
+
+
+def text_pieces(file, bad):
+    rest, end = b"", EOT.encode()
+    while data := rest + (block := file.read(1 << 20)):
+        if b"\0" in block:
+            raise ValueError("has a NUL byte, so it is no text; leave it out")
+        data, rest = utf8_part(data, bad, final=not block)
+        *documents, last = data.split(end)
+        for document in documents:
+            yield from (document, None)
+        begun = last.rfind(b"<", max(0, len(last) - len(end) + 1))  # EOT across two blocks?
+        begun = begun if block and begun >= 0 else len(last)
+        yield last[:begun]
+        rest = last[begun:] + rest
+    yield None
+
+
+def utf8_part(data, bad, final):
+    """(the text of bytes as valid UTF-8, a character's first bytes at their end if not final)."""
+    try:
+        return data[: (used := codecs.utf_8_decode(data, "strict", final)[1])], data[used:]
+    except UnicodeDecodeError:
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        bad[0] += text.count("\ufffd") - data.count("\ufffd".encode())
+        return text.encode(), data[used:]
 
 
 def read_documents(files):
@@ -635,23 +664,23 @@ def read_documents(files):
         parts = []
         for text in read_pieces(path):
             if text is None and any(parts):
-                yield "".join(parts)
+                yield b"".join(parts).decode()
             parts = [] if text is None else [*parts, text]
 
 
 def read_input(source):
-    """Pieces as of `read_pieces`, of files or of an iterable of texts."""
+    """Pieces as `read_pieces` gives them, of files or of an iterable of texts."""
     first = source[0] if isinstance(source, (list, tuple)) and source else source
     if isinstance(source, str) or isinstance(first, os.PathLike) or (
             isinstance(first, str) and os.path.exists(first[:4096])):
         return chain.from_iterable(map(read_pieces, list_files(source)))
-    return (piece for text in source for piece in (text, None))
+    return (piece for text in source for piece in (to_utf8(text), None))
 
 
 def cut_parts(pieces, special_ids, pattern, separator=None):
     """Yield parts (bytes, None) or (b"\\0", special id) of text that comes in pieces.
 
-    pieces: strings, which may end anywhere, within a special token too: what could still change is
+    pieces: UTF-8, which may end anywhere, within a special token too: what could still change is
     held back; and None where a document ends, for which comes (b"\\0", separator). Parts have about
     CHUNK bytes at most, and end where a word surely does.
     """
@@ -669,8 +698,8 @@ def cut_parts(pieces, special_ids, pattern, separator=None):
                 yield (b"\0", special_ids[part]) if i % 2 else (part, None)
 
     for piece in pieces:
-        for i in range(0, len(piece or ""), CHUNK):
-            rest += to_utf8(piece[i : i + CHUNK])
+        for i in range(0, len(piece or b""), CHUNK):
+            rest += piece[i : i + CHUNK]
             if len(rest) < limit:
                 continue
             *before, tail = split(rest)
@@ -887,7 +916,9 @@ class Tokenizer:
                 token.encode(), max(self.vocab, default=-1) + 1)
             self.special_tokens[token], self.vocab[i] = i, token.encode()
         special = set(self.special_tokens.values())
-        self.token_ids = {token: i for i, token in self.vocab.items() if i not in special}
+        made = {bytes([byte]) for byte in range(256)} | {a + b for a, b in self.merges}
+        self.token_ids = {token: i for i, token in self.vocab.items()
+                          if i not in special or token in made}
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.vocab_size = max(self.vocab) + 1
         self.eot_id = self.special_tokens.get(EOT)
@@ -920,7 +951,7 @@ class Tokenizer:
         allowed_special: the special tokens that count as such. Give () for text from users, in
         which "<|endoftext|>" should be nothing but these 13 characters.
         """
-        chunks = split_text([text], self._allowed(allowed_special), self.pattern)
+        chunks = split_text([to_utf8(text)], self._allowed(allowed_special), self.pattern)
         return self._join(map(self._encode_batch, batches(chunks)))
 
     def _join(self, arrays):
@@ -929,7 +960,7 @@ class Tokenizer:
 
     def _encode_batch(self, batch):
         """Ids of a batch of chunks: number all words, learn the new ones, look up all ids."""
-        if self._bpe.known > MAX_WORDS:
+        if self._bpe.known > MAX_WORDS or self._bpe.pooled > 8 * MAX_WORDS:  # many, or long ones
             self._bpe.forget()
         chunks = []
         for parts in batch:
@@ -958,7 +989,7 @@ class Tokenizer:
             for i in range(0, len(out), 8192):  # blocks stay in the cache
                 ids += self._ints.take(out[i : i + 8192]).tolist()
             return ids
-        for word in self._find(text):
+        for word in whole(self._find(text), text):
             if word not in known:  # a word of more than 40 characters would take merge_word long
                 known[word] = (self.encode_numpy(word, ()).tolist() if len(word) > 40 else
                                encode_word(self, word))
@@ -973,7 +1004,7 @@ class Tokenizer:
 
     def encode_iterable(self, texts, allowed_special="all"):
         """Yield the ids of the joined texts, holding a few megabytes of them at a time."""
-        chunks = split_text(texts, self._allowed(allowed_special), self.pattern)
+        chunks = split_text(map(to_utf8, texts), self._allowed(allowed_special), self.pattern)
         for batch in batches(chunks, 8):
             yield from self._encode_batch(batch).tolist()
 
@@ -1024,7 +1055,7 @@ class Tokenizer:
             return b"".join([b"".join(self._bytes.take(numbers[i : i + 8192]).tolist())
                              for i in range(0, len(ids), 8192)])
         except (OverflowError, IndexError, TypeError):
-            bad = next(i for i in ids if i not in self.vocab)
+            bad = next(i for i in ids if not hasattr(i, "__index__") or i not in self.vocab)
             raise ValueError(f"id {bad} is not in the vocabulary of {len(self.vocab)} tokens: "
                              "were these ids made by another tokenizer?") from None
 
@@ -1050,7 +1081,7 @@ class Tokenizer:
         begin, end = "<|im_start|>{}\n", "<|im_end|>\n"
         if "<|start_header_id|>" in self.special_tokens:
             begin, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
-        text = ""
+        text = "<|begin_of_text|>" if "<|begin_of_text|>" in self.special_tokens else ""
         for message in messages:
             for token in self.special_tokens:
                 if token in message["content"] or token in message["role"]:
@@ -1151,19 +1182,40 @@ def to_json(tokenizer):
 def from_json(data):
     """The Tokenizer of the dict of a tokenizer.json."""
     model, before = data["model"], data.get("pre_tokenizer") or {}
-    if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        raise ValueError(f"a {model.get('type')} tokenizer; only byte-level BPE can be read")
-    steps = before.get("pretokenizers", [before])
-    if not any(step.get("type") == "ByteLevel" for step in steps):
-        raise ValueError("a BPE tokenizer, but not a byte-level one")
-    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+    *splits, byte_level = before.get("pretokenizers", [before])
+    normalizer = data.get("normalizer") or {}
+    refuse_unknown(data, splits, byte_level, normalizer)
     special = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
     vocab = {i: text_to_bytes(token) for token, i in model["vocab"].items() if token not in special}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    normalizer = (data.get("normalizer") or {}).get("type")
     return Tokenizer(vocab, [tuple(map(text_to_bytes, merge)) for merge in merges], special,
-                     patterns[0] if patterns else GPT2_PATTERN, normalizer=normalizer,
+                     splits[0]["pattern"]["Regex"] if splits else GPT2_PATTERN,
+                     normalizer=normalizer.get("type"),
                      ignore_merges=bool(model.get("ignore_merges")))
+
+
+def refuse_unknown(data, splits, byte_level, normalizer):
+    """ValueError for what a tokenizer.json may ask for, would change ids, and is not known here."""
+    model = data["model"]
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise ValueError(f"a {model.get('type')} tokenizer; only byte-level BPE can be read")
+    if byte_level.get("type") != "ByteLevel":
+        raise ValueError("a BPE tokenizer, but not a byte-level one")
+    unknown = [name for name in ("continuing_subword_prefix", "end_of_word_suffix")
+               if model.get(name)]
+    unknown += ["add_prefix_space"] * byte_level.get("add_prefix_space", True)
+    for step in splits:  # unmatched text is a word too, or what is matched is all that is kept
+        if "Regex" not in step.get("pattern", ()) or (step["behavior"], step["invert"]) not in (
+                ("Isolated", False), ("Isolated", True), ("Removed", True)):
+            unknown.append(f"pre_tokenizer {step['type']}")
+    if len(splits) > 1 or byte_level.get("use_regex", True) != (not splits):
+        unknown.append("words cut by other than one pattern")
+    if normalizer.get("type", "NFC") not in ("NFC", "NFD", "NFKC", "NFKD"):
+        unknown.append(f"normalizer {normalizer['type']}")
+    unknown += [f"{flag} of {token['content']}" for token in data.get("added_tokens", [])
+                for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
+    if unknown:
+        raise ValueError("not known here: " + ", ".join(unknown))
 
 
 def from_tiktoken(path, pattern=CL100K_PATTERN):
@@ -1204,7 +1256,9 @@ def run_decode(args):
     try:
         ids = np.load(args.tokens, mmap_mode="r") if args.tokens.endswith(".npy") else np.array(
             args.tokens.split(","), np.int64)
-    except ValueError as error:
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"it holds {ids.dtype} of shape {ids.shape}")
+    except (ValueError, EOFError, OverflowError) as error:
         raise ValueError(f"{args.tokens}: neither .npy nor ids like 5,9,12 ({error})") from None
     sys.stdout.writelines(tokenizer.decode_stream(ids))
 

@@ -359,6 +359,24 @@ def test_no_input_takes_the_grader_long(text):
         assert min(times) < 0.01
 
 
+@pytest.mark.parametrize("given, gold, verdict", [
+    ("5 million", "5", False), ("5 million", "5,000,000", True), ("$1.5 billion", "1.5e9", True),
+    ("2 dozen eggs", "24", True), ("2 dozen", "2", False), ("3 thousandths", "3000", False),
+    (r"5\text{ million}", "5000000", True), ("x=5", "y=5", False), ("y=2x", "f(x)=2x", True),
+    ("x=5, y=6", "x=6, y=5", False), ("y=6, x=5", "x=5, y=6", True), ("11_2", "11_{2}", True),
+    ("11_2", "11_3", False), ("x = 5", "x=5.0", True)])
+def test_number_words_and_names_count(given, gold, verdict):
+    assert evaluate.grade(given, gold) == evaluate.grade(gold, given) == verdict
+
+
+@pytest.mark.parametrize("text, flexible", [
+    ("so $18.$", 1), ("#### 18.", 1), ("$18,.", 1), ("18.0", 0), ("1.8", 0)])
+def test_gsm8k_numbers_are_tidied_as_the_harness_does(text, flexible):
+    """Its regexes_to_ignore one after the other: commas, dollars, then a point at the end."""
+    item = evaluate.Item("", "18")
+    assert evaluate.judge_gsm8k(item, text)["flexible"] == flexible
+
+
 def test_boxed_is_the_last_with_balanced_braces():
     assert evaluate.extract_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
     assert evaluate.extract_boxed(r"\boxed{1") is None and evaluate.extract_boxed("1") is None
@@ -376,6 +394,8 @@ def test_boxed_is_the_last_with_balanced_braces():
     ("open('/tmp/escaped-by-a-test', 'w').write('x')", False, "not allowed"),
     ("import socket\nsocket.create_connection(('127.0.0.1', 80))", False, "not allowed"),
     ("import subprocess\nsubprocess.run(['true'])", False, "not allowed"),
+    ("import sys\nsys.exit(0)", False, "exit code 0"),  # before any test has run
+    ("import sys\nwhile True: sys.stderr.write('x' * 1000000)", False, ""),  # the disk is bounded
     ("open('here.txt', 'w').write('x')\nassert open('here.txt').read() == 'x'", True, ""),
 ])
 def test_programs_are_contained(source, ok, word):

@@ -46,6 +46,7 @@ def test_runs_are_read_from_three_formats_under_the_names_people_use(tmp_path):
     ('{"N": 3}', ["not a list of runs"]),
     ('[{"N": 1, "C": 6, "loss": 2}, {"N": 2, "C": 6, "loss": 3}]', ["two different budgets"]),
     ("nonsense", ["Expecting value"]),
+    ('[{"N": 1, "C": 6, "loss": 2}, {"N": "big", "C": 6, "loss": 3}]', ["runs.json", "run 2"]),
 ])
 def test_bad_files_end_in_one_line(text, words, tmp_path, capsys):
     (tmp_path / "runs.json").write_text(text)
@@ -183,6 +184,13 @@ def test_envelope_of_two_curves_switches_where_they_cross():
     best = scaling.envelope([small, large], 50)
     here = [min(np.interp(c, 6 * n * d, y) for n, d, y in (small, large)) for c in best.C]
     assert best.L == pytest.approx(here) and {100.0, 1000.0} == set(best.N)
+
+
+def test_an_envelope_needs_curves_that_overlap():
+    one, far = (1e6, [1.0, 2.0], [3.0, 2.0]), (1e9, [1.0, 2.0], [3.0, 2.0])
+    for curves in ([one], [one, far]):
+        with pytest.raises(ValueError, match="in common"):
+            scaling.envelope(curves)
 
 
 def test_repeated_data_counts_less_and_less():
@@ -334,6 +342,17 @@ def test_hyperparameter_fit_takes_all_runs_that_are_nearly_best():
     law = scaling.fit_hyperparameter(C, rate, loss)
     assert (law.coefficient, law.exponent) == pytest.approx((0.3, -0.125))
     assert scaling.deepseek_hyperparameters(1e20)[0] == pytest.approx(0.3118 * 10**-2.5)
+
+
+@pytest.mark.parametrize("words, named", [
+    (["plan", "--budgets", "0"], "--budgets"), (["plan", "--flops-per-second", "0"], "--flops-per"),
+    (["plan", "--ratio", "1"], "--ratio"), (["plan", "--sizes", "20"], "--sizes"),
+    (["account", "--gpus", "0"], "--gpus"), (["account", "--mfu", "-1"], "--mfu"),
+    (["fit", "runs.json", "--predict", "1e21", "nan"], "--predict")])
+def test_numbers_that_are_none_are_refused_by_name(words, named, capsys):
+    with pytest.raises(SystemExit) as end:
+        scaling.main(words)
+    assert end.value.code == 2 and named in capsys.readouterr().err
 
 
 def test_processes_share_a_sweep_by_width(monkeypatch):

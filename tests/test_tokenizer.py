@@ -217,6 +217,15 @@ def test_special_tokens(small):
     assert small.encode(tk.EOT * 1000) == [small.eot_id] * 1000 and small.encode("") == []
 
 
+def test_special_token_that_a_merge_also_makes():
+    """Its id serves both; "the" within a word is still cut out first, as Hugging Face does."""
+    merges = [(b"t", b"h"), (b"th", b"e"), (b"the", b"m")]
+    tok = tk.Tokenizer(tk.build_vocab([], merges), merges, ["the", "x"])
+    assert tok.special_tokens == {"the": 257, "x": 120}
+    assert tok.encode("themx th") == [257, 109, 120, 32, 256]
+    assert tok.encode("themx", allowed_special=()) == [258, 120]
+
+
 def test_special_token_with_blanks_across_pieces(monkeypatch):
     monkeypatch.setattr(tk, "CHUNK", 4)
     tok = tk.Tokenizer(tk.build_vocab([], []), [], ["ab cd ef", "ab"])
@@ -250,6 +259,13 @@ def test_pathological_texts_take_linear_time(small, make):
     assert small.decode(ids) == text
 
 
+@pytest.mark.parametrize("pattern", [r"\p{L}+", r"(\w)+|[\s\S]", r"('s)|(\p{L}+)|[\s\S]"])
+@pytest.mark.parametrize("times", [1, 2000])
+def test_a_pattern_that_loses_text_is_an_error(pattern, times):
+    with pytest.raises(ValueError, match="--pattern"):
+        tk.Tokenizer(tk.build_vocab([], []), [], None, pattern).encode("ab cd" * times)
+
+
 def test_lone_surrogate_is_a_clear_error(small):
     for text in ("a\ud800", "a\ud800" * 2000):
         with pytest.raises(ValueError, match="surrogate"):
@@ -265,6 +281,10 @@ def test_cache_is_bounded(small, monkeypatch):
         small.encode(text[:900])
         assert small.encode(text) == tk.encode_plain(small, text)
         assert small._bpe.known <= 600
+    for i in range(30):  # few words, but long ones
+        text = " ".join(random.Random(i * 9 + j).randbytes(300).hex() for j in range(9))
+        assert small.decode(small.encode(text)) == text
+        assert small._bpe.pooled <= 800 + len(text)
     for i in range(30):  # short texts alone, which have a cache of their own
         small.encode(" ".join(f"{i}1{j}".translate(letters) for j in range(150)))
         assert len(small._short) <= 400
@@ -295,6 +315,12 @@ def test_decode_stream_never_gives_half_a_character(small):
         small.decode([1, 99999])
     with pytest.raises(ValueError, match="-1"):
         small.decode(np.array([-1]))
+
+
+@pytest.mark.parametrize("ids", [np.array([97.0]), [97.5], np.array([[97]]), [2**40], ["a"]])
+def test_decode_of_what_is_no_id(small, ids):
+    with pytest.raises(ValueError, match="is not in the vocabulary"):
+        small.decode(ids)
 
 
 # ---- Files --------------------------------------------------------------------------------------
@@ -362,6 +388,12 @@ def test_read_documents(tmp_path, capsys, monkeypatch):
         text = "x" * ((1 << 20) - shift) + tk.EOT + "y" * 30
         (tmp_path / "c.txt").write_text(text)
         assert list(tk.read_documents([tmp_path / "c.txt"])) == text.split(tk.EOT)
+        raw = "<é".encode() * (1 << 18) + b"\xf0\x9f" + "日".encode() * 9 + b"x" * shift
+        raw = (raw + b"<|" + "日😀".encode() * (1 << 17))[shift:] + b"\xe6"
+        (tmp_path / "c.txt").write_bytes(raw)
+        text = raw.decode(errors="replace")
+        assert list(tk.read_documents(tmp_path / "c.txt")) == [text]
+        assert f" {text.count(chr(0xFFFD))} invalid" in capsys.readouterr().err
     assert list(tk.read_documents(str(tmp_path / "*.gz"))) == ["x" * (1 << 20), "y" * 30]
     (tmp_path / "d.txt").write_bytes(b"a\0b")
     with pytest.raises(ValueError, match="d.txt"):
@@ -369,6 +401,21 @@ def test_read_documents(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="nowhere"):
         tk.list_files(tmp_path / "nowhere")
     assert tk.list_files([tmp_path, tmp_path / "a.md"]) == sorted(map(str, tmp_path.iterdir()))
+
+
+def test_records_that_are_no_text_are_skipped(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "half \\ud83d"}\n{"text": "\\ud83d\\ude00"}\n' + "[" * 100_000)
+    assert list(tk.read_documents(tmp_path / "a.jsonl")) == ["\U0001f600"]
+    assert "2 lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[:300], lambda data: data[:20] + b"\xff" * 300])
+def test_damaged_gz_is_one_line(tmp_path, harm, capsys):
+    packed = gzip.compress(random.Random(0).randbytes(2000).hex().encode())
+    (tmp_path / "a.txt.gz").write_bytes(harm(packed))
+    assert tk.main(["train", str(tmp_path / "a.txt.gz"), "--out", str(tmp_path)]) == 2
+    assert "a.txt.gz" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 # ---- Formats ------------------------------------------------------------------------------------
@@ -433,6 +480,35 @@ def test_other_json_is_a_clear_error(tmp_path, text):
         tk.Tokenizer.load(tmp_path)
 
 
+CUT_DIGITS = {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated",
+              "invert": False}
+ADDED = {"id": 500, "content": "<m>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+
+
+@pytest.mark.parametrize("named, change", [
+    ("add_prefix_space", lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(
+        add_prefix_space=True)),
+    ("one pattern", lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True)),
+    ("one pattern", lambda d: d["pre_tokenizer"]["pretokenizers"].insert(0, CUT_DIGITS)),
+    ("Digits", lambda d: d["pre_tokenizer"]["pretokenizers"].insert(0, {
+        "type": "Digits", "individual_digits": True})),
+    ("Split", lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(
+        behavior="MergedWithNext")),
+    ("Lowercase", lambda d: d.update(normalizer={"type": "Lowercase"})),
+    ("end_of_word_suffix", lambda d: d["model"].update(end_of_word_suffix="</w>")),
+    ("lstrip of <m>", lambda d: d["added_tokens"].append({**ADDED, "lstrip": True})),
+    ("single_word of <m>", lambda d: d["added_tokens"].append({**ADDED, "single_word": True})),
+])
+def test_tokenizer_json_that_would_give_other_ids_is_refused(small, tmp_path, named, change):
+    """Each asks Hugging Face's library for something that we do not do."""
+    data = tk.to_json(small)
+    change(data)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=named):
+        tk.Tokenizer.load(tmp_path)
+
+
 def test_huggingface_reads_ours(tok, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     tok.save(tmp_path)
@@ -459,9 +535,10 @@ def test_chat_template():
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n")
     assert chatml.apply_chat_template(messages[:1], True) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    llama = tk.Tokenizer(base, [], ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    llama = tk.Tokenizer(base, [], ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+                                    "<|begin_of_text|>"])
     assert llama.apply_chat_template(messages[:1], True) == (
-        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n")
     with pytest.raises(ValueError, match="im_end"):
         chatml.apply_chat_template([{"role": "user", "content": "a<|im_end|>b"}])
@@ -495,11 +572,17 @@ def test_command_line(tmp_path, capsys):
     (["encode", "no-such-file", "--tokenizer", "TOK"], "no-such-file"),
     (["decode", "5,70000", "--tokenizer", "TOK"], "70000"),
     (["decode", "5,x", "--tokenizer", "TOK"], "5,x"),
+    (["decode", "9" * 30, "--tokenizer", "TOK"], "999"),
+    (["decode", "FLOATS", "--tokenizer", "TOK"], "float64 of shape (1, 2)"),
+    (["decode", "EMPTY", "--tokenizer", "TOK"], "empty.npy"),
 ])
 def test_mistakes_end_in_one_line(tmp_path, capsys, words, named):
     (tmp_path / "a.txt").write_text("the cat")
     tk.Tokenizer(tk.build_vocab([], []), []).save(tmp_path)
-    words = [{"DATA": str(tmp_path / "a.txt"), "TOK": str(tmp_path)}.get(w, w) for w in words]
+    np.save(tmp_path / "floats.npy", np.ones((1, 2)))
+    (tmp_path / "empty.npy").touch()
+    files = {"DATA": "a.txt", "TOK": "", "FLOATS": "floats.npy", "EMPTY": "empty.npy"}
+    words = [str(tmp_path / files[w]) if w in files else w for w in words]
     words += ["--out", str(tmp_path / "o")] if words[0] != "decode" else []
     assert tk.main(words) == 2
     error = capsys.readouterr().err
