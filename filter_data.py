@@ -491,8 +491,14 @@ def normal_run(run):
     return run.translate(NORMAL_FORMS).encode("utf-8", "surrogatepass")
 
 
-codecs.register_error("normal form", lambda error: (
-    normal_run(error.object[error.start : error.end]), error.end))
+def replace_run(error):
+    """What str.encode puts for characters that are not ASCII; long runs are not worth a cache."""
+    run = error.object[error.start : error.end]
+    form = normal_run if len(run) < 32 else normal_run.__wrapped__
+    return form(run), error.end
+
+
+codecs.register_error("normal form", replace_run)
 
 
 def normal_bytes(text):

@@ -527,6 +527,14 @@ def test_normal_form_is_that_of_whole_strings():
         assert " ".join(found.split()) == fd.normalise(text) and "\n" not in found
 
 
+def test_normal_forms_of_long_runs_are_not_kept_in_memory():
+    """Chinese pages are one run from full stop to full stop, and hardly any comes twice."""
+    before = fd.normal_run.cache_info().currsize
+    for i in range(200):
+        fd.normal_bytes("中文" * 100 + chr(0x4E00 + i))
+    assert fd.normal_run.cache_info().currsize == before
+
+
 def test_word_hashes_tell_words_apart():
     """Words of every length up to 40 bytes that differ in one byte, wherever it is."""
     words = [bytes([97 + (i == j) for i in range(size)])
