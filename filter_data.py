@@ -502,7 +502,10 @@ codecs.register_error("normal form", replace_run)
 
 
 def normal_bytes(text):
-    """normalise(text) in UTF-8 without shortening its spaces, 20 times as fast for ASCII."""
+    """normalise(text) in UTF-8 without shortening its spaces, 10 times as fast for ASCII.
+
+    Words in other scripts cost a Python call each: 5 MB/s in Korean, 20 in Russian.
+    """
     return text.encode("ascii", "normal form").translate(*ascii_forms())
 
 
