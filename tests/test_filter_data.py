@@ -516,15 +516,34 @@ def test_normalise(text, want):
     assert fd.normalise(text) == want
 
 
-def test_words_normalised_is_normalise():
-    texts = [random_text(i) for i in range(40)]
-    nfd = [unicodedata.normalize("NFD", text.lower()) for text in texts]
-    words = fd.Words(nfd, normalised=True)
-    want = [word for text in texts for word in fd.normalise(text).split()]
-    hashes = words.hashes.tolist()
-    by_hash = dict(zip(hashes, want))
-    assert [by_hash[value] for value in hashes] == want and len(by_hash) == len(set(want))
-    assert (words.end - words.start).tolist() == [len(word) for word in want]
+def test_normal_form_is_that_of_whole_strings():
+    """Character by character, ASCII apart: what unicodedata makes of the whole text."""
+    classes = fd.character_classes()
+    for text in (*(random_text(i) for i in range(40)), "한국어 어", "Ελλάς ΑΣ", "𐌰𐌱 e\u0301 ǆ ﬁ"):
+        nfd = unicodedata.normalize("NFD", text.lower())
+        want = " ".join("".join(c for c in nfd if classes[ord(c)]).split())
+        assert fd.normalise(text).replace("σ", "ς") == want.replace("σ", "ς")
+        found = fd.normal_bytes(text).decode("utf-8", "surrogatepass")
+        assert " ".join(found.split()) == fd.normalise(text) and "\n" not in found
+
+
+def test_normal_forms_of_long_runs_are_not_kept_in_memory():
+    """Chinese pages are one run from full stop to full stop, and hardly any comes twice."""
+    before = fd.normal_run.cache_info().currsize
+    for i in range(200):
+        fd.normal_bytes("中文" * 100 + chr(0x4E00 + i))
+    assert fd.normal_run.cache_info().currsize == before
+
+
+def test_word_hashes_tell_words_apart():
+    """Words of every length up to 40 bytes that differ in one byte, wherever it is."""
+    words = [bytes([97 + (i == j) for i in range(size)])
+             for size in range(1, 41) for j in range(size + 1)]  # fmt: skip
+    words += [b"b" * size for size in range(2, 41)]
+    data = b" ".join(words * 2)
+    end = np.cumsum([len(word) + 1 for word in words * 2]) - 1
+    hashes = fd.word_hashes(data, end - [len(word) for word in words * 2], end)
+    assert np.array_equal(*np.split(hashes, 2)) and len(set(hashes.tolist())) == len(words)
 
 
 # ---- quality rules -------------------------------------------------------------------------------
