@@ -175,7 +175,7 @@ def kernels_for(x, attention):
 def inverse_rms(x, eps):
     """1 / sqrt(mean(x^2) + eps) of x (..., D) in fp32: (..., 1)."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x))
-    return torch.rsqrt(size.square() / x.shape[-1] + eps)
+    return torch.rsqrt(size.square() * (1 / x.shape[-1]) + eps)  # a product is the quicker
 
 
 class ScaleByRMS(torch.autograd.Function):
@@ -317,11 +317,11 @@ def visible(queries, keys, window=None):
 def one_query_attention(q, k, v, mask=None):
     """Attention of one query a row, q (B, H, 1, E), over k, v (B, K, S, E): decoding.
 
-    The H / K heads that share keys are the rows of one product, so nothing is repeated. On a CPU
-    10 to 40 % quicker than torch's fused kernel, which is made for many queries.
+    The H / K heads that share keys are the rows of one product, so nothing is repeated. On a CPU,
+    beside torch's fused kernel, up to 30 % quicker for many short rows, a tenth slower for one.
     """
     grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, K, H/K, E)
-    scores = (grouped / math.sqrt(q.shape[-1])) @ k.mT  # (B, K, H/K, S)
+    scores = (grouped * q.shape[-1]**-0.5) @ k.mT  # (B, K, H/K, S)
     if mask is not None:  # (B, 1, 1, S)
         scores = torch.where(mask, scores, -math.inf)
     return (torch.softmax(scores, -1) @ v).view(*q.shape[:3], -1)
@@ -793,8 +793,9 @@ class Completion:
         self.ids.append(token)
         self.logprobs.append(logprob)
         # A string of n bytes has n tokens at most, and one more may hold what came before it.
+        strings = [s for s in stop if isinstance(s, str)]
         if token in stop or any(s in tokenizer.decode(self.tokens[-len(s.encode()) - 1:])
-                                for s in stop if isinstance(s, str)):
+                                for s in strings):
             self.reason = "stop"
         elif len(self.logprobs) >= max_new_tokens:
             self.reason = "length"
