@@ -441,6 +441,7 @@ def mask_ips(text):
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
 LAST = 0x34000  # no letters are assigned to code points above
+SEVERAL = 0xFFFFFFFF  # marks characters that become several when normalised
 
 
 @functools.lru_cache(maxsize=1)
@@ -455,17 +456,49 @@ def character_classes():
     return classes
 
 
-class NormalForms(dict):
-    """For str.translate: what becomes of a character, worked out when it is first met."""
+@functools.lru_cache(maxsize=1)
+def normal_forms():
+    """(0x110000,) uint32, what becomes of each character: the code point of its small letter
+    without accents, 32 for blanks, 10 for a newline, 0 for nothing, SEVERAL for more than one."""
+    classes, forms = character_classes(), np.zeros(0x110000, np.uint32)
+    for c in np.flatnonzero(classes).tolist():
+        form = [ord(x) for x in unicodedata.normalize("NFD", chr(c).lower()) if classes[ord(x)]]
+        forms[c] = form[0] if len(form) == 1 else SEVERAL if form else 0
+    forms[ord("ς")] = ord("σ")  # whether a sigma ends a word depends on what follows
+    forms[classes == 3] = 32
+    forms[10] = 10
+    return forms
 
-    def __missing__(self, code):
-        forms = unicodedata.normalize("NFD", chr(code).lower())
-        classes = [(c, character_classes()[ord(c)]) for c in forms]
-        self[code] = "".join(" " if kind == 3 else c for c, kind in classes if kind)
-        return self[code]
+
+@functools.lru_cache(maxsize=1)
+def ascii_forms():
+    """The same of ASCII for bytes.translate: a table, and what to delete."""
+    forms = normal_forms()[:128]
+    table, deleted = forms.astype(np.uint8), np.flatnonzero(forms == 0).astype(np.uint8)
+    return table.tobytes().replace(b"\n", b" ") + bytes(128), deleted.tobytes()
 
 
-NORMAL_FORMS = NormalForms()
+def utf_32(text):
+    """The code points of a text: (N,) uint32."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def normal_lines(texts):
+    """The normal forms of texts in UTF-8, each a line between newlines, with its spaces as they
+    were.
+
+    One look into a table for each character, after Python's own lower() and NFD only where some
+    become several, as Korean syllables do.
+    """
+    others = "\n".join(text.replace("\n", " ") for text in texts if not text.isascii())
+    codes = normal_forms().take(utf_32(others))
+    if (codes == SEVERAL).any():
+        codes = normal_forms().take(utf_32(unicodedata.normalize("NFD", others.lower())))
+    others = codes[codes > 0].tobytes().decode("utf-32-le", "surrogatepass")
+    others = iter(others.encode("utf-8", "surrogatepass").split(b"\n"))
+    forms = [text.encode().translate(*ascii_forms()) if text.isascii() else next(others)
+             for text in texts]  # ASCII is ten times as fast
+    return b"\n".join([b"", *forms, b""])
 
 
 def normalise(text):
@@ -474,39 +507,7 @@ def normalise(text):
     >>> normalise("Crème  Brûlée, 50% off!")
     'creme brulee 50 off'
     """
-    return " ".join(text.translate(NORMAL_FORMS).split())
-
-
-@functools.lru_cache(maxsize=1)
-def ascii_forms():
-    """The same for bytes.translate: (256,) forms of the ASCII characters, and which to delete."""
-    forms = [chr(c).translate(NORMAL_FORMS).encode() for c in range(128)]
-    deleted = bytes(c for c, form in enumerate(forms) if not form)
-    return b"".join(form or b"?" for form in forms) + bytes(range(128, 256)), deleted
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def normal_run(run):
-    """Normal form, in UTF-8, of some characters in a row that are not ASCII."""
-    return run.translate(NORMAL_FORMS).encode("utf-8", "surrogatepass")
-
-
-def replace_run(error):
-    """What str.encode puts for characters that are not ASCII; long runs are not worth a cache."""
-    run = error.object[error.start : error.end]
-    form = normal_run if len(run) < 32 else normal_run.__wrapped__
-    return form(run), error.end
-
-
-codecs.register_error("normal form", replace_run)
-
-
-def normal_bytes(text):
-    """normalise(text) in UTF-8 without shortening its spaces, 10 times as fast for ASCII.
-
-    Words in other scripts cost a Python call each: 5 MB/s in Korean, 20 in Russian.
-    """
-    return text.encode("ascii", "normal form").translate(*ascii_forms())
+    return " ".join(normal_lines([text]).decode("utf-8", "surrogatepass").split())
 
 
 MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # the lowest `size` bytes
@@ -515,8 +516,8 @@ MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # the l
 def word_hashes(data, start, end):
     """(W,) uint64 hashes of data[start:end], bytes: equal for equal words only.
 
-    Its length and its first and last 8 bytes, each loaded as one integer, tell a word of up to 16
-    bytes from all others. The few longer ones are hashed one by one.
+    Words are read 8 bytes at a time, as integers; length, first and last 8 make up the hash of
+    most. The few of more than 128 bytes are hashed one by one.
     """
     data += bytes(8)
     loads = np.ndarray(len(data) - 7, np.uint64, data, strides=(1,)).copy()  # 8 bytes from each on
@@ -525,7 +526,12 @@ def word_hashes(data, start, end):
     head = loads[start] & mask
     tail = loads[np.maximum(start, end - 8)] & mask
     hashes = mix(mix(head + size.astype(np.uint64) * BASE) + tail)
-    for i in np.flatnonzero(size > 16):
+    longer, offset = np.flatnonzero(size > 16), 8
+    while len(longer) and offset < 120:
+        hashes[longer] = mix(hashes[longer] + loads[start[longer] + offset])
+        offset += 8
+        longer = longer[size[longer] > offset + 8]
+    for i in np.flatnonzero(size > 128):
         digest = hashlib.blake2b(data[start[i] : end[i]], digest_size=8).digest()
         hashes[i] = int.from_bytes(digest, "little")
     return hashes
@@ -542,7 +548,7 @@ class Words:
 
     def __init__(self, texts):
         joined = "\n".join(["", *texts, ""])
-        self.codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)  # (N,)
+        self.codes = utf_32(joined)  # (N,)
         self.kinds = character_classes().take(self.codes, mode="clip")  # (N,)
         self.start, self.end = runs(self.kinds != 3)  # (W,) where a word starts and ends
         bounds = np.cumsum([1] + [len(text) + 1 for text in texts])
@@ -915,7 +921,7 @@ def shingles(texts, n):
     A document of fewer than n words is one shingle, the hash of all its words, so that it equals
     only itself; one without any word has no shingle.
     """
-    data = b"\n".join([b"", *map(normal_bytes, texts), b""])
+    data = normal_lines(texts)
     characters = np.frombuffer(data, np.uint8)
     start, end = runs(characters > 32)  # (W,)
     first = np.searchsorted(start, np.flatnonzero(characters == 10))  # (D + 1,) first words
