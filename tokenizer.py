@@ -52,8 +52,10 @@ _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K_PATTERN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}"
                  rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}"
                  r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# GPT-2's for what lies between single digits: a blank before one is a word of its own (SmolLM 2)
+SMOLLM_PATTERN = r"\p{N}|\s+(?=\p{N})|" + GPT2_PATTERN.replace(r" ?\p{N}+|", "")
 PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K_PATTERN, "o200k": O200K_PATTERN,
-            "llama3": LLAMA3_PATTERN, "qwen2": QWEN2_PATTERN}
+            "llama3": LLAMA3_PATTERN, "qwen2": QWEN2_PATTERN, "smollm": SMOLLM_PATTERN}
 
 # ---- The plain tokenizer ------------------------------------------------------------------------
 
@@ -1183,13 +1185,15 @@ def from_json(data):
     """The Tokenizer of the dict of a tokenizer.json."""
     model, before = data["model"], data.get("pre_tokenizer") or {}
     *splits, byte_level = before.get("pretokenizers", [before])
-    normalizer = data.get("normalizer") or {}
+    normalizer, pattern = data.get("normalizer") or {}, GPT2_PATTERN
+    if splits == [{"type": "Digits", "individual_digits": True}]:
+        splits, pattern = [], SMOLLM_PATTERN
     refuse_unknown(data, splits, byte_level, normalizer)
     special = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
     vocab = {i: text_to_bytes(token) for token, i in model["vocab"].items() if token not in special}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     return Tokenizer(vocab, [tuple(map(text_to_bytes, merge)) for merge in merges], special,
-                     splits[0]["pattern"]["Regex"] if splits else GPT2_PATTERN,
+                     splits[0]["pattern"]["Regex"] if splits else pattern,
                      normalizer=normalizer.get("type"),
                      ignore_merges=bool(model.get("ignore_merges")))
 

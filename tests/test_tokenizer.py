@@ -480,6 +480,20 @@ def test_other_json_is_a_clear_error(tmp_path, text):
         tk.Tokenizer.load(tmp_path)
 
 
+def test_single_digits_are_cut_out_first(small):
+    """SmolLM 2's tokenizer.json: every digit a word, GPT-2's pattern on each piece between."""
+    data = tk.to_json(small)
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}
+    pattern, draw = tk.from_json(data).pattern, random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choices("abc é½²٣  \n\t0123's.,-", k=30))
+        pieces = tk.regex.split(r"(\p{N})", text)
+        want = [word for piece in pieces for word in tk.regex.findall(tk.GPT2_PATTERN, piece)]
+        assert tk.regex.findall(pattern, text) == want
+
+
 CUT_DIGITS = {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated",
               "invert": False}
 ADDED = {"id": 500, "content": "<m>", "single_word": False, "lstrip": False, "rstrip": False,
