@@ -552,7 +552,8 @@ def load_hh(path):
 
 def add_lora(model, rank, alpha=16.0):
     """Freeze the model; every matrix W of its blocks becomes W + (alpha / r) B A, of which A
-    (r, d_in) and B (d_out, r) are learned (Hu et al. 2021)."""
+    (r, d_in) and B (d_out, r) are learned (Hu et al. 2021). They start as peft's do, B at zero and
+    A within 1 / sqrt(d_in), so that learning rates found with it carry over."""
     def adapter(linear, inputs, output):  # a forward hook
         return output + linear.scale * (inputs[0] @ linear.A.T) @ linear.B.T
 
@@ -560,7 +561,7 @@ def add_lora(model, rank, alpha=16.0):
     for linear in model.layers.modules():
         if isinstance(linear, model_py.Linear):
             d_out, d_in = linear.weight.shape
-            linear.A = torch.nn.Parameter(torch.randn(rank, d_in) / math.sqrt(rank))
+            linear.A = torch.nn.Parameter((2 * torch.rand(rank, d_in) - 1) / math.sqrt(d_in))
             linear.B = torch.nn.Parameter(torch.zeros(d_out, rank))
             linear.scale = alpha / rank
             linear.register_forward_hook(adapter)

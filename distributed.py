@@ -472,9 +472,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self):
-        """As the optimizer would give it in one process; every rank must ask."""
+        """As the optimizer would give it in one process, on the CPU; every rank must ask."""
         mine = self.local.state_dict()
-        shares = gather_objects(mine["state"], self.group)
+        state = {i: {k: v.cpu() if torch.is_tensor(v) else v for k, v in s.items()}
+                 for i, s in mine["state"].items()}  # a pickled tensor keeps its sender's device
+        shares = gather_objects(state, self.group)
         return mine | {"state": {i: s for share in shares for i, s in share.items()}}
 
     def load_state_dict(self, state_dict):

@@ -1616,7 +1616,7 @@ def tune():
                 continue  # too much shared memory or too many registers
         tiles[E] = min(timed, key=timed.get)
         print(f'"{kernel}" {E}: {tiles[E]}  # {timed[tiles[E]] * 1e3:.3g} ms, with {before} '
-              f"{timed[before] * 1e3:.3g} ms", flush=True)
+              f"{timed.get(before, math.nan) * 1e3:.3g} ms", flush=True)
 
 
 def compile_all():

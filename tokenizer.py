@@ -18,13 +18,13 @@ import argparse
 import base64
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import glob as globbing
 import gzip
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
 import signal
 import statistics
@@ -563,7 +563,8 @@ def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN
 def keep(function):
     """Done once in each worker process: the function stays there, with the words it has learned."""
     call_kept.function = function
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool ends its workers by it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for them
 
 
 def call_kept(item):
@@ -578,14 +579,21 @@ def parallel_map(function, items, processes):
     if processes == 1 or len(head) < 2:  # not worth a process
         yield from map(function, chain(head, items))
         return
-    with multiprocessing.Pool(processes, keep, (function,)) as pool:
+    # not multiprocessing.Pool, which waits for ever for a worker that was killed
+    pool = concurrent.futures.ProcessPoolExecutor(processes, None, keep, (function,))
+    try:
         waiting = collections.deque()
         for item in chain(head, items):
-            waiting.append(pool.apply_async(call_kept, (item,)))
+            waiting.append(pool.submit(call_kept, item))
             if len(waiting) > 2 * processes:
-                yield waiting.popleft().get()
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().get()
+            yield waiting.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise OSError("a worker process was killed (out of memory?): give fewer --processes"
+                      ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- Text in ------------------------------------------------------------------------------------

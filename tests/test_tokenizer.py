@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -401,6 +402,18 @@ def test_read_documents(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="nowhere"):
         tk.list_files(tmp_path / "nowhere")
     assert tk.list_files([tmp_path, tmp_path / "a.md"]) == sorted(map(str, tmp_path.iterdir()))
+
+
+def kill_worker(item):
+    if item == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_a_killed_worker_is_an_error_and_no_hang():
+    assert list(tk.parallel_map(abs, range(-9, 0), 2)) == list(range(9, 0, -1))
+    with pytest.raises(OSError, match="--processes"):
+        list(tk.parallel_map(kill_worker, range(20), 2))
 
 
 def test_records_that_are_no_text_are_skipped(tmp_path, capsys):
