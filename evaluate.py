@@ -15,6 +15,7 @@ import argparse
 import ast
 import csv
 import ctypes
+import gzip
 import html
 import io
 import itertools
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -312,17 +314,18 @@ class Item:
 
 
 def rows_of(path):
-    """The rows, dicts, of a .jsonl, .json or .csv file, or of a folder of them."""
+    """The rows, dicts, of a .jsonl, .json or .csv file, also .gz, or of a folder of them."""
     for file in tokenizer_py.list_files([str(path)]):
-        text = Path(file).read_text(encoding="utf-8")
+        data, kind = Path(file).read_bytes(), file.removesuffix(".gz")
         try:
-            if file.endswith(".csv"):
+            text = (gzip.decompress(data) if kind != file else data).decode()
+            if kind.endswith(".csv"):
                 yield from csv.DictReader(io.StringIO(text, newline=""))
-            elif file.endswith(".json"):
+            elif kind.endswith(".json"):
                 yield from json.loads(text)
             else:  # not splitlines: U+2028 may stand in a string
                 yield from map(json.loads, filter(str.strip, text.split("\n")))
-        except json.JSONDecodeError as error:
+        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{file}: {error}") from None
 
 

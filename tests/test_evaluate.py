@@ -1,6 +1,7 @@
 """evaluate.py against hand counts, brute force, simulations, and answers graded by eye."""
 
 import csv
+import gzip
 import json
 import math
 import sys
@@ -227,6 +228,16 @@ def test_line_breaks_inside_fields_and_strings_stay(tmp_path):
     (tmp_path / "x_test.csv").write_text("q,a,b,c,d,\n")
     with pytest.raises(ValueError, match="row 1"):
         evaluate.read_items("mmlu", tmp_path)
+
+def test_packed_task_files_are_read_and_torn_ones_named(tmp_path):
+    packed = gzip.compress(b'{"text": "a b"}\n')
+    (tmp_path / "t.jsonl.gz").write_bytes(packed)
+    assert evaluate.read_items("lambada", tmp_path / "t.jsonl.gz")[0].context == "a"
+    for torn in (packed[:20], b"\xff" + packed, gzip.compress(b"\xff")):
+        (tmp_path / "t.jsonl.gz").write_bytes(torn)
+        with pytest.raises(ValueError, match="t.jsonl.gz: "):
+            evaluate.read_items("lambada", tmp_path / "t.jsonl.gz")
+
 
 
 def test_shots_come_with_their_subjects_heading(data):
