@@ -441,7 +441,7 @@ class Muon(Optimizer):
     def momentum(self, p, mu):
         """The Nesterov mix of a matrix; one at a time stays in the cache, all at once would not."""
         buffer = self.kept(p, "buffer").lerp_(p.grad, 1 - mu)
-        return p.grad.lerp(buffer, mu).bfloat16()
+        return p.grad.lerp(buffer, mu)
 
 
 def clip_grad_norm(parameters, max_norm):
