@@ -90,11 +90,11 @@ def is_held_out(document, fraction=VAL_FRACTION):
 def split_documents(files, fraction=VAL_FRACTION):
     """Yield (document, is for validation).
 
-    Of fewer than 20 documents no sensible share can be held out whole: there the last `fraction`
-    of each is, cut at a line.
+    Of fewer than 200 documents the share held out whole would be left to chance, and of 20 be none
+    in one case of three: there the last `fraction` of each is, cut at a line.
     """
-    few = list(islice(tokenizer_py.read_documents(files), 20))
-    if len(few) == 20:
+    few = list(islice(tokenizer_py.read_documents(files), 200))
+    if len(few) == 200:
         for document in tokenizer_py.read_documents(files):
             yield document, is_held_out(document, fraction)
         return
@@ -701,7 +701,7 @@ def find_run(args):
     if not folders:
         return None
     state = read_state(folders[-1], mmap=True)
-    if not state.get("settings", {}).keys() >= set(IDENTITY):
+    if "micro_batch" not in state or not state["settings"].keys() >= set(IDENTITY):
         raise ValueError(f"{folders[-1]} is another version's: give another --out, or --restart")
     if args.dtype == "auto":
         args.dtype = state["settings"]["dtype"]
@@ -1172,6 +1172,8 @@ def train(args):
     lock = None if RANK else lock_run(args.out)
     data = prepare_data(args)
     args.data_name = data.name
+    if not any(len(array) > 1 for array in data.val):
+        raise ValueError("--data: too little to validate on; give more of it, or a file named val")
     resume_from = None if args.restart else find_run(args)
     run = build_run(args, device, data, resume_from)
     if run.step >= args.steps and not (args.profile or args.memory):

@@ -246,6 +246,24 @@ def test_a_single_file_is_split_at_a_line(tmp_path):
     assert 0.04 < len(parts[True]) / len(text) < 0.06
 
 
+def test_some_text_is_held_out_of_any_number_of_documents(tmp_path):
+    """By their hashes alone, none of these 30 would be."""
+    documents = [f"document {i}\n" * 20 for i in range(100)]
+    for i, text in enumerate([d for d in documents if not train.is_held_out(d)][:30]):
+        (tmp_path / f"{i}.txt").write_text(text)
+    files = sorted(map(str, tmp_path.glob("*.txt")))
+    assert sum(len(d) for d, held_out in train.split_documents(files) if held_out) > 200
+
+
+def test_nothing_to_validate_on_is_said_at_once(tmp_path, capsys):
+    (tmp_path / "data").mkdir()  # the test's own folder has "val" in its name
+    np.save(tmp_path / "data" / "train.npy", np.arange(100, dtype=np.uint16))
+    np.save(tmp_path / "data" / "val.npy", np.arange(1, dtype=np.uint16))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "too little to validate on" in capsys.readouterr().err
+
+
 def test_token_files_hold_every_document_and_its_end(tmp_path):
     import tokenizer
     docs = ["first " * 50, "second", "a\nthird\n"]
