@@ -13,13 +13,11 @@ with a cosine. Shapes: B windows of a batch, T context length, D d_model, V voca
 
 import argparse
 import difflib
-import fcntl
 import hashlib
 import json
 import math
 import os
 import pickle
-import resource
 import shutil
 import signal
 import sys
@@ -92,11 +90,11 @@ def is_held_out(document, fraction=VAL_FRACTION):
 def split_documents(files, fraction=VAL_FRACTION):
     """Yield (document, is for validation).
 
-    Of fewer than 20 documents no sensible share can be held out whole: there the last `fraction`
-    of each is, cut at a line.
+    Of fewer than 200 documents the share held out whole would be left to chance, and of 20 be none
+    in one case of three: there the last `fraction` of each is, cut at a line.
     """
-    few = list(islice(tokenizer_py.read_documents(files), 20))
-    if len(few) == 20:
+    few = list(islice(tokenizer_py.read_documents(files), 200))
+    if len(few) == 200:
         for document in tokenizer_py.read_documents(files):
             yield document, is_held_out(document, fraction)
         return
@@ -382,16 +380,20 @@ class AdamW(Optimizer):
                     [self.kept(p, "v") for p in params], rates, b1, b2, group["eps"])
 
 
-POLAR = [(3.4445, -4.7750, 2.0315)] * 5  # a, b, c of each step of newton_schulz
+# a, b, c of each step of newton_schulz: what brings 0.004 .. 1.02 nearest to 1 in four steps, each
+# the best (minimax) polynomial for the interval that the one before leaves (Amsel et al. 2025,
+# Polar Express, arXiv:2505.16932); bf16 may round the largest value a little over 1. The last is
+# times 0.9, the mean size that Jordan's own five steps give: learning rates keep their meaning.
+POLAR = [(8.1807, -23.1910, 16.5146), (3.9111, -2.8037, 0.5126), (3.3046, -2.3876, 0.4686),
+         (2.0886, -1.4763, 0.3530)]
 
 
 def newton_schulz(G):
     """Near-orthogonalise matrices G (..., m, n): U S V^T -> about U V^T, in bf16.
 
-    X <- a X + (b A + c A^2) X with A = X X^T moves every singular value s to a s + b s^3 + c s^5.
-    With these coefficients five steps bring values of 0.002 to 1 into 0.68 to 1.21, which is close
-    enough to train by and cheaper than exact (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon).
+    X <- (a I + b A + c A^2) X with A = X X^T moves every singular value s to a s + b s^3 + c s^5
+    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Of G over its norm, values of
+    0.004 to 1 end within 0.76 to 1.04, in one step less than his five.
     """
     X = G.bfloat16().view(-1, *G.shape[-2:])
     tall = X.size(-2) > X.size(-1)
@@ -400,8 +402,9 @@ def newton_schulz(G):
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLAR:
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2 in one pass, 1.6x in all on CPU
-        X = torch.baddbmm(X, B, X, beta=a)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2 in one pass
+        B.diagonal(dim1=-2, dim2=-1).add_(a)  # far smaller than X, to which a X would be added
+        X = B @ X
     return (X.mT if tall else X).reshape(G.shape)
 
 
@@ -533,9 +536,10 @@ def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
     starts = starts[:max(1, (max_tokens or 10**12) // T)]
     rank, ranks, readers = getattr(model, "data_ranks", (RANK, WORLD_SIZE, 1))
     mine = starts[rank::ranks]
-    lengths = torch.zeros(args.vocab_size, dtype=torch.float64, device=device)  # in bytes
+    lengths = torch.zeros(args.vocab_size, dtype=torch.float64)  # in bytes
     for i, word in tok.vocab.items() if tok else ():
         lengths[i] = 0 if i in tok.special_tokens.values() else len(word)
+    lengths = lengths.to(device)
     sums = np.zeros(3)  # nats, tokens, bytes of text
     model.eval()  # no balancing loss of a mixture of experts
     for i in range(0, -(-len(starts) // ranks), B):
@@ -638,8 +642,8 @@ def save_run(run):
     if RANK:
         return
     args, out, branch = run.args, Path(run.args.out), decay_start(run.args)
-    folder, work = out / f"step-{run.step:06d}", out / f"saving-{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)
+    folder, work = out / f"step-{run.step:06d}", out / "saving"
+    shutil.rmtree(work, ignore_errors=True)  # what a kill in the middle of a save has left
     try:
         model.save_pretrained(work)
         if run.data.tokenizer:
@@ -647,6 +651,7 @@ def save_run(run):
         torch.save({"iteration": run.step, "optimizers": states,
                     "updates": run.optimizers[0].param_groups[0].get("step", 0),
                     "steps": args.steps, "full_rate_until": branch,
+                    "micro_batch": args.micro_batch,
                     "settings": {k: getattr(args, k) for k in IDENTITY},
                     **{k: getattr(run, k) for k in COUNTERS}}, work / "train_state.pt")
         shutil.rmtree(folder, ignore_errors=True)
@@ -678,20 +683,30 @@ def read_state(folder, mmap=False):
                          "the one before it, or --restart") from error
 
 
+def as_flag(name, value):
+    """A setting as it is given: "--lr 0.1", "--no-qk-norm", "--betas 0.9 0.95"."""
+    name = "data" if name == "data_name" else name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} " + (" ".join(map(str, value)) if isinstance(value, list) else str(value))
+
+
 def find_run(args):
     """The checkpoint of this very run in --out to go on from, or None; refuses a different run's.
 
     With more --steps than before that is the last one whose learning rate had not begun to fall.
+    What was found by trying, then, need not be what would be found now, so it is taken over.
     """
     folders = step_folders(args.out)
     if not folders:
         return None
     state = read_state(folders[-1], mmap=True)
-    if not state.get("settings", {}).keys() >= set(IDENTITY):
+    if "micro_batch" not in state or not state["settings"].keys() >= set(IDENTITY):
         raise ValueError(f"{folders[-1]} is another version's: give another --out, or --restart")
-    if args.dtype == "auto":  # what was measured then need not be what would be measured now
+    if args.dtype == "auto":
         args.dtype = state["settings"]["dtype"]
-    other = [f"--{k.replace('_', '-')} {state['settings'][k]}" for k in IDENTITY
+    args.micro_batch = args.micro_batch or state["micro_batch"]
+    other = [as_flag(k, state["settings"][k]) for k in IDENTITY
              if state["settings"][k] != getattr(args, k)]
     if other:
         raise ValueError(f"--out {args.out}: holds a run with {', '.join(other)}; give those, "
@@ -705,7 +720,10 @@ def lock_run(out):
     Path(out).mkdir(parents=True, exist_ok=True)
     lock = open(Path(out) / ".lock", "w")
     try:
+        import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no such locks
+        pass
     except BlockingIOError:
         raise ValueError(f"--out {out}: another run is writing there; give another --out") from None
     return lock
@@ -792,7 +810,8 @@ def choose_dtype(args, device):
 
     Some CPUs multiply bf16 four times as fast (AVX512-BF16, AMX), others emulate it at a tenth.
     """
-    best, n = dict(bf16=math.inf, fp32=math.inf), 1024  # seconds of an (n, n) product
+    best = dict(bf16=math.inf, fp32=math.inf)  # seconds of an (n, n) product
+    n = 4096 if device.type == "cuda" else 1024  # long enough for a GPU to hide its start
     for name in ["bf16", "fp32"] * 12:  # in turns: on a busy machine either may be held up once
         a = torch.randn(n, n, device=device).to(DTYPES[name])
         start = time.perf_counter()
@@ -843,6 +862,10 @@ def memory_gb(device):
     """Peak memory: the allocator's on a GPU, the process's (resident) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -900,7 +923,8 @@ def build_model(args, data, source):
 
 
 def make_mesh(args):
-    """--tp, --cp, --pp and --ep ranks for those; all others share the data."""
+    """--tp, --cp, --pp and --ep ranks for those; all others share the data. A --micro-batch of 0
+    becomes a rank's whole share."""
     split = {axis: getattr(args, axis) for axis in ("tp", "cp", "pp", "ep")}
     count = math.prod(split.values())
     if WORLD_SIZE % count:
@@ -910,6 +934,7 @@ def make_mesh(args):
     readers, fsdp = data * args.ep, args.parallel == "fsdp"
     if args.batch_size < readers or fsdp and args.batch_size % readers:
         raise ValueError(f"--batch-size {args.batch_size}: {readers} ranks cannot share it")
+    args.micro_batch = max(args.micro_batch, 0) or -(-args.batch_size // readers)
     return distributed.Mesh(**{"fsdp" if fsdp else "dp": data}, **split)
 
 
@@ -975,20 +1000,21 @@ def next_batch(run, step):
 PARTS = ("data", "forward", "backward", "ranks", "clip", "optimizer")  # of a step, for --profile
 
 
-def forward_backward(run, step):
+def forward_backward(run, step, together=True):
     """Gradients of the mean loss over the whole batch, all ranks; returns this rank's part of it.
 
     The divisor is the token count of all micro-batches on all ranks, so neither accumulation nor
-    the number of ranks changes the gradient.
+    the number of ranks changes the gradient. Without `together` a rank keeps its own gradients.
     """
     tokens, total = run.tokens_per_step, torch.zeros((), device=run.device)
     with record_function("data"):
         batch = next_batch(run, step)
     for i, (inputs, targets) in enumerate(batch):
-        with nullcontext() if i == len(batch) - 1 else run.parallel.no_sync():
+        with nullcontext() if together and i == len(batch) - 1 else run.parallel.no_sync():
             total += run.parallel.loss(inputs, targets, backward_scale=run.loss_scale / tokens)
     with record_function("ranks"):
-        run.parallel.finish()
+        if together:
+            run.parallel.finish()
     return total.item() / tokens
 
 
@@ -1059,22 +1085,33 @@ def noting_signals():
 
 
 def warm_up(run):
-    """Compile, find a micro-batch that fits the GPU, and time one batch: seconds a step, about."""
+    """Compile, find a micro-batch that fits the GPU, and time one batch: seconds a step, about.
+
+    The space of the optimizers' state is held meanwhile. Ranks with a copy of the model each try
+    by themselves and then agree; where they have parts of one, none can go back alone.
+    """
+    parts = run.parallel.mesh.size("fsdp", "tp", "cp", "pp", "ep") > 1
+    count = sum(p.numel() for p in run.model.parameters())
+    state = torch.empty(0 if run.step else 2 * count, device=run.device)
     while True:
         try:
             for _ in range(2):  # the first call compiles
                 start = time.perf_counter()
-                forward_backward(run, 0)
-                run.model.zero_grad(set_to_none=True)
-            return time.perf_counter() - start
+                forward_backward(run, 0, together=parts)
+                seconds = time.perf_counter() - start
+            full = False
         except torch.cuda.OutOfMemoryError:
-            if run.args.micro_batch == 1:
-                raise ValueError("--context-length: one window does not fit the GPU's memory; "
-                                 "shorten it or shrink the model") from None
-            run.model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            run.args.micro_batch, run.ahead = (run.args.micro_batch + 1) // 2, {}
-            say(f"{'memory':<12}full: micro-batches of {run.args.micro_batch} windows")
+            full = True
+        run.model.zero_grad(set_to_none=True)
+        if full and (parts or run.args.micro_batch == 1):
+            raise ValueError(f"--micro-batch {run.args.micro_batch}: does not fit the GPU's "
+                             "memory; lower it or --context-length, or shrink the model")
+        if not all_reduce_sum([float(full)], run.device)[0]:
+            del state
+            return seconds
+        torch.cuda.empty_cache()
+        run.args.micro_batch, run.ahead = (run.args.micro_batch + 1) // 2, {}
+        say(f"{'memory':<12}full: micro-batches of {run.args.micro_batch} windows")
 
 
 def evaluate_and_log(run, log, max_tokens=None):
@@ -1135,9 +1172,11 @@ def train(args):
     lock = None if RANK else lock_run(args.out)
     data = prepare_data(args)
     args.data_name = data.name
+    if not any(len(array) > 1 for array in data.val):
+        raise ValueError("--data: too little to validate on; give more of it, or a file named val")
     resume_from = None if args.restart else find_run(args)
     run = build_run(args, device, data, resume_from)
-    if run.step >= args.steps:
+    if run.step >= args.steps and not (args.profile or args.memory):
         say(f"--out {args.out}: finished, {run.step} steps; --steps {2 * run.step} goes on, "
             "--restart begins again")
         return
@@ -1170,19 +1209,18 @@ def train(args):
                 log_line(run, loss, norm, factor, seconds, left)
 
             start = time.perf_counter()
-            if args.eval_every and step % args.eval_every == 0 and not last:
-                evaluate_and_log(run, log, EVAL_TOKENS)
+            if last or args.eval_every and step % args.eval_every == 0:
+                evaluate_and_log(run, log, None if last else EVAL_TOKENS)
             if args.sample_every and step % args.sample_every == 0 and not last:
                 show_samples(run)
             due = args.save_every and step % args.save_every == 0
             if due or last or stopping or step == decay_start(args):
-                save_run(run)
+                save_run(run)  # after the evaluation: a finished run's log is complete
             side_work += time.perf_counter() - start
 
-        if run.step < args.steps:
-            say(f"stopped at step {run.step}, saved in {args.out}; the same command goes on")
-            return
-        evaluate_and_log(run, log)
+    if run.step < args.steps:
+        say(f"stopped at step {run.step}, saved in {args.out}; the same command goes on")
+        return
     show_samples(run)
     say(f"\ndone in {clock(time.time() - began)}: {args.out}/model.safetensors, loss.png, log.jsonl"
         f"\npython model.py generate --model {args.out} --prompt \"def \"")
@@ -1195,11 +1233,13 @@ def train(args):
 def profile_steps(run, steps=10):
     """--profile: where a step's time goes, part by part and operator by operator, and a trace.
 
-    The parts are record_function ranges; emit_nvtx makes them NVTX ranges for Nsight on CUDA.
+    The parts are record_function ranges. The two steps before are for Nsight: emit_nvtx makes them
+    NVTX ranges on CUDA, and does not go together with the profiler.
     """
-    train_step(run, run.step)  # compiles the optimizer
-    with (torch.autograd.profiler.emit_nvtx(run.device.type == "cuda"),
-          torch.profiler.profile() as profiler):
+    with torch.autograd.profiler.emit_nvtx(run.device.type == "cuda"):
+        for i in range(2):  # the first one compiles the optimizer
+            train_step(run, run.step + i)
+    with torch.profiler.profile() as profiler:
         start = time.perf_counter()
         for i in range(steps):
             train_step(run, run.step + 1 + i)
@@ -1266,22 +1306,31 @@ def bench(args, device):
     say("model   optimizer  tokens/s  torch's  ratio     MFU      GB  update ms  fused AdamW")
     for sizes in BENCHES[device.type]:
         vars(args).update(zip(BENCH_FLAGS, sizes), micro_batch=sizes[-1], compile="on")
-        tokens = args.batch_size * args.context_length
-        ids = np.random.default_rng(0).integers(0, args.vocab_size, 2_000_000, np.uint16)
         for args.optimizer in ("adamw", "muon"):
-            run = build_run(args, device, Data([ids], [ids], None, "random"))
-            plain = model_py.Transformer(run.config).to(device)
-            fused = torch.optim.AdamW(plain.parameters(), fused=True)
-            ours, theirs = median_seconds(
-                partial(train_step, run, 0), partial(plain_step, run, torch.compile(plain), fused))
-            forward_backward(run, 0)
-            for mine, twin in zip(run.model.parameters(), plain.parameters()):
-                twin.grad = mine.grad.clone()
-            own, torchs = median_seconds(partial(update, run, 1.0), fused.step)
-            mfu = run.flops_per_token * tokens / ours / run.peak
-            say(f"{plain.num_parameters() / 1e6:.1f}M".ljust(8) + f"{args.optimizer:<9} "
-                f"{tokens / ours:>8,.0f} {tokens / theirs:>8,.0f} {theirs / ours:>6.2f} "
-                f"{mfu:>7.1%} {memory_gb(device):>7.2f} {own * 1e3:>10.2f} {torchs * 1e3:>12.2f}")
+            torch.compiler.reset()  # or sizes that differ from the ones before become dynamic
+            bench_row(args, device)
+
+
+def bench_row(args, device):
+    tokens = args.batch_size * args.context_length
+    ids = np.random.default_rng(0).integers(0, args.vocab_size, 2_000_000, np.uint16)
+    run = build_run(args, device, Data([ids], [ids], None, "random"))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    train_step(run, 0)
+    memory = memory_gb(device)  # before the other model comes
+    plain = model_py.Transformer(run.config).to(device)
+    fused = torch.optim.AdamW(plain.parameters(), fused=True)
+    ours, theirs = median_seconds(
+        partial(train_step, run, 0), partial(plain_step, run, torch.compile(plain), fused))
+    forward_backward(run, 0)
+    for mine, twin in zip(run.model.parameters(), plain.parameters()):
+        twin.grad = mine.grad.clone()
+    own, torchs = median_seconds(partial(update, run, 1.0), fused.step)
+    mfu = run.flops_per_token * tokens / ours / run.peak
+    say(f"{plain.num_parameters() / 1e6:.1f}M".ljust(8) + f"{args.optimizer:<9} "
+        f"{tokens / ours:>8,.0f} {tokens / theirs:>8,.0f} {theirs / ours:>6.2f} {mfu:>7.1%} "
+        f"{memory:>7.2f} {own * 1e3:>10.2f} {torchs * 1e3:>12.2f}")
 
 
 def plain_step(run, forward, optimizer):
@@ -1338,11 +1387,8 @@ def fill_defaults(args, device):
     for name in ("steps", "batch_size", "context_length", "keep", "log_every", "tp", "cp", "pp",
                  "ep"):
         if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {getattr(args, name)}: must be at least 1")
+            raise ValueError(f"{as_flag(name, getattr(args, name))}: must be at least 1")
     args.warmup = min(args.warmup, args.steps // 4)
-    readers = max(1, WORLD_SIZE // (args.tp * args.cp * args.pp))
-    args.micro_batch = max(args.micro_batch, 0) or -(-args.batch_size // readers)
     if args.sample_prompts is None:
         args.sample_prompts = [""] if args.data else [
             "def read_file(path):", 'class Stack:\n    """', "    def close(self):"]
