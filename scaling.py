@@ -661,7 +661,7 @@ def train_run(run, args, wait=False):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in model_flags(width).items()]
     flags += [f"--steps={steps}", f"--batch-size={B}", f"--out={out}", f"--dtype={args.dtype}",
               "--eval-every=0", "--save-every=200", "--keep=1", "--compile=off", "--seed=0",
-              "--log-every=100000", "--sample-prompts", *data_flags(args)]
+              "--log-every=100000", "--sample-prompts", "--no-tie-embeddings", *data_flags(args)]
     start = time.time()
     train.main(flags)
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])

@@ -1361,9 +1361,11 @@ def median_seconds(*calls, count=12, warmup=4):
 # Flags whose default depends on the recipe or the device. Every one can be given by hand.
 RECIPES = {
     "speedrun": dict(optimizer="muon", schedule="wsd", decay=0.5, min_lr=0.0, warmup=20, lr=0.024,
-                     weight_decay=0.0, eps=1e-10, clip=0.0, qk_norm=True, zero_init=True),
+                     weight_decay=0.0, eps=1e-10, clip=0.0, qk_norm=True, zero_init=True,
+                     tie_embeddings=True),
     "cs336": dict(optimizer="adamw", schedule="cosine", decay=0.0, min_lr=0.1, warmup=40, lr=0.002,
-                  weight_decay=0.1, eps=1e-8, clip=1.0, qk_norm=False, zero_init=False),
+                  weight_decay=0.1, eps=1e-8, clip=1.0, qk_norm=False, zero_init=False,
+                  tie_embeddings=False),
 }
 SIZES = {
     "cpu": dict(context_length=256, d_model=192, num_layers=4, num_heads=2, d_ff=512,
@@ -1443,7 +1445,7 @@ def make_parser():
     add("attention", "sdpa", "attention kernel", choices=["sdpa", "flash", "naive"])
     add("qk_norm", None, "normalise queries and keys", **yes_no)
     add("zero_init", None, "start output projections at zero", **yes_no)
-    add("tie_embeddings", False, "one table for embedding and head", **yes_no)
+    add("tie_embeddings", None, "one table for embedding and head", **yes_no)
     add("logit_softcap", 0.0, "cap * tanh(logits / cap), 0 for none")
     add("value_embeddings", 0, "token tables mixed into the values of layers i and -1-i")
     add("residual_scalars", False, "learned shortcut from the embedding to each block", **yes_no)
