@@ -1034,7 +1034,7 @@ def test_a_run_moves_from_four_ranks_to_two_to_one(corpus, tmp_path):
                 shutil.rmtree(folder)
         torchrun(corpus, moving, ranks, *flags, "--keep", "9")
         assert len(losses(moving)) == 12
-        torch.testing.assert_close(losses(moving), losses(tmp_path / "one"), atol=2e-3, rtol=0)
+        torch.testing.assert_close(losses(moving), losses(tmp_path / "one"), atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("flags,message", [
