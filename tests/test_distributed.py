@@ -1024,17 +1024,19 @@ def losses(out):
 
 
 def test_a_run_moves_from_four_ranks_to_two_to_one(corpus, tmp_path):
-    """4 ranks (FSDP x TP) -> 2 (pipeline) -> 1: the losses of a run that never moved."""
-    torchrun(corpus, tmp_path / "one", 1)
+    """4 ranks (FSDP x TP) -> 2 (pipeline) -> 1: the losses of a run that never moved. Untied, since
+    with one table rounding in another order grows to 2.5e-3 within these 12 steps."""
+    torchrun(corpus, tmp_path / "one", 1, "--no-tie-embeddings")
     moving = tmp_path / "moving"
-    torchrun(corpus, moving, 4, "--parallel", "fsdp", "--tp", "2", "--keep", "9")
+    torchrun(corpus, moving, 4, "--parallel", "fsdp", "--tp", "2", "--keep", "9",
+             "--no-tie-embeddings")
     for ranks, last, flags in ((2, 8, ("--pp", "2")), (1, 4, ())):
         for folder in moving.glob("step-*"):  # as if it had been killed after `last`
             if int(folder.name[5:]) > last:
                 shutil.rmtree(folder)
-        torchrun(corpus, moving, ranks, *flags, "--keep", "9")
+        torchrun(corpus, moving, ranks, *flags, "--keep", "9", "--no-tie-embeddings")
         assert len(losses(moving)) == 12
-        torch.testing.assert_close(losses(moving), losses(tmp_path / "one"), atol=5e-3, rtol=0)
+        torch.testing.assert_close(losses(moving), losses(tmp_path / "one"), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("flags,message", [
