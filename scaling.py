@@ -256,27 +256,29 @@ def to_fit(x, runs, value):
     return ChinchillaFit(*map(float, (np.exp(e), A, B, alpha, beta, value)))
 
 
-def chinchilla_starts(runs):
-    """162 starting points, (S, 5): how the loss divides at the mean run, and the two exponents."""
-    rows, slopes = [], (0.1, 0.35, 0.7)
-    for e, share, alpha, beta in product((0.3, 0.6, 0.95), (0.02, 0.2, 1.0), slopes, slopes):
-        a, b, c = np.log(runs.L.min() * np.array((share, (1.02 - e) / 2, e)))
-        rows += [(a, b, c, alpha, beta), (b, a, c, alpha, beta)]
-    return np.array(rows)
+def enough_runs(N, D, L, parameters):
+    """N, D, L (n,) as runs. Raises ValueError if so many parameters cannot be fitted to them."""
+    runs = make_runs([dict(N=n, D=d, L=y) for n, d, y in zip(N, D, L)])
+    sizes, lengths = len(np.unique(runs.N)), len(np.unique(runs.D))
+    if len(runs) < parameters or sizes < 2 or lengths < 2:
+        raise ValueError(f"{parameters} parameters cannot be fitted to {len(runs)} runs of {sizes} "
+                         "sizes: add runs of other sizes and tokens")
+    return runs
 
 
-def fit_chinchilla(N, D, L, delta=1e-3, starts=None):
+def fit_chinchilla(N, D, L, delta=1e-3):
     """Hoffmann's approach 3: `ChinchillaFit` to N parameters, D tokens and losses L, each (n,).
 
-    All starts go 60 iterations together, the best ten of them to the end. Raises ValueError with
-    fewer than five runs, or when all have one size or one number of tokens.
+    162 starts differ in how the loss divides at the mean run and in the exponents. All go 60
+    iterations together, the best ten of them to the end. Raises ValueError with fewer than five
+    runs, or when all have one size or one number of tokens.
     """
-    runs = make_runs([dict(N=n, D=d, L=y) for n, d, y in zip(N, D, L)])
-    if len(runs) < 5 or len(np.unique(runs.N)) < 2 or len(np.unique(runs.D)) < 2:
-        raise ValueError(f"five parameters cannot be fitted to {len(runs)} runs of "
-                         f"{len(np.unique(runs.N))} sizes: add runs of other sizes and tokens")
+    runs, starts, slopes = enough_runs(N, D, L, 5), [], (0.1, 0.35, 0.7)
+    for e, share, alpha, beta in product((0.3, 0.6, 0.95), (0.02, 0.2, 1.0), slopes, slopes):
+        a, b, c = np.log(runs.L.min() * np.array((share, (1.02 - e) / 2, e)))
+        starts += [(a, b, c, alpha, beta), (b, a, c, alpha, beta)]
     f = chinchilla_objective(runs, np.ones((1, len(runs))), delta)
-    x, value = batched_bfgs(f, chinchilla_starts(runs) if starts is None else starts, 60)
+    x, value = batched_bfgs(f, np.array(starts), 60)
     best = np.argsort(np.where(np.isfinite(value), value, np.inf))[:10]
     x, value = batched_bfgs(f, x[best], 4000, 1e-12)
     return to_fit(x[value.argmin()], runs, value.min())
@@ -288,7 +290,7 @@ class KaplanFit(namedtuple("KaplanFit", "Nc Dc alphaN alphaD")):
 
 def fit_kaplan(N, D, L, delta=1e-3):
     """Kaplan's form by the same Huber loss on log L: it has no irreducible loss."""
-    runs = make_runs([dict(N=n, D=d, L=y) for n, d, y in zip(N, D, L)])
+    runs = enough_runs(N, D, L, 4)
     n, d, target = np.log(runs.N), np.log(runs.D), np.log(runs.L)
 
     def f(x, rows):  # parameters: log Nc - mean of n, log Dc - mean of d, log alphaN, log alphaD

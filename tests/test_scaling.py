@@ -121,10 +121,15 @@ def test_no_grid_of_starts_beats_the_fit():
         trials = x + scale * rng.standard_normal((20_000, 5))
         with np.errstate(all="ignore"):
             assert np.nanmin(f(trials, np.arange(20_000))[0]) > fit.objective - 1e-9
-    finer = np.repeat(scaling.chinchilla_starts(runs), 3, 0)
-    finer += 0.2 * rng.standard_normal(finer.shape)
-    again = scaling.fit_chinchilla(runs.N, runs.D, runs.L, starts=finer)
-    assert again.objective > fit.objective - 1e-6
+    far = x[0] + rng.uniform(-1.0, 1.0, (500, 5)) * (4, 4, 2, 0.5, 0.5)  # 500 other places to start
+    assert np.nanmin(scaling.batched_bfgs(f, far, 500)[1]) > fit.objective - 1e-6
+
+
+@pytest.mark.parametrize("fit, needed", [(scaling.fit_chinchilla, 5), (scaling.fit_kaplan, 4)])
+def test_a_fit_needs_as_many_runs_as_it_has_parameters(fit, needed):
+    runs = law_runs()[:needed - 1]
+    with pytest.raises(ValueError, match=f"{needed} parameters .* {needed - 1} runs of"):
+        fit(runs.N, runs.D, runs.L)
 
 
 def test_gradients_by_finite_differences():
