@@ -45,7 +45,6 @@ import urllib.request
 import zlib
 from collections import Counter, namedtuple
 from html import escape, unescape
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -236,8 +235,8 @@ def decode_html(body, charset=None):
         with contextlib.suppress(LookupError, ValueError):  # no such encoding, or not one of text
             b"a".decode(codec := WHATWG.get(label.strip().lower(), label), "replace")
             declared.append(codecs.lookup(codec).name)
-    like_ascii = [c for c in declared if c in ("iso2022_jp", "hz") or b"\0" in body[:64]]
-    for codec in (*like_ascii, "utf-8", *declared):
+    like_utf_8 = [c for c in declared if c in ("iso2022_jp", "hz") or b"\0" in body[:64]]
+    for codec in (*like_utf_8, "utf-8", *declared):
         with contextlib.suppress(ValueError):
             return codecs.getincrementaldecoder(codec)("strict").decode(body)
     return body.decode(declared[0] if declared else "cp1252", "replace")
@@ -364,6 +363,7 @@ def read_rows(path, counts=None):
 def read_documents(path, text_key="text", main_content=False, counts=None):
     """Documents {"id", "text", "words", ...} of a crawl file (.warc, .wet) or of rows of text."""
     counts, name = Counter() if counts is None else counts, os.path.basename(path)
+    ours = os.path.exists(os.path.join(os.path.dirname(path), "settings.json"))  # a stage's output
     rows = read_rows(path, counts)
     if re.search(r"\.(warc|wet)\b", name):
         rows = ({"url": page.url, "text": extract_text(page.body, page.charset, main_content)
@@ -375,8 +375,9 @@ def read_documents(path, text_key="text", main_content=False, counts=None):
             counts["no_text"] += 1
             continue
         text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be written
+        counted = ours and isinstance(row.get("words"), int)
         yield {**row, "id": str(row.get("id") or f"{name}/{number}"), "text": text,
-               "words": len(text.split())}
+               "words": row["words"] if counted else len(text.split())}
 
 
 # ---- language and classifiers (fastText) ---------------------------------------------------------
@@ -392,14 +393,12 @@ def load_fasttext(path):
     """Load a fastText model, once per process. ValueError: no file there, or not a model."""
     import fasttext
 
-    if not os.path.isfile(path):
-        raise ValueError(f"no fastText model at {path}: give the path of one, or train it with "
-                         f"`filter_data.py train --model {path} --input LABEL=FILE ...`")
     fasttext.FastText.eprint = lambda *_: None
     try:
         return fasttext.load_model(path)
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path} is not a fastText model ({error})") from None
+        raise ValueError(f"no fastText model at {path} ({error}): give the path of one, or train "
+                         "it with `filter_data.py train`") from None
 
 
 def predict(text, model, k=1):
@@ -537,9 +536,9 @@ def character_classes():
 
 @functools.lru_cache(maxsize=1)
 def normal_forms():
-    """(0x110000,) uint32, what becomes of each character: the code point of its small letter
+    """What becomes of each character, (0x110000,) uint32: the code point of its small letter
     without accents, 32 for blanks, 10 for a newline, 0 for nothing, SEVERAL for more than one. And
-    of ASCII the same for bytes.translate: a table, and what to delete."""
+    the same of ASCII for bytes.translate, newlines as blanks: a table, and what to delete."""
     classes, forms = character_classes(), np.zeros(0x110000, np.uint32)
     for c in np.flatnonzero(classes).tolist():
         form = [ord(x) for x in unicodedata.normalize("NFD", chr(c).lower()) if classes[ord(x)]]
@@ -676,8 +675,9 @@ class Lines:
 
     def __init__(self, words, newlines=1):
         count, self.num_documents = len(words.start), words.num_documents
-        breaks = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))  # word behind each
-        breaks = np.bincount(np.append(breaks, np.repeat(words.first[:-1], 2)), minlength=count + 1)
+        behind = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))
+        breaks = np.bincount(behind, minlength=count + 1)  # (W + 1,) newlines before each word
+        breaks[words.first[:-1]] = 2  # a document's first word begins a line and a paragraph
         begin = np.flatnonzero(breaks[:count] >= newlines)  # (L,) each one's first word
         self.start, self.doc = words.start[begin], words.doc[begin]  # (L,) as in Words
         following = np.append(begin[1:], count)[: len(begin)]
@@ -769,7 +769,7 @@ def repetition_rules(texts, words, stop_words):
             heads = np.flatnonzero(~same)
             count = np.diff(np.append(heads, len(at)))
             heads, count = at[heads[count > 1]], count[count > 1]
-            best = np.zeros(len(texts), np.int64)  # (D,) count << 32 | characters
+            best = np.zeros(len(texts), np.int64)  # (D,) most frequent, then longest
             length = characters[heads + n] - characters[heads] + n - 1
             np.maximum.at(best, words.doc[heads], count << 32 | length)
             yield f"top_{n}_gram", (best >> 32) * (best & 0xFFFFFFFF) / size, 0, most[n]
@@ -973,7 +973,7 @@ def shingles(texts, n):
     at = np.arange(len(start))
     end_at = np.minimum(at + n, np.repeat(first[1:], size))  # (W,) where the n-gram from here ends
     whole = end_at - at == n
-    whole[first[:-1][(size > 0) & (size < n)]] = True
+    whole[first[:-1][size > 0]] = True  # a short document's only shingle, too
     hashes = span_hashes(prefix_sums(word_hashes(data, start, end)), at, end_at)
     count = np.maximum(size - n + 1, np.minimum(size, 1))  # (D,) shingles
     return hashes[whole], np.append(0, np.cumsum(count))
@@ -1258,29 +1258,30 @@ def in_pool(function, rows, processes):
     try:
         for done in concurrent.futures.as_completed([pool.submit(function, *row) for row in rows]):
             yield done.result()
+        pool.shutdown()
     except concurrent.futures.process.BrokenProcessPool:
         raise ValueError("a worker process was killed (out of memory?); finished shards are kept: "
                          "run the same command with fewer --processes") from None
     finally:
         for child in set(multiprocessing.active_children()) - before:
-            child.terminate()  # after Ctrl-C or a failure: what they have begun is begun again
+            child.terminate()  # after Ctrl-C or a failure: what they had begun is begun again
         pool.shutdown(cancel_futures=True)
 
 
-def map_shards(o, label, function, rows):
-    """Run function(target, ...) for each row of arguments; returns the targets.
+def map_shards(o, label, function, rows, *common):
+    """Run function(target, ..., *common) for each row (target, ...); returns the targets.
 
     A target that exists is done. Of the others rank r of w makes every w-th, then waits for those
     of the rest: the shared directory is the barrier. What the functions return, if anything, is the
     number of documents they handled. A single row stays in this process.
     """
-    rows = list(rows)
+    rows = [(*row, *common) for row in rows]
     todo = [row for row in rows[o.rank :: o.world_size] if not os.path.exists(row[0])]
     character_classes()  # before forking: a quarter of a second
     processes, documents = min(o.processes, len(todo)), 0
     began = shown = time.monotonic()
-    alone = processes <= 1
-    results = itertools.starmap(function, todo) if alone else in_pool(function, todo, processes)
+    results = (itertools.starmap(function, todo) if processes < 2
+               else in_pool(function, todo, processes))
     for done, count in enumerate(results, 1):
         documents += count or 0
         if (now := time.monotonic()) - shown > 2 or done == len(todo):
@@ -1337,7 +1338,7 @@ def sift_shard(target, source, o):
 def stage_extract(o, inputs):
     """Crawl files to documents and no further; `run` and `filter` read crawl files, too."""
     targets, _ = begin_stage(o, "extract", inputs, "text_key", "main_content")
-    return map_shards(o, "extract", sift_shard, zip(targets, inputs, repeat(o)))
+    return map_shards(o, "extract", sift_shard, zip(targets, inputs), o)
 
 
 def stage_filter(o, inputs):
@@ -1355,7 +1356,7 @@ def stage_filter(o, inputs):
         found, short = evaluation_ngrams(tuple(o.decontaminate))
         print(f"filter: {len(found):,} 13-grams of evaluation sets; {short} of their texts are "
               "shorter and not looked for", file=sys.stderr)
-    return map_shards(o, "filter", sift_shard, zip(targets, inputs, repeat(o)))
+    return map_shards(o, "filter", sift_shard, zip(targets, inputs), o)
 
 
 def sort_lines_shard(target, source, index):
@@ -1364,7 +1365,7 @@ def sort_lines_shard(target, source, index):
     sort_lines(target, (line for text in texts for line in text.split(b"\n")), index)
 
 
-def drop_lines_shard(target, source, o, index, table, parts):
+def drop_lines_shard(target, source, index, table, parts, o):
     """Lines 3: one shard without its repeated lines. Blank lines stay: they mark paragraphs."""
     num_lines = np.load(table, mmap_mode="r").shape[1]
     gone = iter(dropped(parts, index << 40, num_lines).tolist())
@@ -1386,8 +1387,8 @@ def stage_lines(o, inputs):
     parts = [f"{o.out}/lines/work/part-{part:03d}.npy" for part in range(num_parts)]
     map_shards(o, "lines 2/3", repeated_lines,
                [(path, tables, o.keep, part, num_parts) for part, path in enumerate(parts)])
-    rows = zip(targets, inputs, repeat(o), itertools.count(), tables, repeat(parts))
-    return map_shards(o, "lines 3/3", drop_lines_shard, rows)
+    rows = zip(targets, inputs, itertools.count(), tables)
+    return map_shards(o, "lines 3/3", drop_lines_shard, rows, parts, o)
 
 
 def sign_shard(target, source, o):
@@ -1419,7 +1420,7 @@ def stage_minhash(o, inputs):
     candidate_pairs(np.zeros((0, o.num_hashes), np.uint32), o.num_bands)  # refuses odd bands
     keys = ("num_hashes", "num_bands", "ngrams", "jaccard", "seed")
     targets, tables = begin_stage(o, "minhash", inputs, *keys, hash_version=HASH_VERSION)
-    map_shards(o, "minhash 1/3", sign_shard, zip(tables, inputs, repeat(o)))
+    map_shards(o, "minhash 1/3", sign_shard, zip(tables, inputs), o)
     signatures = [np.load(table, mmap_mode="r") for table in tables]
     counts = [len(part) for part in signatures]
     begins = np.cumsum([0] + counts)  # the documents of all shards are numbered through
@@ -1438,8 +1439,8 @@ def stage_minhash(o, inputs):
 
     numbers = f"{o.out}/minhash/work/dropped.npy"
     map_shards(o, "minhash 2/3", decide, [(numbers,)])
-    rows = zip(targets, inputs, begins.tolist(), counts, repeat(numbers))
-    return map_shards(o, "minhash 3/3", drop_duplicates_shard, rows)
+    rows = zip(targets, inputs, begins.tolist(), counts)
+    return map_shards(o, "minhash 3/3", drop_duplicates_shard, rows, numbers)
 
 
 def tokenize_shard(target, source, tokenizer, o):
@@ -1480,8 +1481,7 @@ def stage_tokenize(o, inputs):
     if not o.tokenizer:
         map_shards(o, "tokenizer", train_tokenizer, [(tokenizer,)])
     books = [target.replace(".jsonl.gz", ".json") for target in targets]
-    rows = zip(books, inputs, repeat(tokenizer), repeat(o))
-    return map_shards(o, "tokenize", tokenize_shard, rows)
+    return map_shards(o, "tokenize", tokenize_shard, zip(books, inputs), tokenizer, o)
 
 
 STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines,
@@ -1801,7 +1801,7 @@ def bench(o):
 
     signatures = np.random.default_rng(0).integers(0, 2**32, (20_000, 112), dtype=np.uint32)
     signatures[:2000] = signatures[2000:4000]  # a tenth of the documents has a copy
-    minhashes = [datasketch.MinHash(112, hashvalues=row) for row in signatures]
+    minhashes = [datasketch.MinHash(hashvalues=row, scheme="affine32") for row in signatures]
 
     def their_lsh():
         lsh = datasketch.MinHashLSH(num_perm=112, params=(14, 8))
@@ -1830,10 +1830,12 @@ def bench(o):
 def bench_pipeline(o, texts, folder):
     """Time WET files through all filters and three classifiers to signatures, 1 and 2 processes.
 
-    Every text comes four times: starting workers costs a tenth of a second, nothing in a crawl but
-    half of what 2.7 MB take.
+    Starting workers costs a tenth of a second, nothing in a crawl but half of what 2.7 MB take. So
+    for each document come three more of as many lines, drawn from all of them.
     """
-    texts = texts * 4
+    random, lines = np.random.default_rng(0), [text.split("\n") for text in texts]
+    pool = np.array([line for part in lines for line in part], object)
+    texts = texts + ["\n".join(random.choice(pool, len(part))) for part in lines * 3]
     bodies = [text.encode() for text in texts]
     record = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
     for shard in range(8):
