@@ -870,7 +870,7 @@ def c4_clean(text):
     kept = []
     for line in text.split("\n"):
         size = len(line.split(None, 4))
-        if size == 0 or size == 5 and not any(policy in line.lower() for policy in policies):
+        if not size or (size == 5 and not any(policy in line.lower() for policy in policies)):
             kept.append(line)
     return "\n".join(kept).strip()
 
@@ -1044,8 +1044,9 @@ def candidate_pairs(signatures, num_bands, near=8):
 
 def jaccard(left, right):
     """|A and B| / |A or B| of two sets given as arrays without repeats."""
-    common = len(np.intersect1d(left, right, assume_unique=True))
-    return common / max(1, len(left) + len(right) - common)
+    both = np.sort(np.concatenate([left, right]))
+    common = np.count_nonzero(both[1:] == both[:-1])
+    return common / max(1, len(both) - common)
 
 
 def near_duplicates(signatures, shingle_set, num_bands, threshold, seed=0):
@@ -1150,9 +1151,9 @@ def sieve(books, name, docs, check):
     kept = [doc for doc, reason in zip(docs, reasons) if reason is None]
     samples = {"kept": [], "dropped": []}
     for doc, reason in zip(docs, reasons):
-        samples["kept" if reason is None else "dropped"].append(
-            [zlib.crc32(doc["id"].encode("utf-8", "replace")), doc["id"], reason or "",
-             doc["text"][:200]])
+        place = zlib.crc32(doc["id"].encode("utf-8", "replace"))
+        sample = [place, doc["id"], reason or "", doc["text"][:200]]
+        samples["kept" if reason is None else "dropped"].append(sample)
     row = {"documents": len(docs), "words": words, "kept": len(kept), "samples": samples,
            "kept_words": sum(doc["words"] for doc in kept),
            "reasons": Counter(filter(None, reasons))}
@@ -1201,8 +1202,9 @@ def filters_of(o, books):
         return reasons
 
     def rules(docs, names):
-        for doc in docs if "c4" in names else ():
-            edit(doc, c4_clean(doc["text"]))
+        if "c4" in names:
+            for doc in docs:
+                edit(doc, c4_clean(doc["text"]))
         stop_words = STOP_WORDS if "en" in o.languages else ()
         return failed_rules([doc["text"] for doc in docs], names, stop_words)
 
@@ -1331,7 +1333,8 @@ def sift_shard(target, source, o):
     books = {"counts": Counter()}
     docs = read_documents(source, o.text_key, o.main_content, books["counts"])
     filters = {} if o.command == "filter" else {"extract": lambda docs: [None] * len(docs)}
-    filters |= {} if o.command == "extract" else filters_of(o, books)
+    if o.command != "extract":
+        filters |= filters_of(o, books)
     return sift(target, docs, filters, books)
 
 
