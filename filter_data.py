@@ -45,7 +45,6 @@ import urllib.request
 import zlib
 from collections import Counter, namedtuple
 from html import escape, unescape
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -78,25 +77,20 @@ def inflate(file, counts):
         file.seek(0)
         yield from iter(functools.partial(file.read, 1 << 16), b"")
         return
-    mapped, member, whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, False
-    while not whole:
-        file.seek(member)
-        raw, inflater = b"", zlib.decompressobj(31)
+    data, member = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0
+    while member < len(data):
+        inflater, at = zlib.decompressobj(31), member
         with contextlib.suppress(zlib.error):
-            while raw := raw or file.read(1 << 16):
-                chunk, raw = inflater.decompress(raw, 1 << 20), inflater.unconsumed_tail
-                if inflater.eof:
-                    raw, inflater = inflater.unused_data, zlib.decompressobj(31)
-                    member = file.tell() - len(raw)
-                yield chunk
-            whole = member == file.tell()  # or else the file ends inside a member
-        if not whole:
-            counts["damaged_gzip"] += 1
-            yield b"\r\n\r\n"
-            following = GZIP_MEMBER.search(mapped, member + 1)
-            if not following:
-                return
-            member = following.start()
+            while not inflater.eof and (raw := data[at : at + (1 << 15)]):
+                yield inflater.decompress(raw, 1 << 20)
+                at += len(raw) - len(inflater.unconsumed_tail + inflater.unused_data)
+        if inflater.eof:
+            member = at
+            continue
+        counts["damaged_gzip"] += 1
+        yield b"\r\n\r\n"
+        following = GZIP_MEMBER.search(data, member + 1)
+        member = following.start() if following else len(data)
 
 
 def parse_headers(block):
@@ -127,9 +121,8 @@ def split_records(chunks, max_bytes, counts):
                 return
         counts["records"] += 1
         del buffer[: start.start(1)]
-        while not (end := BLANK_LINE.search(buffer)) and len(buffer) < 1 << 16:
-            if not fill(len(buffer) + 1):
-                break
+        fill(1 << 16)
+        end = BLANK_LINE.search(buffer, 0, 1 << 16)
         headers = parse_headers(buffer[: end.end()]) if end else {}
         del buffer[: end.end() if end else 5]  # 5: behind this "WARC/", to find the next
         length = headers.get("content-length", "")
@@ -242,8 +235,8 @@ def decode_html(body, charset=None):
         with contextlib.suppress(LookupError, ValueError):  # no such encoding, or not one of text
             b"a".decode(codec := WHATWG.get(label.strip().lower(), label), "replace")
             declared.append(codecs.lookup(codec).name)
-    like_ascii = [c for c in declared if c in ("iso2022_jp", "hz") or b"\0" in body[:64]]
-    for codec in (*like_ascii, "utf-8", *declared):
+    like_utf_8 = [c for c in declared if c in ("iso2022_jp", "hz") or b"\0" in body[:64]]
+    for codec in (*like_utf_8, "utf-8", *declared):
         with contextlib.suppress(ValueError):
             return codecs.getincrementaldecoder(codec)("strict").decode(body)
     return body.decode(declared[0] if declared else "cp1252", "replace")
@@ -299,6 +292,94 @@ def extract_text(html_bytes, charset=None, main_content=False):
     return extract_plain_text(html, main_content=main_content) or None
 
 
+# ---- documents in and out ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write that takes the place of `path` only once all of it is there."""
+    temporary = f"{os.fspath(path)}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def save(path, value):
+    """Save an array as .npy, anything else as JSON, all or nothing."""
+    with replacing(path) as file:
+        if isinstance(value, np.ndarray):
+            np.save(file, value)
+        else:
+            file.write(json.dumps(value).encode() + b"\n")
+
+
+def bounded_lines(file, counts):
+    """Lines of a file as text; one of MAX_BYTES or more is skipped and counted as too_large."""
+    while line := file.readline(MAX_BYTES):
+        if len(line) < MAX_BYTES or line.endswith(b"\n"):
+            yield line.decode("utf-8", "replace")
+            continue
+        counts["too_large"] += 1
+        while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
+            pass
+
+
+def read_rows(path, counts=None):
+    """Rows of a .jsonl, .csv or .tsv file; of any other, {"text"} up to each <|endoftext|>.
+
+    Each may end in .gz. What cannot be read is counted: "bad_rows", "too_large", "truncated".
+    """
+    counts, path = Counter() if counts is None else counts, os.fspath(path)
+    kind = os.path.splitext(path.removesuffix(".gz"))[1]
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            lines = bounded_lines(file, counts)
+            if kind == ".jsonl":
+                for line in filter(str.strip, lines):
+                    row = None
+                    with contextlib.suppress(ValueError, RecursionError):
+                        row = json.loads(line)
+                    if isinstance(row, dict):
+                        yield row
+                    else:
+                        counts["bad_rows"] += 1
+            elif kind in (".csv", ".tsv"):
+                csv.field_size_limit(MAX_BYTES)
+                lines = (line.replace("\0", "") for line in lines)
+                yield from csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",")
+            else:
+                for text in "".join(lines).split("<|endoftext|>"):
+                    yield {"text": text.strip("\n")}
+    except (EOFError, zlib.error, gzip.BadGzipFile, csv.Error):
+        counts["truncated"] += 1
+
+
+def read_documents(path, text_key="text", main_content=False, counts=None):
+    """Documents {"id", "text", "words", ...} of a crawl file (.warc, .wet) or of rows of text."""
+    counts, name = Counter() if counts is None else counts, os.path.basename(path)
+    ours = os.path.exists(os.path.join(os.path.dirname(path), "settings.json"))  # a stage's output
+    rows = read_rows(path, counts)
+    if re.search(r"\.(warc|wet)\b", name):
+        rows = ({"url": page.url, "text": extract_text(page.body, page.charset, main_content)
+                 if "html" in page.content_type else decode_html(page.body, page.charset)}
+                for page in read_warc(path, counts=counts))
+    for number, row in enumerate(rows):
+        text = row.get(text_key, row.get("text"))
+        if not isinstance(text, str) or not text.strip() or "\0" in text:
+            counts["no_text"] += 1
+            continue
+        text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be written
+        counted = ours and isinstance(row.get("words"), int)
+        yield {**row, "id": str(row.get("id") or f"{name}/{number}"), "text": text,
+               "words": row["words"] if counted else len(text.split())}
+
+
 # ---- language and classifiers (fastText) ---------------------------------------------------------
 
 LID_URL = "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.ftz"
@@ -312,14 +393,12 @@ def load_fasttext(path):
     """Load a fastText model, once per process. ValueError: no file there, or not a model."""
     import fasttext
 
-    if not os.path.isfile(path):
-        raise ValueError(f"no fastText model at {path}: give the path of one, or train it with "
-                         f"`filter_data.py train --model {path} --input LABEL=FILE ...`")
     fasttext.FastText.eprint = lambda *_: None
     try:
         return fasttext.load_model(path)
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path} is not a fastText model ({error})") from None
+        raise ValueError(f"no fastText model at {path} ({error}): give the path of one, or train "
+                         "it with `filter_data.py train`") from None
 
 
 def predict(text, model, k=1):
@@ -330,9 +409,7 @@ def predict(text, model, k=1):
     """
     if not text or text.isspace():
         return []
-    line = text.replace("\n", " ")
-    if not line.isascii():
-        line = line.encode("utf-8", "replace").decode()  # no lone surrogates
+    line = text.replace("\n", " ").encode("utf-8", "replace").decode()  # no lone surrogates
     found = load_fasttext(os.fspath(model)).f.predict(line + "\n", k, 0.0, "strict")
     return [(label.removeprefix("__label__"), min(1.0, max(0.0, float(p)))) for p, label in found]
 
@@ -442,6 +519,7 @@ def mask_ips(text):
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
 LAST = 0x34000  # no letters are assigned to code points above
 SEVERAL = 0xFFFFFFFF  # marks characters that become several when normalised
+MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # the lowest `size` bytes
 
 
 @functools.lru_cache(maxsize=1)
@@ -458,24 +536,18 @@ def character_classes():
 
 @functools.lru_cache(maxsize=1)
 def normal_forms():
-    """(0x110000,) uint32, what becomes of each character: the code point of its small letter
-    without accents, 32 for blanks, 10 for a newline, 0 for nothing, SEVERAL for more than one."""
+    """What becomes of each character, (0x110000,) uint32: the code point of its small letter
+    without accents, 32 for blanks, 10 for a newline, 0 for nothing, SEVERAL for more than one. And
+    the same of ASCII for bytes.translate, newlines as blanks: a table, and what to delete."""
     classes, forms = character_classes(), np.zeros(0x110000, np.uint32)
     for c in np.flatnonzero(classes).tolist():
         form = [ord(x) for x in unicodedata.normalize("NFD", chr(c).lower()) if classes[ord(x)]]
         forms[c] = form[0] if len(form) == 1 else SEVERAL if form else 0
     forms[ord("ς")] = ord("σ")  # whether a sigma ends a word depends on what follows
     forms[classes == 3] = 32
+    table, deleted = forms[:256].astype(np.uint8), np.flatnonzero(forms[:128] == 0)
     forms[10] = 10
-    return forms
-
-
-@functools.lru_cache(maxsize=1)
-def ascii_forms():
-    """The same of ASCII for bytes.translate: a table, and what to delete."""
-    forms = normal_forms()[:128]
-    table, deleted = forms.astype(np.uint8), np.flatnonzero(forms == 0).astype(np.uint8)
-    return table.tobytes().replace(b"\n", b" ") + bytes(128), deleted.tobytes()
+    return forms, table.tobytes(), bytes(deleted.tolist())
 
 
 def utf_32(text):
@@ -490,13 +562,14 @@ def normal_lines(texts):
     One look into a table for each character, after Python's own lower() and NFD only where some
     become several, as Korean syllables do.
     """
+    table, ascii_table, deleted = normal_forms()
     others = "\n".join(text.replace("\n", " ") for text in texts if not text.isascii())
-    codes = normal_forms().take(utf_32(others))
+    codes = table.take(utf_32(others))
     if (codes == SEVERAL).any():
-        codes = normal_forms().take(utf_32(unicodedata.normalize("NFD", others.lower())))
+        codes = table.take(utf_32(unicodedata.normalize("NFD", others.lower())))
     others = codes[codes > 0].tobytes().decode("utf-32-le", "surrogatepass")
     others = iter(others.encode("utf-8", "surrogatepass").split(b"\n"))
-    forms = [text.encode().translate(*ascii_forms()) if text.isascii() else next(others)
+    forms = [text.encode().translate(ascii_table, deleted) if text.isascii() else next(others)
              for text in texts]  # ASCII is ten times as fast
     return b"\n".join([b"", *forms, b""])
 
@@ -510,7 +583,14 @@ def normalise(text):
     return " ".join(normal_lines([text]).decode("utf-8", "surrogatepass").split())
 
 
-MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # the lowest `size` bytes
+def mix(x):
+    """SplitMix64's finaliser: spreads every input bit over all 64 output bits."""
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def word_hashes(data, start, end):
@@ -537,55 +617,12 @@ def word_hashes(data, start, end):
     return hashes
 
 
-def runs(inside):
-    """Where the runs of True in an array begin and end: (W,) and (W,)."""
-    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
-    return edges[::2].copy(), edges[1::2].copy()
-
-
-class Words:
-    """A batch of texts cut at white space: D documents, W words, N characters."""
-
-    def __init__(self, texts):
-        joined = "\n".join(["", *texts, ""])
-        self.codes = utf_32(joined)  # (N,)
-        self.kinds = character_classes().take(self.codes, mode="clip")  # (N,)
-        self.start, self.end = runs(self.kinds != 3)  # (W,) where a word starts and ends
-        bounds = np.cumsum([1] + [len(text) + 1 for text in texts])
-        self.first = np.searchsorted(self.start, bounds)  # (D + 1,) each document's first word
-        self.doc = np.repeat(np.arange(len(texts)), np.diff(self.first))  # (W,) which document
-        data = joined.encode("utf-8", "surrogatepass")
-        place = np.flatnonzero(np.frombuffer(data, np.int8) >= -64)  # (N,) not inside a character
-        self.hashes = word_hashes(data, place[self.start], place[self.end])  # (W,)
-        self.sums = prefix_sums(self.hashes)  # (W + 1,)
-
-    def total(self, values):
-        """Sum of the words' values in each document: (W,) -> (D,)."""
-        return np.bincount(self.doc, values, minlength=len(self.first) - 1)
-
-    @functools.cached_property
-    def lines(self):
-        """Lines of the batch."""
-        return Lines(self)
-
-
 @functools.lru_cache(maxsize=8)
 def powers(size):
     """BASE**i and BASE**-i modulo 2**64 for i < 2**size: (2, 2**size) uint64."""
-    size = 1 << size
-    both = np.full((2, size), [[BASE], [pow(int(BASE), -1, 1 << 64)]], np.uint64)
+    both = np.full((2, 1 << size), [[BASE], [pow(int(BASE), -1, 1 << 64)]], np.uint64)
     both[:, 0] = 1
     return np.cumprod(both, axis=1, dtype=np.uint64)
-
-
-def mix(x):
-    """SplitMix64's finaliser: spreads every input bit over all 64 output bits."""
-    x = x ^ (x >> np.uint64(30))
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
 
 
 def prefix_sums(hashes):
@@ -602,6 +639,64 @@ def span_hashes(sums, start, end):
     n-grams or lines, and equal for equal spans wherever they stand.
     """
     return (sums[end] - sums[start]) * powers(len(sums).bit_length())[1][start]
+
+
+def runs(inside):
+    """Where the runs of True in an array begin and end: (W,) and (W,)."""
+    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+    return edges[::2].copy(), edges[1::2].copy()
+
+
+class Words:
+    """A batch of texts cut at white space: D documents, W words, N characters."""
+
+    def __init__(self, texts):
+        joined = "\n".join(["", *texts, ""])
+        self.num_documents = len(texts)
+        self.codes = utf_32(joined)  # (N,)
+        self.kinds = character_classes().take(self.codes, mode="clip")  # (N,)
+        self.start, self.end = runs(self.kinds != 3)  # (W,) where a word starts and ends
+        self.size = self.end - self.start
+        bounds = np.cumsum([1] + [len(text) + 1 for text in texts])
+        self.first = np.searchsorted(self.start, bounds)  # (D + 1,) each document's first word
+        self.doc = np.repeat(np.arange(len(texts)), np.diff(self.first))  # (W,) which document
+        data = joined.encode("utf-8", "surrogatepass")
+        place = np.flatnonzero(np.frombuffer(data, np.int8) >= -64)  # (N,) not inside a character
+        self.hashes = word_hashes(data, place[self.start], place[self.end])  # (W,)
+        self.sums = prefix_sums(self.hashes)  # (W + 1,)
+        self.lines = Lines(self)
+
+
+class Lines:
+    """The lines of a batch that hold a word, or with newlines=2 its paragraphs.
+
+    datatrove also counts lines of blanks alone, and so calls them copies of each other.
+    """
+
+    def __init__(self, words, newlines=1):
+        count, self.num_documents = len(words.start), words.num_documents
+        behind = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))
+        breaks = np.bincount(behind, minlength=count + 1)  # (W + 1,) newlines before each word
+        breaks[words.first[:-1]] = 2  # a document's first word begins a line and a paragraph
+        begin = np.flatnonzero(breaks[:count] >= newlines)  # (L,) each one's first word
+        self.start, self.doc = words.start[begin], words.doc[begin]  # (L,) as in Words
+        following = np.append(begin[1:], count)[: len(begin)]
+        self.end = words.end[following - 1]
+        self.size = self.end - self.start
+        keys = span_hashes(words.sums, begin, following) + mix(self.doc.astype(np.uint64))
+        order = np.argsort(keys, kind="stable")
+        self.copy = np.zeros(len(keys), bool)  # (L,) equals an earlier one of its document
+        self.copy[order[1:]] = keys[order[1:]] == keys[order[:-1]]
+
+
+def total(spans, values=None):
+    """How many words or lines each document has, or the sum of their values: (D,)."""
+    return np.bincount(spans.doc, values, minlength=spans.num_documents)
+
+
+def mean(spans, values):
+    """(D,) mean over the words or lines of each document, for flags their share; 0 without any."""
+    return total(spans, values) / np.maximum(1, total(spans))
 
 
 def distinct(values):
@@ -632,40 +727,6 @@ POLICIES = ("javascript", "terms of use", "privacy policy", "cookie policy", "us
             "uses cookies", "use of cookies", "uses of cookies")
 
 
-def ratio(part, whole, empty=0.0):
-    """part / whole, and `empty` where there is nothing to divide by."""
-    return np.divide(part, whole, out=np.full(len(whole), empty), where=np.asarray(whole) > 0)
-
-
-class Lines:
-    """The lines of a batch that hold a word, or with newlines=2 its paragraphs.
-
-    datatrove also counts lines of blanks alone, and so calls them copies of each other.
-    """
-
-    def __init__(self, words, newlines=1):
-        size, self.num_documents = len(words.start), len(words.first) - 1
-        breaks = np.searchsorted(words.start, np.flatnonzero(words.codes == 10))  # word behind each
-        breaks = np.bincount(np.append(breaks, np.repeat(words.first[:-1], 2)), minlength=size + 1)
-        begin = np.flatnonzero(breaks[:size] >= newlines)  # (L,) each one's first word
-        self.start, self.doc = words.start[begin], words.doc[begin]  # (L,) as in Words
-        following = np.append(begin[1:], size)[: len(begin)]
-        self.end = words.end[following - 1]
-        self.size = self.end - self.start
-        keys = span_hashes(words.sums, begin, following) + mix(self.doc.astype(np.uint64))
-        order = np.argsort(keys, kind="stable")
-        self.copy = np.zeros(len(keys), bool)  # (L,) equals an earlier one of its document
-        self.copy[order[1:]] = keys[order[1:]] == keys[order[:-1]]
-
-    def total(self, values=None):
-        """How many lines a document has, or the sum of their values: (L,) -> (D,)."""
-        return np.bincount(self.doc, values, minlength=self.num_documents)
-
-    def share(self, flags, empty=0.0):
-        """(D,) share of the lines that have a flag."""
-        return ratio(self.total(flags), self.total(), empty)
-
-
 def repeated_ngrams(words, longest):
     """Yield (n, at, same) for n = 2 to `longest`: n-grams within documents, equal ones together.
 
@@ -686,28 +747,6 @@ def repeated_ngrams(words, longest):
         at = at[same | np.append(same[1:], False)[: len(at)]]
 
 
-def top_ngram_characters(words, n, at, same):
-    """(D,) characters in all copies of each document's most frequent n-gram; 0 if none repeats."""
-    heads = np.flatnonzero(~same)
-    count = np.diff(np.append(heads, len(at)))
-    heads, count = at[heads[count > 1]], count[count > 1]
-    total = np.append(0, np.cumsum(words.end - words.start))
-    size = total[heads + n] - total[heads] + n - 1  # with the spaces between
-    best = np.zeros(len(words.first) - 1, np.int64)
-    np.maximum.at(best, words.doc[heads], count << 32 | size)  # most frequent, then longest
-    return (best >> 32) * (best & 0xFFFFFFFF)
-
-
-def repeated_ngram_characters(words, n, at, same):
-    """(D,) characters of words inside an n-gram seen earlier in the document.
-
-    Overlapping n-grams count once, as the paper asks.
-    """
-    covered = distinct((at[same][:, None] + np.arange(n)).ravel())
-    size = words.end[covered] - words.start[covered]
-    return np.bincount(words.doc[covered], size, minlength=len(words.first) - 1)
-
-
 # Each of these four yields (rule, (D,) what it measures, the least and the most that passes).
 
 
@@ -715,20 +754,29 @@ def repetition_rules(texts, words, stop_words):
     """Gopher's repetition rules (Rae et al. 2021, Table A1), all from above.
 
     copied_lines, copied_paragraphs: copies of an earlier one, of all. The others are shares of the
-    document's characters: those in such copies, those in all copies of the top n-gram, and those in
-    n-grams that occurred before.
+    document's characters: those in such copies, those in all copies of the most frequent n-gram
+    (the longest of these, with the spaces between its words), and those of words in n-grams that
+    occurred before (overlapping ones count once, as the paper asks).
     """
     size = np.array([max(1, len(text)) for text in texts])
     for name, lines in (("line", words.lines), ("paragraph", Lines(words, newlines=2))):
-        yield f"copied_{name}s", lines.share(lines.copy), 0, 0.30
-        yield f"copied_{name}_characters", lines.total(lines.copy * lines.size) / size, 0, 0.20
+        yield f"copied_{name}s", mean(lines, lines.copy), 0, 0.30
+        yield f"copied_{name}_characters", total(lines, lines.copy * lines.size) / size, 0, 0.20
     most = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-    for n, at, same in repeated_ngrams(words, 10):
+    characters = np.append(0, np.cumsum(words.size))  # (W + 1,) before each word
+    for n, at, same in repeated_ngrams(words, max(most)):
         if n < 5:
-            yield f"top_{n}_gram", top_ngram_characters(words, n, at, same) / size, 0, most[n]
+            heads = np.flatnonzero(~same)
+            count = np.diff(np.append(heads, len(at)))
+            heads, count = at[heads[count > 1]], count[count > 1]
+            best = np.zeros(len(texts), np.int64)  # (D,) most frequent, then longest
+            length = characters[heads + n] - characters[heads] + n - 1
+            np.maximum.at(best, words.doc[heads], count << 32 | length)
+            yield f"top_{n}_gram", (best >> 32) * (best & 0xFFFFFFFF) / size, 0, most[n]
         else:
-            share = repeated_ngram_characters(words, n, at, same) / size
-            yield f"repeated_{n}_grams", share, 0, most[n]
+            covered = distinct((at[same][:, None] + np.arange(n)).ravel())
+            inside = np.bincount(words.doc[covered], words.size[covered], minlength=len(texts))
+            yield f"repeated_{n}_grams", inside / size, 0, most[n]
 
 
 def gopher_rules(texts, words, stop_words):
@@ -737,18 +785,18 @@ def gopher_rules(texts, words, stop_words):
     word_length: mean characters. symbols: "#" or ellipses for each word, the commoner. alphabetic:
     share of words with a letter. stop_words: how many of the eight occur.
     """
-    count, lines, codes = np.diff(words.first), words.lines, words.codes
+    count, lines, codes = total(words), words.lines, words.codes
     yield "words", count, 50, 100_000
-    yield "word_length", ratio(words.total(words.end - words.start), count), 3, 10
+    yield "word_length", mean(words, words.size), 3, 10
     symbols = [max(text.count("#"), text.count("...") + text.count("…")) for text in texts]
-    yield "symbols", ratio(symbols, count), 0, 0.1
+    yield "symbols", symbols / np.maximum(1, count), 0, 0.1
     bullets = np.isin(codes[lines.start], [ord(c) for c in "•‣●◦▪-*"])
-    yield "bullet_lines", lines.share(bullets), 0, 0.9
+    yield "bullet_lines", mean(lines, bullets), 0, 0.9
     last = codes[lines.end - [[1], [2], [3]]]  # (3, L) the last characters, backwards
     ellipses = (last == ord(".")).all(0) | (last[0] == ord("…"))
-    yield "ellipsis_lines", lines.share(ellipses), 0, 0.3
+    yield "ellipsis_lines", mean(lines, ellipses), 0, 0.3
     with_letter = np.logical_or.reduceat(words.kinds == 2, words.start)  # (W,)
-    yield "alphabetic", ratio(words.total(with_letter), count), 0.8, 1
+    yield "alphabetic", mean(words, with_letter), 0.8, 1
     found = np.zeros(len(texts), int)
     for stop in Words([" ".join(stop_words)]).hashes:
         found[words.doc[words.hashes == stop]] += 1  # once a document, however often it occurs
@@ -767,14 +815,16 @@ def c4_rules(texts, words, stop_words):
 def fineweb_rules(texts, words, stop_words):
     """FineWeb's rules (Penedo et al. 2024, section 3.6); its bounds themselves fail.
 
-    line_punctuation: share of lines that end in it. short_lines: share under 30 characters.
-    duplicate_line_characters: share of the lines' characters in copies of an earlier line.
+    line_punctuation: share of lines that end in it. short_lines: share under 30 characters, 1 where
+    there are none. duplicate_line_characters: share of the lines' characters in copies of an
+    earlier line.
     """
     lines, marks = words.lines, [ord(c) for c in TERMINAL]
-    punctuated = lines.share(np.isin(words.codes[lines.end - 1], marks))
+    punctuated = mean(lines, np.isin(words.codes[lines.end - 1], marks))
     yield "line_punctuation", punctuated, np.nextafter(0.12, 1), 1
-    yield "short_lines", lines.share(lines.size < 30, empty=1.0), 0, np.nextafter(0.67, 0)
-    copied = ratio(lines.total(lines.copy * lines.size), lines.total(lines.size))
+    short = mean(lines, lines.size < 30) + (total(lines) == 0)
+    yield "short_lines", short, 0, np.nextafter(0.67, 0)
+    copied = total(lines, lines.copy * lines.size) / np.maximum(1, total(lines, lines.size))
     yield "duplicate_line_characters", copied, 0, np.nextafter(0.1, 0)
 
 
@@ -809,24 +859,18 @@ def gopher_quality_filter(text):
     return not any(failed[rule][0] for rule in COURSE_RULES)
 
 
-def c4_clean(text, min_words=5, terminal_punctuation=False):
+def c4_clean(text):
     """A text without the lines C4 drops (section 2.2): javascript, cookies, under 5 words.
 
-    C4 also dropped every line without terminal punctuation; FineWeb (section 3.5) found that this
-    throws away 30 % of the tokens, so it is off unless asked for. Blank lines mark paragraphs and
-    stay.
+    C4 also dropped every line without terminal punctuation; not here, as FineWeb (section 3.5)
+    found that this throws away 30 % of the tokens. Blank lines mark paragraphs and stay.
     """
-    def mentions_policy(text):
-        text = text.lower()
-        return any(policy in text for policy in POLICIES)
-
-    suspect, kept = mentions_policy(text), []
+    lower = text.lower()
+    policies = [policy for policy in POLICIES if policy in lower]  # mostly none
+    kept = []
     for line in text.split("\n"):
-        words = line.split(None, min_words - 1)
-        if not words or (
-            len(words) == min_words and not (suspect and mentions_policy(line))
-            and (not terminal_punctuation or words[-1].rstrip().endswith(tuple(TERMINAL)))
-        ):
+        size = len(line.split(None, 4))
+        if not size or (size == 5 and not any(policy in line.lower() for policy in policies)):
             kept.append(line)
     return "\n".join(kept).strip()
 
@@ -896,12 +940,11 @@ def exact_line_deduplication(input_files, output_directory, keep="none", num_par
     """
     targets = output_names(input_files, output_directory)
     with tempfile.TemporaryDirectory(prefix=".lines-", dir=output_directory) as folder:
-        tables = [os.path.join(folder, f"{i}.npy") for i in range(len(targets))]
-        parts = [os.path.join(folder, f"part-{part}.npy") for part in range(num_parts)]
-        counts = []
+        tables, counts = [f"{folder}/{i}.npy" for i in range(len(targets))], []
         for i, path in enumerate(input_files):
             with open(path, "rb") as file:
                 counts.append(sort_lines(tables[i], file, i))
+        parts = [f"{folder}/part-{part}.npy" for part in range(num_parts)]
         for part, path in enumerate(parts):
             repeated_lines(path, tables, keep, part, num_parts)
         for i, path in enumerate(input_files):
@@ -913,6 +956,7 @@ def exact_line_deduplication(input_files, output_directory, keep="none", num_par
 # ---- near-duplicates: MinHash and LSH ------------------------------------------------------------
 
 EMPTY = np.uint32(0xFFFFFFFF)  # fills the signature of a text without words
+HASH_VERSION = 2  # to be raised when hash values change: a stage begun with others cannot go on
 
 
 def shingles(texts, n):
@@ -929,7 +973,7 @@ def shingles(texts, n):
     at = np.arange(len(start))
     end_at = np.minimum(at + n, np.repeat(first[1:], size))  # (W,) where the n-gram from here ends
     whole = end_at - at == n
-    whole[first[:-1][(size > 0) & (size < n)]] = True
+    whole[first[:-1][size > 0]] = True  # a short document's only shingle, too
     hashes = span_hashes(prefix_sums(word_hashes(data, start, end)), at, end_at)
     count = np.maximum(size - n + 1, np.minimum(size, 1))  # (D,) shingles
     return hashes[whole], np.append(0, np.cumsum(count))
@@ -949,7 +993,7 @@ def sign(hashes, first, num_hashes, seed=0):
     some = np.flatnonzero(np.diff(first))  # documents with words
     signatures = np.full((num_hashes, len(first) - 1), EMPTY, np.uint32)
     values = np.empty((8, len(x)), np.uint32)
-    for k in range(0, num_hashes if len(some) else 0, 8):  # 8 at a time: fewer calls
+    for k in range(0, num_hashes, 8):  # 8 at a time: fewer calls
         rows = factors[k : k + 8, None]
         products = np.multiply(x, rows, out=values[: len(rows)])  # (8, S)
         signatures[k : k + 8, some] = np.minimum.reduceat(products, first[some], axis=1)
@@ -962,35 +1006,15 @@ def minhash_signatures(texts, num_hashes=112, ngrams=5, seed=0):
     return np.concatenate([np.zeros((0, num_hashes), np.uint32), *parts])
 
 
-def band_pairs(rows, near=8):
-    """Pairs i < j of documents that agree in one band: (D, R) uint32 -> (P,) int64, i << 32 | j.
-
-    Sorting the hashes of the rows, with the document's number in their low bits, puts equal ones
-    side by side (what is left of the hash may collide; pairs are verified later). Each document is
-    paired with the next `near` of its bucket: all pairs of a small bucket, and of ten thousand
-    copies a chain rather than fifty million pairs.
-    """
-    rows = np.ascontiguousarray(rows)
-    order = np.flatnonzero(rows[:, 0] != EMPTY).astype(np.uint64)  # EMPTY resembles nothing
-    pairs_of_rows = rows.view(np.uint64) if rows.shape[1] % 2 == 0 else rows
-    keys = np.zeros(len(rows), np.uint64)
-    for column in pairs_of_rows.T:
-        keys = keys * BASE + column
-    bits = np.uint64(len(rows).bit_length())
-    keys = np.sort(mix(keys[order]) >> bits << bits | order)
-    order = keys & ~(~np.uint64(0) << bits)
-    left, pairs = np.flatnonzero((keys[1:] ^ keys[:-1]) >> bits == 0), []
-    for step in range(1, near + 1):
-        pairs.append(order[left] << np.uint64(32) | order[left + step])
-        left = left[: np.searchsorted(left, len(keys) - step - 1)]
-        left = left[(keys[left] ^ keys[left + step + 1]) >> bits == 0]
-    return np.concatenate(pairs).astype(np.int64)
-
-
-def candidate_pairs(signatures, num_bands):
+def candidate_pairs(signatures, num_bands, near=8):
     """LSH: pairs equal in all rows of at least one band, sorted: (D, K) -> (P, 2) int64.
 
     A pair of similarity J is found with probability 1 - (1 - J**r)**num_bands, r = K / num_bands.
+    Sorting the hashes of a band's rows, with the document's number in their low bits, puts equal
+    ones side by side (what is left of the hash may collide; pairs are verified later). Each
+    document is paired with the next `near` of its bucket: all pairs of a small bucket, and of ten
+    thousand copies a chain rather than fifty million pairs.
+
     Signatures may come in several arrays; of memory-mapped ones a band at a time is read.
     ValueError: num_bands does not divide K.
     """
@@ -999,9 +1023,22 @@ def candidate_pairs(signatures, num_bands):
     if rest:
         raise ValueError(f"--num-bands {num_bands} does not divide --num-hashes "
                          f"{parts[0].shape[1]}: choose for example 14 and 112, or 20 and 9000")
-    bands = [slice(start, start + rows) for start in range(0, rows * num_bands, rows)]
-    rows = (np.concatenate([part[:, band] for part in parts]) for band in bands)
-    codes = distinct(np.concatenate([band_pairs(part) for part in rows]))
+    codes = []  # i << 32 | j
+    for start in range(0, rows * num_bands, rows):
+        band = np.concatenate([part[:, start : start + rows] for part in parts])  # (D, r)
+        keys = np.zeros(len(band), np.uint64)
+        for column in band.T:
+            keys = keys * BASE + column
+        docs = np.flatnonzero(band[:, 0] != EMPTY).astype(np.uint64)  # EMPTY resembles nothing
+        bits = np.uint64(len(band).bit_length())
+        keys = np.sort(mix(keys[docs]) >> bits << bits | docs)
+        docs = keys & ~(~np.uint64(0) << bits)
+        for step in range(1, near + 1):
+            left = np.flatnonzero((keys[step:] ^ keys[:-step]) >> bits == 0)
+            codes.append(docs[left] << np.uint64(32) | docs[left + step])
+            if not len(left):
+                break
+    codes = distinct(np.concatenate(codes)).astype(np.int64)
     return np.stack([codes >> 32, codes & 0xFFFFFFFF], 1)
 
 
@@ -1012,34 +1049,31 @@ def jaccard(left, right):
     return common / max(1, len(both) - common)
 
 
-def all_but_one(edges, seed=0):
-    """All documents but one of each cluster that the edges (P, 2) connect, ascending.
-
-    Labels spread along the edges until each document holds its cluster's smallest. The survivor is
-    the one whose number has the smallest seeded hash, whatever order the edges come in.
-    """
-    members, ends = np.unique(edges, return_inverse=True)
-    ends = ends.reshape(-1, 2)
-    label, old = np.arange(len(members)), None
-    while not np.array_equal(label, old):
-        old = label.copy()
-        np.minimum.at(label, ends.ravel(), np.repeat(label[ends].min(1), 2))
-        label = label[label]  # a jump: halves the longest chain
-    priority = mix(members.astype(np.uint64) + mix(np.array([seed + 1], np.uint64)))
-    order = np.lexsort((priority, label))
-    lost = label[order][1:] == label[order][:-1]  # not the first of their cluster
-    return np.sort(members[order[1:]][lost])
-
-
 def near_duplicates(signatures, shingle_set, num_bands, threshold, seed=0):
-    """Numbers of the documents to drop: (D, K) signatures -> ascending int64.
+    """Numbers of the documents to drop, all but one of each cluster: (D, K) -> ascending int64.
 
     Signatures only propose pairs. A pair counts if the Jaccard similarity of its two sets,
-    `shingle_set(number)`, reaches the threshold; pairs that count form the clusters.
+    `shingle_set(number)`, reaches the threshold; pairs that count join clusters (union-find). The
+    root of a cluster's tree is the one that stays: the member whose number has the smallest seeded
+    hash, whatever order the pairs come in.
     """
     pairs = candidate_pairs(signatures, num_bands)
-    similar = [jaccard(shingle_set(i), shingle_set(j)) >= threshold for i, j in pairs.tolist()]
-    return all_but_one(pairs[np.array(similar, bool)], seed)
+    members = distinct(pairs.ravel())
+    priority = mix(members.astype(np.uint64) + mix(np.array([seed + 1], np.uint64)))
+    priority = dict(zip(members.tolist(), priority.tolist()))
+    parent = {i: i for i in priority}
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]  # halves the way for the next
+            i = parent[i]
+        return i
+
+    for i, j in pairs.tolist():
+        first, second = sorted((root(i), root(j)), key=priority.get)
+        if first != second and jaccard(shingle_set(i), shingle_set(j)) >= threshold:
+            parent[second] = first
+    return np.array([i for i in parent if parent[i] != i], np.int64)
 
 
 def minhash_deduplication(
@@ -1051,13 +1085,15 @@ def minhash_deduplication(
     of similar ones a single member stays. ValueError: num_bands does not divide num_hashes.
     """
     targets = output_names(input_files, output_directory)
-    texts = (Path(path).read_text("utf-8", "replace") for path in input_files)
-    signatures = minhash_signatures(texts, num_hashes, ngrams, seed)
+
+    def text(i):
+        return Path(input_files[i]).read_text("utf-8", "replace")
 
     @functools.lru_cache(maxsize=1024)
     def shingle_set(i):
-        return distinct(shingles([Path(input_files[i]).read_text("utf-8", "replace")], ngrams)[0])
+        return distinct(shingles([text(i)], ngrams)[0])
 
+    signatures = minhash_signatures(map(text, range(len(targets))), num_hashes, ngrams, seed)
     gone = near_duplicates(signatures, shingle_set, num_bands, jaccard_threshold, seed)
     for i in np.setdiff1d(np.arange(len(targets)), gone):
         with replacing(targets[i]) as file:
@@ -1091,95 +1127,6 @@ def contaminated(texts, evaluation, n=13):
     return np.bincount(np.searchsorted(first, hit, "right") - 1, minlength=len(texts)) > 0
 
 
-# ---- documents in and out ------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write that takes the place of `path` only once all of it is there."""
-    temporary = f"{os.fspath(path)}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
-def save(path, value):
-    """Save an array as .npy, anything else as JSON, all or nothing."""
-    with replacing(path) as file:
-        if isinstance(value, np.ndarray):
-            np.save(file, value)
-        else:
-            file.write(json.dumps(value).encode() + b"\n")
-
-
-def bounded_lines(file, counts):
-    """Lines of a file as text; one of MAX_BYTES or more is skipped and counted as too_large."""
-    while line := file.readline(MAX_BYTES):
-        if len(line) < MAX_BYTES or line.endswith(b"\n"):
-            yield line.decode("utf-8", "replace")
-            continue
-        counts["too_large"] += 1
-        while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
-            pass
-
-
-def read_rows(path, counts=None):
-    """Rows of a .jsonl, .csv or .tsv file; of any other, {"text"} up to each <|endoftext|>.
-
-    Each may end in .gz. What cannot be read is counted: "bad_rows", "too_large", "truncated".
-    """
-    counts, path = Counter() if counts is None else counts, os.fspath(path)
-    kind = os.path.splitext(path.removesuffix(".gz"))[1]
-    try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            lines = bounded_lines(file, counts)
-            if kind == ".jsonl":
-                for line in filter(str.strip, lines):
-                    row = None
-                    with contextlib.suppress(ValueError, RecursionError):
-                        row = json.loads(line)
-                    if isinstance(row, dict):
-                        yield row
-                    else:
-                        counts["bad_rows"] += 1
-            elif kind in (".csv", ".tsv"):
-                csv.field_size_limit(MAX_BYTES)
-                lines = (line.replace("\0", "") for line in lines)
-                yield from csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",")
-            else:
-                for text in "".join(lines).split("<|endoftext|>"):
-                    yield {"text": text.strip("\n")}
-    except (EOFError, zlib.error, gzip.BadGzipFile, csv.Error):
-        counts["truncated"] += 1
-
-
-def read_documents(path, text_key="text", main_content=False, counts=None):
-    """Documents {"id", "text", "words", ...} of a crawl file (.warc, .wet) or of rows of text."""
-    counts, name = Counter() if counts is None else counts, os.path.basename(path)
-    ours = os.path.exists(os.path.join(os.path.dirname(path), "settings.json"))  # a stage's output
-    rows = read_rows(path, counts)
-    if re.search(r"\.(warc|wet)\b", name):
-        rows = ({"url": page.url, "text": extract_text(page.body, page.charset, main_content)
-                 if "html" in page.content_type else decode_html(page.body, page.charset)}
-                for page in read_warc(path, counts=counts))
-    for number, row in enumerate(rows):
-        text = row.get(text_key, row.get("text"))
-        if isinstance(text, str) and text.strip() and "\0" not in text:
-            if not text.isascii():  # lone surrogates cannot be written
-                text = text.encode("utf-8", "replace").decode()
-            counted = ours and isinstance(row.get("words"), int)
-            yield {**row, "id": str(row.get("id") or f"{name}/{number}"), "text": text,
-                   "words": row["words"] if counted else len(text.split())}
-        else:
-            counts["no_text"] += 1
-
-
 # ---- filters, and the books of what each saw, dropped and cost -----------------------------------
 
 
@@ -1204,8 +1151,8 @@ def sieve(books, name, docs, check):
     kept = [doc for doc, reason in zip(docs, reasons) if reason is None]
     samples = {"kept": [], "dropped": []}
     for doc, reason in zip(docs, reasons):
-        sample = [zlib.crc32(doc["id"].encode("utf-8", "replace")), doc["id"], reason or "",
-                  doc["text"][:200]]
+        place = zlib.crc32(doc["id"].encode("utf-8", "replace"))
+        sample = [place, doc["id"], reason or "", doc["text"][:200]]
         samples["kept" if reason is None else "dropped"].append(sample)
     row = {"documents": len(docs), "words": words, "kept": len(kept), "samples": samples,
            "kept_words": sum(doc["words"] for doc in kept),
@@ -1228,10 +1175,10 @@ def sift(target, docs, filters, books):
                 for name, check in filters.items():
                     batch = sieve(books, name, batch, check)
                 file.write("".join([json.dumps(doc) + "\n" for doc in batch]).encode())
-        seconds, path = books.pop("seconds", {}), os.fspath(target).removesuffix(".jsonl.gz")
+        seconds, path = Counter(books.pop("seconds", {})), str(target).removesuffix(".jsonl.gz")
         first = next(iter(filters), "")  # for which reading and writing count
-        others = sum(spent for name, spent in seconds.items() if name != first)
-        save(f"{path}.seconds", seconds | {first: time.perf_counter() - began - others})
+        seconds[first] += time.perf_counter() - began - sum(seconds.values())
+        save(f"{path}.seconds", seconds)
         save(f"{path}.json", books)
     return documents
 
@@ -1255,8 +1202,9 @@ def filters_of(o, books):
         return reasons
 
     def rules(docs, names):
-        for doc in docs if "c4" in names else ():
-            edit(doc, c4_clean(doc["text"]))
+        if "c4" in names:
+            for doc in docs:
+                edit(doc, c4_clean(doc["text"]))
         stop_words = STOP_WORDS if "en" in o.languages else ()
         return failed_rules([doc["text"] for doc in docs], names, stop_words)
 
@@ -1270,13 +1218,11 @@ def filters_of(o, books):
         return ["13 words of an evaluation set" if bad else None for bad in hit]
 
     def personal_data(docs):
-        for doc in docs:
-            text, emails = mask_emails(doc["text"])
-            text, numbers = mask_phone_numbers(text)
-            text, ips = mask_ips(text)
+        masks = {"emails": mask_emails, "phone numbers": mask_phone_numbers, "IPs": mask_ips}
+        for doc, (kind, mask) in itertools.product(docs, masks.items()):
+            text, count = mask(doc["text"])
             edit(doc, text)
-            books["counts"].update(
-                {"emails masked": emails, "phone numbers masked": numbers, "IPs masked": ips})
+            books["counts"][f"{kind} masked"] += count
         return [None] * len(docs)
 
     checks = {"language": language} if o.languages else {}
@@ -1293,17 +1239,16 @@ def filters_of(o, books):
 # ---- many shards, processes and machines ---------------------------------------------------------
 
 
-def start_worker(parent):
+def start_worker():
     """Leave Ctrl-C to the parent, and end with it even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+    def end_with_parent():
+        multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def in_pool(function, rows, processes):
@@ -1311,35 +1256,34 @@ def in_pool(function, rows, processes):
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     before = set(multiprocessing.active_children())
     # not multiprocessing.Pool, which waits for ever for a worker that was killed
-    pool = concurrent.futures.ProcessPoolExecutor(processes, context, start_worker, (os.getpid(),))
+    pool = concurrent.futures.ProcessPoolExecutor(processes, context, start_worker)
     try:
         for done in concurrent.futures.as_completed([pool.submit(function, *row) for row in rows]):
             yield done.result()
         pool.shutdown()
-    except BaseException as error:
+    except concurrent.futures.process.BrokenProcessPool:
+        raise ValueError("a worker process was killed (out of memory?); finished shards are kept: "
+                         "run the same command with fewer --processes") from None
+    finally:
         for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
+            child.terminate()  # after Ctrl-C or a failure: what they had begun is begun again
         pool.shutdown(cancel_futures=True)
-        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
-            raise ValueError("a worker process was killed (out of memory?); finished shards are "
-                             "kept: run the same command with fewer --processes") from None
-        raise
 
 
-def map_shards(o, label, function, *columns):
-    """Run function(target, ...) for each row of the columns; returns the targets, the first column.
+def map_shards(o, label, function, rows, *common):
+    """Run function(target, ..., *common) for each row (target, ...); returns the targets.
 
     A target that exists is done. Of the others rank r of w makes every w-th, then waits for those
     of the rest: the shared directory is the barrier. What the functions return, if anything, is the
-    number of documents they handled.
+    number of documents they handled. A single row stays in this process.
     """
-    rows = list(zip(*columns))
+    rows = [(*row, *common) for row in rows]
     todo = [row for row in rows[o.rank :: o.world_size] if not os.path.exists(row[0])]
     character_classes()  # before forking: a quarter of a second
     processes, documents = min(o.processes, len(todo)), 0
     began = shown = time.monotonic()
-    alone = processes <= 1
-    results = itertools.starmap(function, todo) if alone else in_pool(function, todo, processes)
+    results = (itertools.starmap(function, todo) if processes < 2
+               else in_pool(function, todo, processes))
     for done, count in enumerate(results, 1):
         documents += count or 0
         if (now := time.monotonic()) - shown > 2 or done == len(todo):
@@ -1356,22 +1300,23 @@ def map_shards(o, label, function, *columns):
     return [row[0] for row in rows]
 
 
-def begin_stage(o, stage, inputs, *keys):
+def begin_stage(o, stage, inputs, *keys, **more):
     """Names for a stage's shards, <out>/<stage>/*.jsonl.gz, and for tables, work/*.npy.
 
     ValueError if the stage was begun with other settings: half of each would be neither.
     """
     folder = f"{o.out}/{stage}"
     os.makedirs(f"{folder}/work", exist_ok=True)
-    settings = {key: getattr(o, key) for key in keys}
+    settings = {key: getattr(o, key) for key in keys} | more
     settings["input"] = [[os.path.basename(path), os.path.getsize(path)] for path in inputs]
     path = Path(folder, "settings.json")
     old = json.loads(path.read_bytes()) if path.exists() else settings
     for key, value in settings.items():
         if old.get(key) != value:
-            change = "other files" if key == "input" else f"{old.get(key)}, not {value}"
-            raise ValueError(f"--{key.replace('_', '-')}: {folder} was begun with {change}: use "
-                             f"the same, another --out, or delete {folder} and the stages behind")
+            flag = f"--{key.replace('_', '-')} {old.get(key)}, not {value}"
+            change = {"input": "other files as --input", "hash_version": "an older filter_data.py"}
+            raise ValueError(f"{folder} was begun with {change.get(key, flag)}: use the same, "
+                             f"another --out, or delete {folder} and the stages behind")
     if o.rank == 0:
         save(path, settings)
     pattern = r"^\d{5}-|\.(gz|jsonl|warc|wet|txt|csv|tsv)\b"  # numbered, so that no two are equal
@@ -1388,14 +1333,15 @@ def sift_shard(target, source, o):
     books = {"counts": Counter()}
     docs = read_documents(source, o.text_key, o.main_content, books["counts"])
     filters = {} if o.command == "filter" else {"extract": lambda docs: [None] * len(docs)}
-    filters |= {} if o.command == "extract" else filters_of(o, books)
+    if o.command != "extract":
+        filters |= filters_of(o, books)
     return sift(target, docs, filters, books)
 
 
 def stage_extract(o, inputs):
     """Crawl files to documents and no further; `run` and `filter` read crawl files, too."""
     targets, _ = begin_stage(o, "extract", inputs, "text_key", "main_content")
-    return map_shards(o, "extract", sift_shard, targets, inputs, repeat(o))
+    return map_shards(o, "extract", sift_shard, zip(targets, inputs), o)
 
 
 def stage_filter(o, inputs):
@@ -1413,7 +1359,7 @@ def stage_filter(o, inputs):
         found, short = evaluation_ngrams(tuple(o.decontaminate))
         print(f"filter: {len(found):,} 13-grams of evaluation sets; {short} of their texts are "
               "shorter and not looked for", file=sys.stderr)
-    return map_shards(o, "filter", sift_shard, targets, inputs, repeat(o))
+    return map_shards(o, "filter", sift_shard, zip(targets, inputs), o)
 
 
 def sort_lines_shard(target, source, index):
@@ -1422,7 +1368,7 @@ def sort_lines_shard(target, source, index):
     sort_lines(target, (line for text in texts for line in text.split(b"\n")), index)
 
 
-def drop_lines_shard(target, source, o, index, table, parts):
+def drop_lines_shard(target, source, index, table, parts, o):
     """Lines 3: one shard without its repeated lines. Blank lines stay: they mark paragraphs."""
     num_lines = np.load(table, mmap_mode="r").shape[1]
     gone = iter(dropped(parts, index << 40, num_lines).tolist())
@@ -1439,13 +1385,13 @@ def drop_lines_shard(target, source, o, index, table, parts):
 def stage_lines(o, inputs):
     """Lines that occur more than once in the whole crawl."""
     targets, tables = begin_stage(o, "lines", inputs, "keep", "min_words")
-    map_shards(o, "lines 1/3", sort_lines_shard, tables, inputs, itertools.count())
+    map_shards(o, "lines 1/3", sort_lines_shard, zip(tables, inputs, itertools.count()))
     num_parts = 1 + sum(map(os.path.getsize, tables)) // (1 << 28)  # 256 MiB at a time
     parts = [f"{o.out}/lines/work/part-{part:03d}.npy" for part in range(num_parts)]
-    map_shards(o, "lines 2/3", repeated_lines, parts, repeat(tables), repeat(o.keep),
-               range(num_parts), repeat(num_parts))
-    return map_shards(o, "lines 3/3", drop_lines_shard, targets, inputs, repeat(o),
-                      itertools.count(), tables, repeat(parts))
+    map_shards(o, "lines 2/3", repeated_lines,
+               [(path, tables, o.keep, part, num_parts) for part, path in enumerate(parts)])
+    rows = zip(targets, inputs, itertools.count(), tables)
+    return map_shards(o, "lines 3/3", drop_lines_shard, rows, parts, o)
 
 
 def sign_shard(target, source, o):
@@ -1462,21 +1408,6 @@ def sign_shard(target, source, o):
     return len(sets)
 
 
-def near_duplicates_part(target, tables, o):
-    """MinHash 2: numbers of the documents to drop, counted through all shards."""
-    signatures = [np.load(table, mmap_mode="r") for table in tables]
-    begins = np.cumsum([0] + [len(part) for part in signatures])
-    sets = [np.load(f"{table}.sets.npy", mmap_mode="r") for table in tables]
-    firsts = [np.load(f"{table}.first.npy") for table in tables]
-
-    def shingle_set(doc):
-        shard = np.searchsorted(begins, doc, "right") - 1
-        start, end = firsts[shard][doc - begins[shard] :][:2]
-        return sets[shard][start:end]
-
-    save(target, near_duplicates(signatures, shingle_set, o.num_bands, o.jaccard, o.seed))
-
-
 def drop_duplicates_shard(target, source, begin, count, numbers):
     """MinHash 3: one shard, `count` documents from `begin` on of all, without near-duplicates."""
     gone = iter(dropped([numbers], begin, count))
@@ -1491,25 +1422,28 @@ def stage_minhash(o, inputs):
     """Near-duplicate documents of the whole crawl."""
     candidate_pairs(np.zeros((0, o.num_hashes), np.uint32), o.num_bands)  # refuses odd bands
     keys = ("num_hashes", "num_bands", "ngrams", "jaccard", "seed")
-    targets, tables = begin_stage(o, "minhash", inputs, *keys)
-    map_shards(o, "minhash 1/3", sign_shard, tables, inputs, repeat(o))
+    targets, tables = begin_stage(o, "minhash", inputs, *keys, hash_version=HASH_VERSION)
+    map_shards(o, "minhash 1/3", sign_shard, zip(tables, inputs), o)
+    signatures = [np.load(table, mmap_mode="r") for table in tables]
+    counts = [len(part) for part in signatures]
+    begins = np.cumsum([0] + counts)  # the documents of all shards are numbered through
+
+    def decide(target):
+        """MinHash 2: the numbers of the documents to drop."""
+        sets = [np.load(f"{table}.sets.npy", mmap_mode="r") for table in tables]
+        firsts = [np.load(f"{table}.first.npy") for table in tables]
+
+        def shingle_set(doc):
+            shard = np.searchsorted(begins, doc, "right") - 1
+            start, end = firsts[shard][doc - begins[shard] :][:2]
+            return sets[shard][start:end]
+
+        save(target, near_duplicates(signatures, shingle_set, o.num_bands, o.jaccard, o.seed))
+
     numbers = f"{o.out}/minhash/work/dropped.npy"
-    map_shards(o, "minhash 2/3", near_duplicates_part, [numbers], [tables], [o])
-    counts = [len(np.load(table, mmap_mode="r")) for table in tables]
-    begins = itertools.accumulate(counts, initial=0)
-    return map_shards(o, "minhash 3/3", drop_duplicates_shard, targets, inputs, begins, counts,
-                      repeat(numbers))
-
-
-def train_tokenizer(target, sources, o):
-    """A tokenizer trained on the first shards, about a gigabyte of text."""
-    from tokenizer import EOT, Tokenizer, train_bpe
-
-    sizes = itertools.accumulate(map(os.path.getsize, sources))
-    few = [path for path, size in zip(sources, sizes) if size < 1 << 28] or sources[:1]
-    texts = (doc["text"] for path in few for doc in read_documents(path))
-    vocab, merges = train_bpe(texts, o.vocab_size, [EOT], num_processes=o.processes)
-    Tokenizer(vocab, merges, [EOT]).save(target)
+    map_shards(o, "minhash 2/3", decide, [(numbers,)])
+    rows = zip(targets, inputs, begins.tolist(), counts)
+    return map_shards(o, "minhash 3/3", drop_duplicates_shard, rows, numbers)
 
 
 def tokenize_shard(target, source, tokenizer, o):
@@ -1534,12 +1468,23 @@ def tokenize_shard(target, source, tokenizer, o):
 
 def stage_tokenize(o, inputs):
     """Token files for train.py, by a tokenizer that is given or trained on this text."""
+
+    def train_tokenizer(target):
+        """On the first shards, about a gigabyte of text."""
+        from tokenizer import EOT, Tokenizer, train_bpe
+
+        sizes = itertools.accumulate(map(os.path.getsize, inputs))
+        few = [path for path, size in zip(inputs, sizes) if size < 1 << 28] or inputs[:1]
+        texts = (doc["text"] for path in few for doc in read_documents(path))
+        vocab, merges = train_bpe(texts, o.vocab_size, [EOT], num_processes=o.processes)
+        Tokenizer(vocab, merges, [EOT]).save(target)
+
     targets, _ = begin_stage(o, "tokenize", inputs, "tokenizer", "vocab_size", "val_fraction")
     tokenizer = o.tokenizer or f"{o.out}/tokenize/tokenizer.json"
     if not o.tokenizer:
-        map_shards(o, "tokenizer", train_tokenizer, [tokenizer], [inputs], [o])
+        map_shards(o, "tokenizer", train_tokenizer, [(tokenizer,)])
     books = [target.replace(".jsonl.gz", ".json") for target in targets]
-    return map_shards(o, "tokenize", tokenize_shard, books, inputs, repeat(tokenizer), repeat(o))
+    return map_shards(o, "tokenize", tokenize_shard, zip(books, inputs), tokenizer, o)
 
 
 STAGES = {"extract": stage_extract, "filter": stage_filter, "lines": stage_lines,
@@ -1576,57 +1521,48 @@ def collect_books(out):
     return total
 
 
-def funnel(total):
-    """The funnel, line by line: filters, their commonest reasons, what was counted on the way."""
-    removed = sum(row["documents"] - row["kept"] for row in total["filters"].values()) or 1
-    heads = ("documents", "kept", "words", "kept", "of removals", "seconds")
-    yield f"{'filter':<14}" + "".join(f"{head:>13}" for head in heads)
-    for name, row in total["filters"].items():
-        numbers = (row[key] for key in ("documents", "kept", "words", "kept_words"))
-        yield (f"{name:<14}" + "".join(f"{number:>13,}" for number in numbers)
-               + f"{(row['documents'] - row['kept']) / removed:>13.1%}"
-               + f"{total['seconds'][name]:>13.2f}")
-        for reason, count in Counter(row["reasons"]).most_common(12):
-            yield f"{'':<14}{count:>13,} {reason}"
-    for key in ("counts", "languages"):
-        found = Counter(total[key]).most_common(30)
-        yield f"{key}: {', '.join(f'{name} {count:,}' for name, count in found if count)}"
-    yield "a word is what white space separates"
-
-
-def draw_funnel(total, path):
-    """Documents before and after each filter, and their languages."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5))
-    left, right = figure.subplots(1, 2)
-    for key, shade in (("documents", "0.8"), ("kept", "tab:blue")):
-        documents = [row[key] for row in total["filters"].values()]
-        left.barh(list(total["filters"]), documents, color=shade, label=key)
-    left.invert_yaxis()
-    left.legend()
-    left.set(title="documents before and after each filter")
-    right.bar(*zip(*Counter(total["languages"]).most_common(20) or [("none", 0)]))
-    right.set(title="documents by language", yscale="symlog")
-    figure.tight_layout()
-    with replacing(path) as file:
-        figure.savefig(file, format="png")
-
-
 def report(o):
     """Print the funnel; write it with samples to report.txt and draw it in report.png."""
-    total = collect_books(o.out)
-    if not total["filters"]:
+    books = collect_books(o.out)
+    filters = books["filters"].items()
+    if not filters:
         raise ValueError(f"--out {o.out}: nothing to report there; run some stages first")
-    lines = list(funnel(total))
+    removed = sum(row["documents"] - row["kept"] for _, row in filters) or 1
+    heads = ("documents", "kept", "words", "kept", "of removals", "seconds")
+    lines = [f"{'filter':<14}" + "".join(f"{head:>13}" for head in heads)]
+    for name, row in filters:
+        cells = [f"{row[key]:,}" for key in ("documents", "kept", "words", "kept_words")]
+        cells += [f"{(row['documents'] - row['kept']) / removed:.1%}",
+                  f"{books['seconds'][name]:.2f}"]
+        lines.append(f"{name:<14}" + "".join(f"{cell:>13}" for cell in cells))
+        for reason, count in Counter(row["reasons"]).most_common(12):
+            lines.append(f"{'':<14}{count:>13,} {reason}")
+    for key in ("counts", "languages"):
+        found = Counter(books[key]).most_common(30)
+        lines.append(f"{key}: {', '.join(f'{name} {count:,}' for name, count in found if count)}")
+    lines.append("a word is what white space separates")
     print("\n".join(lines))
-    for name, row in total["filters"].items():
+    for name, row in filters:
         for title, samples in row["samples"].items():
             lines += ["", f"{name}, {title}:"]
             lines += [f"  {doc} {why}: {' '.join(text.split())}" for _, doc, why, text in samples]
     with replacing(os.path.join(o.out, "report.txt")) as file:
         file.write("\n".join([*lines, ""]).encode("utf-8", "replace"))
-    draw_funnel(total, os.path.join(o.out, "report.png"))
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="tight")
+    left, right = figure.subplots(1, 2)
+    for key, shade in (("documents", "0.8"), ("kept", "tab:blue")):
+        left.barh([name for name, _ in filters], [row[key] for _, row in filters], color=shade,
+                  label=key)
+    left.invert_yaxis()
+    left.legend()
+    left.set(title="documents before and after each filter")
+    right.bar(*zip(*Counter(books["languages"]).most_common(20) or [("none", 0)]))
+    right.set(title="documents by language", yscale="symlog")
+    with replacing(os.path.join(o.out, "report.png")) as file:
+        figure.savefig(file, format="png")
 
 
 # ---- training and applying classifiers -----------------------------------------------------------
@@ -1757,9 +1693,9 @@ def machine_texts():
                 yield os.path.relpath(path, library), "\n\n".join(filter(None, found))
 
 
-def demo_pages(random):
+def demo_pages(texts, random):
     """(host, status, content type, page): the machine's English, and what a crawl has beside it."""
-    for i, (name, text) in enumerate(machine_texts()):
+    for i, (name, text) in enumerate(texts):
         paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
         if i % 6 == 1:  # personal data
             paragraphs.append(f"Questions go to user{i}@example.org or (555) 010-{i % 10000:04d}, "
@@ -1793,26 +1729,27 @@ def demo(o):
     """
     import random
 
-    os.makedirs(o.out, exist_ok=True)
-    source, records, hosts, chats, lines = random.Random(0), [], Counter(), [], []
-    for i, (host, status, kind, page) in enumerate(demo_pages(source)):
+    source, texts, records, hosts = random.Random(0), list(machine_texts()), [], Counter()
+    for i, (host, status, kind, page) in enumerate(demo_pages(texts, source)):
         http = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\n\r\n".encode() + page
         head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://{host}.example/{i}"
                 f"\r\nContent-Length: {len(http)}\r\n\r\n")
         records.append(gzip.compress(head.encode() + http + b"\r\n\r\n", 6, mtime=0))
         hosts[host] += 1
-    for label, texts in ELSEWHERE.items():
-        lines += [f"__label__{label} {' '.join(source.choices(texts, k=5))}\n" for _ in range(200)]
-    for name, text in machine_texts():
-        lines += [f"__label__en {' '.join(text.split())[:400]}\n"] if text else []
+    chats = []
+    for name, text in texts:
         if long := [" ".join(part.split()) for part in text.split("\n\n") if len(part) > 60]:
             turns = [{"role": "user", "content": f"What is {name}?"},
                      {"role": "assistant", "content": long[0]}]
             chats.append(json.dumps({"messages": turns}).encode() + b"\n")
+    os.makedirs(o.out, exist_ok=True)
     files = {f"demo-{i}.warc.gz": records[i::4] for i in range(4)} | {"chats.jsonl": chats}
     for name, parts in files.items():
         with replacing(os.path.join(o.out, name)) as file:
             file.writelines(parts)
+    lines = [f"__label__{label} {' '.join(source.choices(sentences, k=5))}\n"
+             for label, sentences in ELSEWHERE.items() for _ in range(200)]
+    lines += [f"__label__en {' '.join(text.split())[:400]}\n" for _, text in texts if text]
     fit_fasttext(lines, os.path.join(o.out, "language.bin"))
     told = ", ".join(f"{count} of {host}.example" for host, count in hosts.items())
     print(f"{o.out}: 4 .warc.gz files of {len(records)} pages ({told}), language.bin, chats.jsonl")
@@ -1830,9 +1767,11 @@ def show(what, ours, mb=None, **peers):
             function()
             times[name].append(time.perf_counter() - began)
     clock = {name: sorted(runs[1:])[1] for name, runs in times.items()}
-    peers = [f"; {name} {clock[name]:.3f} s, {clock[name] / clock['ours']:.1f}x" for name in peers]
     rate = f", {mb / clock['ours']:.1f} MB/s" if mb else ""
-    print(f"{what:<36} ours {clock['ours']:.3f} s{rate}{''.join(peers)}", flush=True)
+    print(f"{what:<36} ours {clock['ours']:.3f} s{rate}", end="")
+    for name in peers:
+        print(f"; {name} {clock[name]:.3f} s, {clock[name] / clock['ours']:.1f}x", end="")
+    print(flush=True)
 
 
 def bench(o):
@@ -1847,9 +1786,25 @@ def bench(o):
     class Whitespace(WordTokenizer):
         word_tokenize = sent_tokenize = span_tokenize = staticmethod(str.split)
 
+    docs = (doc for path in find_inputs(o.input) for doc in read_documents(path, o.text_key))
+    texts = [doc["text"][at : at + 4000] for doc in docs for at in range(0, len(doc["text"]), 4000)]
+    texts = [text for text in texts if len(text.split()) >= 50]  # datatrove fails on tiny ones
+    mb = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{len(texts):,} documents, {mb:.1f} MB")
+
     def grams(text):  # as cheap a normal form as Python has
         words = text.lower().translate(dict.fromkeys(map(ord, "!\"#$%&'()*+,-./:;?@[]_"))).split()
         return [" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))]
+
+    trove = MinhashDedupSignature(tempfile.gettempdir(), MinhashConfig(n_grams=5), Whitespace())
+    trove._hash_func = lambda gram: xxhash.xxh64_intdigest(gram.encode())  # xxhash 4 takes no str
+    show("signatures of raw text, 14 x 8", lambda: minhash_signatures(texts), mb,
+         datasketch=lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112),
+         datatrove=lambda: [trove.get_signature(trove.get_shingles(text)) for text in texts])
+
+    signatures = np.random.default_rng(0).integers(0, 2**32, (20_000, 112), dtype=np.uint32)
+    signatures[:2000] = signatures[2000:4000]  # a tenth of the documents has a copy
+    minhashes = [datasketch.MinHash(hashvalues=row, scheme="affine32") for row in signatures]
 
     def their_lsh():
         lsh = datasketch.MinHashLSH(num_perm=112, params=(14, 8))
@@ -1857,30 +1812,17 @@ def bench(o):
             lsh.insert(i, minhash)
         return [lsh.query(minhash) for minhash in minhashes]
 
+    show("LSH of 20,000 documents", lambda: candidate_pairs(signatures, 14), datasketch=their_lsh)
+
+    docs = [Document(text, str(i)) for i, text in enumerate(texts)]
+    theirs = [kind(language=Whitespace()) for kind in (GopherQualityFilter, GopherRepetitionFilter)]
+
     def our_rules():
         return [r for part in batches(texts) for r in failed_rules(part, ("gopher", "repetition"))]
 
     def their_rules():
         return [[filter_.filter(doc) is True for filter_ in theirs] for doc in docs]
 
-    docs = (doc for path in find_inputs(o.input) for doc in read_documents(path, o.text_key))
-    texts = [doc["text"][at : at + 4000] for doc in docs for at in range(0, len(doc["text"]), 4000)]
-    texts = [text for text in texts if len(text.split()) >= 50]  # datatrove fails on tiny ones
-    mb = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
-    print(f"{len(texts):,} documents, {mb:.1f} MB")
-    docs = [Document(text, str(i)) for i, text in enumerate(texts)]
-    trove = MinhashDedupSignature(tempfile.gettempdir(), MinhashConfig(n_grams=5), Whitespace())
-    trove._hash_func = lambda gram: xxhash.xxh64_intdigest(gram.encode())  # xxhash 4 takes no str
-    theirs = [kind(language=Whitespace()) for kind in (GopherQualityFilter, GopherRepetitionFilter)]
-    signatures = np.random.default_rng(0).integers(0, 2**32, (20_000, 112), dtype=np.uint32)
-    signatures[:2000] = signatures[2000:4000]  # a tenth of the documents has a copy
-    minhashes = [datasketch.MinHash(112) for _ in signatures]
-    for minhash, row in zip(minhashes, signatures):
-        minhash.hashvalues = row.astype(minhash.hashvalues.dtype)
-    show("signatures of raw text, 14 x 8", lambda: minhash_signatures(texts), mb,
-         datasketch=lambda: datasketch.MinHash.bulk(map(grams, texts), num_perm=112),
-         datatrove=lambda: [trove.get_signature(trove.get_shingles(text)) for text in texts])
-    show("LSH of 20,000 documents", lambda: candidate_pairs(signatures, 14), datasketch=their_lsh)
     show("Gopher quality and repetition", our_rules, mb, datatrove=their_rules)
     same = [(rule is None) == all(passed) for rule, passed in zip(our_rules(), their_rules())]
     print(f"same verdict on {np.mean(same):.1%} of documents")
@@ -1897,8 +1839,7 @@ def bench_pipeline(o, texts, folder):
     random, lines = np.random.default_rng(0), [text.split("\n") for text in texts]
     pool = np.array([line for part in lines for line in part], object)
     texts = texts + ["\n".join(random.choice(pool, len(part))) for part in lines * 3]
-    bodies = [text.encode("utf-8", "replace") for text in texts]
-    mb = sum(map(len, bodies)) / 1e6
+    bodies = [text.encode() for text in texts]
     record = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
     for shard in range(8):
         with open(f"{folder}/{shard}.wet.gz", "wb") as file:
@@ -1918,7 +1859,8 @@ def bench_pipeline(o, texts, folder):
             main(["filter", "--input", f"{folder}/*.wet.gz", *flags, *more])
             main(["minhash", "--input", f"{out}/filter/*.gz", *more])
 
-    show("WET to deduplicated, 2 processes", lambda: pipeline(2), mb, one=lambda: pipeline(1))
+    show("WET to deduplicated, 2 processes", lambda: pipeline(2), sum(map(len, bodies)) / 1e6,
+         one=lambda: pipeline(1))
 
 
 # ---- command line --------------------------------------------------------------------------------
