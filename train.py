@@ -281,11 +281,13 @@ class Optimizer(torch.optim.Optimizer):
     """What the three below share: step() counts in each group and calls update()."""
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             if params := [p for p in group["params"] if p.grad is not None]:
                 self.update(group, params)
+        return loss
 
     def kept(self, p, name):
         """What is remembered of p from step to step, at first zeros."""
@@ -573,7 +575,6 @@ class Run:
     dtype: torch.dtype  # of matrix products; weights are fp32
     peak: float  # FLOP/s, what MFU is measured against
     compiled: str = ""  # whether the blocks are compiled, in words
-    batches: object = None  # this rank's, step after step
     step: int = 0  # steps done
     loss_scale: float = 1.0  # of fp16, whose gradients would vanish below 6e-8
     good_steps: int = 0  # since loss_scale last changed
@@ -658,7 +659,6 @@ def build_run(args, device, data, folder=None, state=None):
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["step"] = state["updates"]
     run.compiled = compile_blocks(run.model, optimizers, args, device)
-    run.batches = batches(run)
     return run
 
 
@@ -675,14 +675,15 @@ def read_batch(run, step):
 
 
 def batches(run):
-    """read_batch of step after step; for a GPU a thread reads ahead, into pinned memory."""
-    if run.device.type != "cuda":
-        yield from (read_batch(run, step) for step in count(run.step))
+    """read_batch of step after step; for a GPU a thread reads one ahead, into pinned memory."""
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read_batch, run, run.step)
-        for step in count(run.step + 1):
-            now, ahead = ahead, reader.submit(read_batch, run, step)
-            yield now.result()
+        ahead = None
+        for step in count(run.step):
+            with record_function("data"):
+                batch = ahead.result() if ahead else read_batch(run, step)
+            if run.device.type == "cuda":
+                ahead = reader.submit(read_batch, run, step + 1)
+            yield batch
 
 
 # ---- evaluation and samples --------------------------------------------------------------------
@@ -704,10 +705,10 @@ def evaluate(run, max_tokens=10**12):
     starts = starts[:max(1, max_tokens // T)]
     rank, ranks, readers = run.parallel.data_ranks
     mine = starts[rank::ranks]
-    lengths = torch.zeros(args.vocab_size, dtype=torch.float64)  # in bytes
+    lengths = np.zeros(args.vocab_size)  # in bytes
     for i, word in tok.vocab.items() if tok else ():
         lengths[i] = 0 if i in tok.special_tokens.values() else len(word)
-    lengths = lengths.to(device)
+    lengths = torch.from_numpy(lengths).to(device)
     sums = np.zeros(3)  # nats, tokens, bytes of text
     run.parallel.eval()  # no balancing loss of a mixture of experts
     for i in range(0, -(-len(starts) // ranks), B):
@@ -725,7 +726,7 @@ def evaluate(run, max_tokens=10**12):
 @uncompiled()
 def show_samples(run):
     """Print what the model writes after each of --sample-prompts."""
-    tok, (model, _) = run.data.tokenizer, whole_state(run)
+    tok, (model, _) = run.data.tokenizer, whole_state(run, [])
     if RANK or not tok:
         return
     for i, prompt in enumerate(run.args.sample_prompts):
@@ -774,14 +775,14 @@ IDENTITY = (
     "eps", "clip", "seed", "data_name", "pack", "dtype")
 
 
-def whole_state(run):
+def whole_state(run, optimizers):
     """(model, {name: {key: optimizer state}}) as one process has them, whatever the layout: put
     together on rank 0 where ranks have parts, so a run can go on in another layout."""
     if run.parallel.copies_only:
-        kept = [getattr(optimizer, "local", optimizer).state for optimizer in run.optimizers]
+        kept = [getattr(optimizer, "local", optimizer).state for optimizer in optimizers]
         return run.model, {name: next((state[p] for state in kept if p in state), {})
                            for name, p in run.model.named_parameters()}
-    weights, states = run.parallel.whole_state(run.optimizers)
+    weights, states = run.parallel.whole_state(optimizers)
     if RANK:
         return None, None
     model = model_py.Transformer(replace(run.whole.config))
@@ -800,7 +801,7 @@ def save_run(run):
     A kill at any moment leaves the previous step-* folder intact; out/ itself always opens as a
     model. Older folders than the newest --keep go.
     """
-    model, states = whole_state(run)
+    model, states = whole_state(run, run.optimizers)
     if RANK:
         return
     args, out, branch = run.args, Path(run.args.out), decay_start(run.args)
@@ -934,15 +935,14 @@ class Log:
         from matplotlib.figure import Figure
         figure = Figure(figsize=(8, 4.5), dpi=110)
         axes = figure.subplots()
-        x, y, val_x, val_y = (
-            np.array([r[key] for r in self.records if r.get(loss) is not None])
-            for loss in ("loss", "val_loss") for key in ("tokens", loss))
-        width = max(1, len(y) // 50)
-        total = np.append(0, y.cumsum())
+        (x, y), val = (np.array([(r["tokens"], r[name]) for r in self.records
+                                 if r.get(name) is not None]).reshape(-1, 2).T
+                       for name in ("loss", "val_loss"))
+        width, total = max(1, len(y) // 50), np.append(0, y.cumsum())
         mean = (total[width:] - total[:-width]) / width
         axes.plot(x, y, color="#9ecae1", linewidth=0.8, label="training, each step")
         axes.plot(x[width - 1:], mean, color="#08519c", label=f"training, mean of {width}")
-        axes.plot(val_x, val_y, "o-", color="#d94801", label="validation")
+        axes.plot(*val, "o-", color="#d94801", label="validation")
         axes.set(xlabel="tokens", ylabel="loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -956,7 +956,7 @@ class Log:
 PARTS = ("data", "forward", "backward", "ranks", "clip", "optimizer")  # of a step, for --profile
 
 
-def train_step(run, stopping=False):
+def train_step(run, batch, stopping=False):
     """One update. Returns (mean loss, gradient norm, learning-rate factor, must stop).
 
     The summed loss is divided by the tokens of all micro-batches on all ranks, so neither
@@ -965,8 +965,6 @@ def train_step(run, stopping=False):
     args, parallel, tokens = run.args, run.parallel, run.tokens_per_step
     factor, parameters = schedule(run.step, args), list(run.model.parameters())
     total = torch.zeros((), device=run.device)
-    with record_function("data"):
-        batch = next(run.batches)
     for i, (inputs, targets) in enumerate(batch):  # gradients travel with the last micro-batch
         with parallel.no_sync() if i < len(batch) - 1 else nullcontext():
             total += parallel.loss(inputs, targets, backward_scale=run.loss_scale / tokens)
@@ -1085,14 +1083,15 @@ def describe(run, seconds_per_step):
 
 def loop(run, seconds):
     """Train, log, evaluate, sample and save until --steps or a signal; a step takes `seconds`."""
-    args, log, first, stopping, side_work = run.args, Log(run.args, run.step), run.step, False, 0.0
+    args, log, ahead = run.args, Log(run.args, run.step), batches(run)
+    first, stopping, side_work = run.step, False, 0.0
     times = deque(2 * [seconds], maxlen=50)  # the first step compiles the optimizer
     losses = deque(maxlen=50)
     say(f"{'step':>13} {'loss':>7} {'lr':>6} {'gnorm':>6} {'tok/s':>8} {'MFU':>5} {'GB':>5} left")
     with noting_signals() as caught:
         while run.step < args.steps and not stopping:
             start = time.perf_counter()
-            loss, norm, factor, stopping = train_step(run, bool(caught))
+            loss, norm, factor, stopping = train_step(run, next(ahead), bool(caught))
             times.append(time.perf_counter() - start)
             step, tokens, last = run.step, run.step * run.tokens_per_step, run.step == args.steps
             log.write(step=step, tokens=tokens, loss=loss, gnorm=norm, lr=factor,
@@ -1169,13 +1168,14 @@ def profile_steps(run):
     The parts are record_function ranges. The two steps before are for Nsight: emit_nvtx makes them
     NVTX ranges on CUDA, and does not go together with the profiler.
     """
+    ahead = batches(run)
     with torch.autograd.profiler.emit_nvtx(run.device.type == "cuda"):
         for _ in range(2):  # the first one compiles the optimizer
-            train_step(run)
+            train_step(run, next(ahead))
     with torch.profiler.profile() as profiler:
         start = time.perf_counter()
         for _ in range(10):
-            train_step(run)
+            train_step(run, next(ahead))
         whole = (time.perf_counter() - start) * 100  # ms a step
     events = {e.key: e for e in profiler.key_averages()}
     say(f"\n{'a step':<9} {whole:>9.2f} ms")
@@ -1232,40 +1232,43 @@ BENCHES = {  # by device
 def bench(args, device):
     """--bench: whole steps on random tokens, and the optimizer's part of them, beside the same
     model with torch's own: compiled as a whole, F.cross_entropy, fused torch.optim.AdamW."""
-
-    def plain_step(run, forward, optimizer):
-        (inputs, targets), = next(run.batches)
-        with run.autocast():
-            logits = forward(inputs).flatten(0, 1)  # (B T, V)
-            loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-
     say("model   optimizer  tokens/s  torch's  ratio     MFU      GB  update ms  fused AdamW")
     for sizes, args.optimizer in product(BENCHES[device.type], ("adamw", "muon")):
         vars(args).update(zip(BENCH_FLAGS, sizes), micro_batch=sizes[-1], compile="on")
         torch.compiler.reset()  # or sizes that differ from the ones before become dynamic
-        ids = np.random.default_rng(0).integers(0, args.vocab_size, 2_000_000, np.uint16)
-        run = build_run(args, device, Data([ids], [ids], None, "random"))
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        train_step(run)
-        memory = memory_gb(device)  # before the other model comes
-        plain = model_py.Transformer(run.whole.config).to(device)
-        fused = torch.optim.AdamW(plain.parameters(), fused=True)
-        ours, theirs = median_seconds(
-            partial(train_step, run), partial(plain_step, run, torch.compile(plain), fused))
-        for mine, twin in zip(run.model.parameters(), plain.parameters()):
-            mine.grad = torch.randn_like(mine)
-            twin.grad = mine.grad.clone()
-        *update, torchs = median_seconds(*(o.step for o in [*run.optimizers, fused]))
-        tokens = run.tokens_per_step
-        mfu = run.flops_per_token * tokens / ours / run.peak
-        say(f"{plain.num_parameters() / 1e6:.1f}M".ljust(8) + f"{args.optimizer:<9} "
-            f"{tokens / ours:>8,.0f} {tokens / theirs:>8,.0f} {theirs / ours:>6.2f} {mfu:>7.1%} "
-            f"{memory:>7.2f} {sum(update) * 1e3:>10.2f} {torchs * 1e3:>12.2f}")
+        bench_row(args, device)
+
+
+def bench_row(args, device):
+    ids = np.random.default_rng(0).integers(0, args.vocab_size, 2_000_000, np.uint16)
+    run = build_run(args, device, Data([ids], [ids], None, "random"))
+    tokens, ahead = run.tokens_per_step, batches(run)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    train_step(run, next(ahead))
+    memory = memory_gb(device)  # before the other model comes
+    plain = model_py.Transformer(run.whole.config).to(device)
+    compiled, fused = torch.compile(plain), torch.optim.AdamW(plain.parameters(), fused=True)
+
+    def plain_step():
+        (inputs, targets), = next(ahead)
+        with run.autocast():
+            logits = compiled(inputs).flatten(0, 1)  # (B T, V)
+            loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
+        loss.backward()
+        fused.step()
+        fused.zero_grad(set_to_none=True)
+        loss.item()
+
+    ours, theirs = median_seconds(lambda: train_step(run, next(ahead)), plain_step)
+    for mine, twin in zip(run.model.parameters(), plain.parameters()):
+        mine.grad = torch.randn_like(mine)
+        twin.grad = mine.grad.clone()
+    *update, torchs = median_seconds(*(o.step for o in [*run.optimizers, fused]))
+    say(f"{plain.num_parameters() / 1e6:.1f}M".ljust(8) + f"{args.optimizer:<9} "
+        f"{tokens / ours:>8,.0f} {tokens / theirs:>8,.0f} {theirs / ours:>6.2f} "
+        f"{run.flops_per_token * tokens / ours / run.peak:>7.1%} {memory:>7.2f} "
+        f"{sum(update) * 1e3:>10.2f} {torchs * 1e3:>12.2f}")
 
 
 def median_seconds(*calls):

@@ -573,7 +573,7 @@ def test_a_spike_is_reported_and_noise_is_not(corpus, tmp_path, capsys, monkeypa
     """Of losses near 2.005 with a deviation of 0.005: 2.02 is noise, 2.1 is not."""
     curve = iter([9.0, *[2.0 + 0.01 * (i % 2) for i in range(50)], 2.02, 2.1])
 
-    def step(run, stopping):
+    def step(run, batch, stopping):
         run.step += 1
         return next(curve), 1.0, 1.0, False
 
