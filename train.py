@@ -23,12 +23,12 @@ import signal
 import sys
 import sysconfig
 import time
-from collections import defaultdict, deque
+from collections import defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -67,53 +67,23 @@ VAL_FRACTION = 0.05  # of the documents, held out
 EVAL_TOKENS = 50_000  # that a validation during the run reads; the last one reads all
 
 
-def stdlib_files():
-    """Python's standard library source: about 700 files and 12 MB that every machine has.
-
-    Its tests, and packages installed beside it, are left out: they differ between machines.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = sorted(str(f) for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
-    if len(files) < 100:
-        raise ValueError(f"--data is needed: this Python has no source of its library ({root} has "
-                         f"{len(files)} .py files, about 700 expected)")
-    return files
-
-
-def is_held_out(document, fraction=VAL_FRACTION):
-    """Whether a document is for validation: by a hash of its text, so the same on every machine."""
-    digest = hashlib.blake2b(document.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def split_documents(files, fraction=VAL_FRACTION):
-    """Yield (document, is for validation).
+def split_documents(files):
+    """Yield (document, is for validation): by a hash of its text, so the same on every machine.
 
     Of fewer than 200 documents the share held out whole would be left to chance, and of 20 be none
-    in one case of three: there the last `fraction` of each is, cut at a line.
+    in one case of three: there the end of each one is, from a line on.
     """
     few = list(islice(tokenizer_py.read_documents(files), 200))
     if len(few) == 200:
         for document in tokenizer_py.read_documents(files):
-            yield document, is_held_out(document, fraction)
+            digest = hashlib.blake2b(document.encode("utf-8", "replace"), digest_size=8).digest()
+            yield document, int.from_bytes(digest, "big") < VAL_FRACTION * 2**64
         return
     for document in few:
-        most = int(len(document) * (1 - fraction))
+        most = int(len(document) * (1 - VAL_FRACTION))
         cut = document.rfind("\n", 0, most + 1) + 1 or most
         yield document[:cut], False
         yield document[cut:], True
-
-
-def content_hash(files, *settings):
-    """Names the cache: the same bytes and settings give the same name, wherever they lie."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
-    for file in files:
-        with open(file, "rb") as f:
-            while block := f.read(1 << 22):
-                digest.update(block)
-        digest.update(b"\0end of file\0")
-    return digest.hexdigest()
 
 
 def write_tokens(path, documents, tok):
@@ -142,8 +112,7 @@ def tokenize_corpus(files, folder, vocab_size, tokenizer_path):
             vocab, merges = tokenizer_py.train_bpe(texts, vocab_size, [tokenizer_py.EOT])
             tok = tokenizer_py.Tokenizer(vocab, merges, [tokenizer_py.EOT])
         if tok.eot_id is None:
-            raise ValueError(f"--tokenizer {tokenizer_path}: has no {tokenizer_py.EOT} to put "
-                             "between documents")
+            raise ValueError(f"--tokenizer {tokenizer_path}: no {tokenizer_py.EOT} to end texts")
         tok.save(work / "tokenizer.json")
         for name, wanted in (("train", False), ("val", True)):
             documents = (d for d, held_out in split_documents(files) if held_out == wanted)
@@ -168,50 +137,54 @@ def load_tokens(path):
         return tokens
     if os.path.getsize(path) < 2:
         raise ValueError(f"{path}: no tokens in it")
-    header = np.fromfile(path, np.int32, 1)
-    has_header = len(header) and header[0] == LLM_C_MAGIC
+    has_header = np.fromfile(path, np.int32, 1).tolist() == [LLM_C_MAGIC]
     return np.memmap(path, np.uint16, "r", offset=1024 if has_header else 0)
 
 
-@dataclass
-class Data:
-    """Token arrays (memory-mapped), the tokenizer (None if unknown) and the name in the cache."""
-
-    train: list
-    val: list
-    tokenizer: object
-    name: str
-
-
-def open_token_files(files, tokenizer_path):
-    """Files with "val" in their name, or their folder's, validate; without any, the last tail."""
-    train, val = [], []
-    for file in files:
-        held_out = "val" in f"{Path(file).parent.name}/{Path(file).name}"
-        (val if held_out else train).append(load_tokens(file))
-    if not train:
-        raise ValueError("--data: every token file is named for validation, none is left to train")
-    if not val:
-        cut = len(train[-1]) - min(int(len(train[-1]) * VAL_FRACTION), 10_000_000)
-        train[-1], val = train[-1][:cut], [train[-1][cut:]]
-    tok = tokenizer_py.Tokenizer.load(tokenizer_path) if tokenizer_path else None
-    return Data(train, val, tok, ",".join(files))
+# Lists of token arrays (memory-mapped), the tokenizer (None if unknown), the name in the cache.
+Data = namedtuple("Data", "train val tokenizer name")
 
 
 def prepare_data(args):
-    """--data -> Data. Text is tokenised once, by rank 0, and kept in the cache by its content."""
-    files = tokenizer_py.list_files(args.data) if args.data else stdlib_files()
+    """--data -> Data. Token files are taken as they lie: those with "val" in their name, or their
+    folder's, validate; without any, the last one's tail. Text is tokenised once, by rank 0."""
+    if args.data:
+        files = tokenizer_py.list_files(args.data)
+    else:  # the library's source, 12 MB on every machine, without what differs between machines
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        files = sorted(str(f) for f in root.rglob("*.py")
+                       if not skip & set(f.relative_to(root).parts))
     token_files = [f for f in files if f.endswith((".npy", ".bin"))]
     if token_files:
-        return open_token_files(token_files, args.tokenizer)
+        train, val = [], []
+        for file in token_files:
+            held_out = "val" in f"{Path(file).parent.name}/{Path(file).name}"
+            (val if held_out else train).append(load_tokens(file))
+        if not train:
+            raise ValueError("--data: every token file is named for validation")
+        if not val:
+            cut = len(train[-1]) - min(int(len(train[-1]) * VAL_FRACTION), 10_000_000)
+            train[-1], val = train[-1][:cut], [train[-1][cut:]]
+        tok = tokenizer_py.Tokenizer.load(args.tokenizer) if args.tokenizer else None
+        return Data(train, val, tok, ",".join(token_files))
+
     size = sum(map(os.path.getsize, files))
+    what = " ".join(args.data) if args.data else "Python's own standard library"
     if not size:
-        raise ValueError(f"--data {', '.join(files)}: empty")
-    say(f"{'corpus':<12}{len(files)} files, {size / 1e6:.2f} MB, "
-        + (" ".join(args.data) if args.data else "Python's own standard library"))
-    tokenizer_file = [args.tokenizer] if os.path.isfile(args.tokenizer or "") else []
-    folder = Path(args.cache) / content_hash(files + tokenizer_file, VAL_FRACTION,
-                                             args.tokenizer or args.vocab_size)
+        raise ValueError(f"--data: no text in {what}")
+    say(f"{'corpus':<12}{len(files)} files, {size / 1e6:.2f} MB, {what}")
+    # the cache goes by content: the same bytes and settings have one name, wherever they lie
+    settings = VAL_FRACTION, args.tokenizer or args.vocab_size
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+    tokenizer = [f for f in (args.tokenizer, f"{args.tokenizer}/tokenizer.json")
+                 if args.tokenizer and os.path.isfile(f)]
+    for file in files + tokenizer:
+        with open(file, "rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+        digest.update(b"\0end of file\0")
+    folder = Path(args.cache) / digest.hexdigest()
     if RANK == 0 and not (folder / "val.npy").exists():
         tokenize_corpus(files, folder, args.vocab_size, args.tokenizer)
     if WORLD_SIZE > 1:
@@ -376,8 +349,8 @@ class AdamW(Optimizer):
         rates = torch.tensor(
             [lr / (1 - b1**t), (1 - b2**t) ** -0.5, 1 - lr * group["weight_decay"]],
             dtype=torch.promote_types(params[0].dtype, torch.float32), device=params[0].device)
-        self.kernel(params, [p.grad for p in params], [self.kept(p, "m") for p in params],
-                    [self.kept(p, "v") for p in params], rates, b1, b2, group["eps"])
+        m, v = ([self.kept(p, name) for p in params] for name in "mv")
+        self.kernel(params, [p.grad for p in params], m, v, rates, b1, b2, group["eps"])
 
 
 # a, b, c of each step of newton_schulz: what brings 0.004 .. 1.02 nearest to 1 in four steps, each
@@ -427,7 +400,11 @@ class Muon(Optimizer):
         for p in params:
             alike[p.shape, tuple(dim for dim, *_ in getattr(p, "splits", ()))].append(p)
         for (_, cuts), params in alike.items():
-            nesterov = torch.stack([self.momentum(p, mu) for p in params])  # (matrices, m, n)
+            mixes = []  # one matrix at a time stays in the cache, all at once would not
+            for p in params:
+                buffer = self.kept(p, "buffer").lerp_(p.grad, 1 - mu)
+                mixes.append(p.grad.lerp(buffer, mu))
+            nesterov = torch.stack(mixes)  # (matrices, m, n)
             changes = (distributed.orthogonalize_sharded(newton_schulz, nesterov, params[0]) if cuts
                        else newton_schulz(nesterov))
             rows, columns = distributed.whole_shape(params[0])
@@ -437,11 +414,6 @@ class Muon(Optimizer):
                 if wd:  # cautious: only where the step itself points to zero (Liang et al. 2024)
                     p.sub_(p * (p * change > 0) * wd if group["cautious"] else p * wd)
                 p.sub_(change, alpha=lr)
-
-    def momentum(self, p, mu):
-        """The Nesterov mix of a matrix; one at a time stays in the cache, all at once would not."""
-        buffer = self.kept(p, "buffer").lerp_(p.grad, 1 - mu)
-        return p.grad.lerp(buffer, mu)
 
 
 def clip_grad_norm(parameters, max_norm):
@@ -492,310 +464,19 @@ def wsd_schedule(step, max_lr, min_lr, warmup_steps, decay_steps, total_steps):
     return min_lr + (max_lr - min_lr) * min(1.0, left / max(1, decay_steps))
 
 
-def schedule(step, args):
-    """The factor on every learning rate at `step`: 1 is the full rate."""
-    if args.schedule == "cosine":
-        return cosine_schedule(step + 1, 1.0, args.min_lr, args.warmup, args.steps)
-    floor = 1.0 if args.schedule == "constant" else args.min_lr
-    return wsd_schedule(step + 1, 1.0, floor, args.warmup, args.steps - decay_start(args),
-                        args.steps)
-
-
 def decay_start(args):
     """The last step at the full rate; of a WSD run its checkpoint is kept, to branch from."""
     share = {"wsd": args.decay, "constant": 0.0}.get(args.schedule, 1.0)
     return args.steps - int(share * (args.steps - args.warmup))
 
 
-# ---- evaluation and samples --------------------------------------------------------------------
-
-
-@contextmanager
-def uncompiled():
-    """Run modules as they are written, also compiled ones: other shapes would compile anew."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it would take 1.5 s
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@torch.no_grad()
-@uncompiled()
-def evaluate(model, val, args, device, tok, autocast, max_tokens=None):
-    """(nats per token, bits per byte) of validation arrays, in windows that do not overlap.
-
-    Bits per byte divides all nats, those of <|endoftext|> too, by the bytes of the text, so it
-    compares across tokenizers: nats / ln 2 / bytes; without a tokenizer it is nan. The ranks share
-    the windows, and each makes equally many calls of model.loss, since where the model is split
-    they need each other; model is a Parallel, or anything with such a loss.
-    """
-    T, B = args.context_length, args.micro_batch
-    starts = [(a, i) for a in val for i in range(0, len(a) - T, T)]
-    starts = starts or [(a, 0) for a in val if len(a) > 1]  # shorter than one window: as it is
-    starts = starts[:max(1, (max_tokens or 10**12) // T)]
-    rank, ranks, readers = getattr(model, "data_ranks", (RANK, WORLD_SIZE, 1))
-    mine = starts[rank::ranks]
-    lengths = torch.zeros(args.vocab_size, dtype=torch.float64)  # in bytes
-    for i, word in tok.vocab.items() if tok else ():
-        lengths[i] = 0 if i in tok.special_tokens.values() else len(word)
-    lengths = lengths.to(device)
-    sums = np.zeros(3)  # nats, tokens, bytes of text
-    model.eval()  # no balancing loss of a mixture of experts
-    for i in range(0, -(-len(starts) // ranks), B):
-        rows = [a[s:s + T + 1] for a, s in mine[i:i + B] or starts[:1]]
-        ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, T + 1)
-        targets = ids[:, 1:]
-        with autocast():
-            nats = model.loss(ids[:, :-1], targets, reduction="sum").item()
-        if i < len(mine):  # or this rank has nothing left, and only keeps the others company
-            sums += nats, targets.numel() / readers, lengths[targets].sum().item() / readers
-    model.train()
-    nats, tokens, text_bytes = all_reduce_sum(sums.tolist(), device)
-    return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else math.nan
-
-
-@uncompiled()
-def show_samples(run):
-    """Print what the model writes after each of --sample-prompts."""
-    tok, (model, _) = run.data.tokenizer, whole_state(run)
-    if RANK or not tok:
-        return
-    for i, prompt in enumerate(run.args.sample_prompts):
-        ids = [tok.eot_id] if tok.eot_id is not None else []
-        ids += tok.encode(prompt, allowed_special=())
-        done = model.generate([ids], run.args.sample_tokens, temperature=0.8, top_p=0.95, seed=i,
-                              stop=[tok.eot_id], tokenizer=tok)[0]
-        say(f"\n---- sample {i + 1} " + "-" * 60)
-        say(prompt + done.text.replace(tokenizer_py.EOT, ""))
-
-
-# ---- checkpoints -------------------------------------------------------------------------------
-
-
-def save_checkpoint(model, optimizer, iteration, out, **extra):
-    """Everything a restart needs in one file (a path or a file object), replaced whole.
-
-    optimizer may be a list of them; extra entries are saved beside.
-    """
-    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    state = {"model": model.state_dict(), "iteration": iteration,
-             "optimizers": [o.state_dict() for o in optimizers], **extra}
-    if not isinstance(out, (str, os.PathLike)):
-        torch.save(state, out)
-        return
-    beside = f"{out}.{os.getpid()}.tmp"
-    try:
-        torch.save(state, beside)
-        os.replace(beside, out)
-    finally:
-        Path(beside).unlink(missing_ok=True)
-
-
-def load_checkpoint(src, model, optimizer):
-    """Restore what save_checkpoint wrote; returns the iteration. Nothing in the file executes."""
-    state = torch.load(src, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    for o, o_state in zip(optimizers, state["optimizers"]):
-        o.load_state_dict(o_state)
-    return state["iteration"]
-
-
-# What a run is: to go on under other values would be a different run.
-IDENTITY = (
-    "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "ffn", "norm",
-    "norm_type", "position", "qk_norm", "zero_init", "tie_embeddings", "logit_softcap",
-    "value_embeddings", "residual_scalars", "recipe", "optimizer", "batch_size", "schedule",
-    "warmup", "decay", "min_lr", "lr", "muon_lr", "weight_decay", "cautious", "momentum", "betas",
-    "eps", "clip", "seed", "data_name", "pack", "dtype")
-COUNTERS = ("loss_scale", "good_steps", "skipped")  # of a Run
-
-
-def whole_state(run):
-    """(model, {name: {key: optimizer state}}) as one process has them, whatever the layout: put
-    together on rank 0 where ranks have parts, so a run can go on in another layout."""
-    if not run.parallel.copies_only:
-        weights, states = run.parallel.whole_state(run.optimizers)
-        if RANK:
-            return None, None
-        model = model_py.Transformer(replace(run.config))
-        model.load_state_dict(weights, strict=False)
-        return model, states
-    kept = [getattr(optimizer, "local", optimizer).state for optimizer in run.optimizers]
-    return run.model, {name: next((state[p] for state in kept if p in state), {})
-                       for name, p in run.model.named_parameters()}
-
-
-def step_folders(out):
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(Path(out).glob("step-[0-9]*[0-9]"), key=lambda p: int(p.name[5:]))
-
-
-def save_run(run):
-    """Write out/step-N whole, under another name first, and link its files into out/.
-
-    A kill at any moment leaves the previous step-* folder intact; out/ itself always opens as a
-    model. Older folders than the newest --keep go.
-    """
-    model, states = whole_state(run)
-    if RANK:
-        return
-    args, out, branch = run.args, Path(run.args.out), decay_start(run.args)
-    folder, work = out / f"step-{run.step:06d}", out / "saving"
-    shutil.rmtree(work, ignore_errors=True)  # what a kill in the middle of a save has left
-    try:
-        model.save_pretrained(work)
-        if run.data.tokenizer:
-            run.data.tokenizer.save(work)
-        torch.save({"iteration": run.step, "optimizers": states,
-                    "updates": run.optimizers[0].param_groups[0].get("step", 0),
-                    "steps": args.steps, "full_rate_until": branch,
-                    "micro_batch": args.micro_batch,
-                    "settings": {k: getattr(args, k) for k in IDENTITY},
-                    **{k: getattr(run, k) for k in COUNTERS}}, work / "train_state.pt")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(work, folder)
-    except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        raise OSError(f"--out {out}: the checkpoint of step {run.step} could not be written, the "
-                      f"one before it is kept ({str(error).splitlines()[0]})") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    for file in folder.iterdir():
-        beside = out / f"{file.name}.tmp"
-        beside.unlink(missing_ok=True)
-        try:
-            os.link(file, beside)  # the same bytes under two names
-        except OSError:  # a file system without hard links
-            shutil.copyfile(file, beside)
-        os.replace(beside, out / file.name)
-    for old in step_folders(out)[:-args.keep]:
-        if old.name != f"step-{branch:06d}":  # a longer run branches off there
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def read_state(folder, mmap=False):
-    """A checkpoint's train_state.pt."""
-    try:
-        return torch.load(folder / "train_state.pt", "cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder}/train_state.pt: cannot be read; remove {folder} to go on from "
-                         "the one before it, or --restart") from error
-
-
-def as_flag(name, value):
-    """A setting as it is given: "--lr 0.1", "--no-qk-norm", "--betas 0.9 0.95"."""
-    name = "data" if name == "data_name" else name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} " + (" ".join(map(str, value)) if isinstance(value, list) else str(value))
-
-
-def find_run(args):
-    """The checkpoint of this very run in --out to go on from, or None; refuses a different run's.
-
-    With more --steps than before that is the last one whose learning rate had not begun to fall.
-    What was found by trying, then, need not be what would be found now, so it is taken over.
-    """
-    folders = step_folders(args.out)
-    if not folders:
-        return None
-    state = read_state(folders[-1], mmap=True)
-    if "micro_batch" not in state or not state["settings"].keys() >= set(IDENTITY):
-        raise ValueError(f"{folders[-1]} is another version's: give another --out, or --restart")
-    if args.dtype == "auto":
-        args.dtype = state["settings"]["dtype"]
-    args.micro_batch = args.micro_batch or state["micro_batch"]
-    other = [as_flag(k, state["settings"][k]) for k in IDENTITY
-             if state["settings"][k] != getattr(args, k)]
-    if other:
-        raise ValueError(f"--out {args.out}: holds a run with {', '.join(other)}; give those, "
-                         "another --out, or --restart to begin again")
-    before = [f for f in folders if int(f.name[5:]) <= state["full_rate_until"]]
-    return before[-1] if before and args.steps > state["steps"] else folders[-1]
-
-
-def lock_run(out):
-    """Refuse a second process that would write into the same folder; the lock dies with us."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    lock = open(Path(out) / ".lock", "w")
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has no such locks
-        pass
-    except BlockingIOError:
-        raise ValueError(f"--out {out}: another run is writing there; give another --out") from None
-    return lock
-
-
-# ---- the log -----------------------------------------------------------------------------------
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
-
-
-class Log:
-    """One line a step into log.jsonl, and into what else was asked for; a plot of it all."""
-
-    def __init__(self, args, resumed_at):
-        if RANK:
-            return
-        self.path, self.records = Path(args.out) / "log.jsonl", []
-        if resumed_at and self.path.exists():  # without what was logged beyond the checkpoint
-            lines = self.path.read_text().splitlines()
-            records = [json.loads(x) for x in lines if x.endswith("}")]  # a kill cuts lines short
-            self.records = [r for r in records if r["step"] <= resumed_at]
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        os.replace(beside, self.path)
-        self.file = open(self.path, "a", buffering=1)
-        self.wandb = self.tensorboard = None
-        if args.wandb:
-            import wandb
-            self.wandb = wandb.init(project=args.wandb, dir=args.out, config=vars(args))
-        if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(Path(args.out) / "tensorboard")
-
-    def write(self, **record):
-        if RANK:
-            return
-        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
-        if self.wandb:
-            self.wandb.log(record, step=record["step"])
-        for name, value in record.items() if self.tensorboard else ():
-            if value is not None:
-                self.tensorboard.add_scalar(name, value, record["step"])
-
-    def draw(self):
-        """loss.png: the training loss, its running mean, and validation, against tokens."""
-        if RANK:
-            return
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-        figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
-        x, y = np.array([(r["tokens"], r["loss"]) for r in self.records
-                         if r.get("loss") is not None]).reshape(-1, 2).T
-        if len(y):
-            width = max(1, len(y) // 50)
-            mean = np.convolve(y, np.ones(width) / width, "valid")
-            axes.plot(x, y, color="#9ecae1", linewidth=0.8, label="training, each step")
-            axes.plot(x[width - 1:], mean, color="#08519c", label=f"training, mean of {width}")
-        val = [(r["tokens"], r["val_loss"]) for r in self.records if r.get("val_loss")]
-        axes.plot(*np.reshape(val, (-1, 2)).T, "o-", color="#d94801", label="validation")
-        axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        beside = self.path.with_name("loss.tmp.png")
-        figure.savefig(beside, bbox_inches="tight")
-        plt.close(figure)
-        os.replace(beside, self.path.with_name("loss.png"))
+def schedule(step, args):
+    """The factor on every learning rate at `step`: 1 is the full rate."""
+    if args.schedule == "cosine":
+        return cosine_schedule(step + 1, 1.0, args.min_lr, args.warmup, args.steps)
+    floor = 1.0 if args.schedule == "constant" else args.min_lr
+    decay_steps = args.steps - decay_start(args)
+    return wsd_schedule(step + 1, 1.0, floor, args.warmup, decay_steps, args.steps)
 
 
 # ---- what the machine can do -------------------------------------------------------------------
@@ -852,6 +533,16 @@ def compile_blocks(model, optimizers, args, device):
     return "compiled blocks"
 
 
+@contextmanager
+def uncompiled():
+    """Run modules as they are written, also compiled ones: other shapes would compile anew."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it would take 1.5 s
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def checkpoint_blocks(model):
     """Keep only each block's input for the backward pass and compute the block again there."""
     for layer in model.layers:
@@ -862,15 +553,12 @@ def memory_gb(device):
     """Peak memory: the allocator's on a GPU, the process's (resident) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ---- putting a run together --------------------------------------------------------------------
+# ---- a run: model, data, optimizers ------------------------------------------------------------
 
 
 @dataclass
@@ -879,21 +567,18 @@ class Run:
 
     args: argparse.Namespace
     parallel: distributed.Parallel  # the model, spread over the ranks
-    config: model_py.ModelConfig  # of the whole model
+    whole: model_py.Transformer  # without numbers (on "meta"), to count by
     optimizers: list
     data: Data
     windows: Windows
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights are fp32
     peak: float  # FLOP/s, what MFU is measured against
-    flops_per_token: float  # of the whole model
     compiled: str = ""  # whether the blocks are compiled, in words
     step: int = 0  # steps done
     loss_scale: float = 1.0  # of fp16, whose gradients would vanish below 6e-8
     good_steps: int = 0  # since loss_scale last changed
     skipped: int = 0  # steps whose gradients were not finite
-    reader: object = None  # the thread that reads ahead for a GPU
-    ahead: dict = field(default_factory=dict)  # {step: what the thread is reading}
 
     @property
     def model(self):  # this rank's part of it
@@ -903,34 +588,25 @@ class Run:
     def tokens_per_step(self):
         return self.args.batch_size * self.args.context_length
 
+    @property
+    def flops_per_token(self):
+        return self.whole.flops_per_token(self.args.context_length)
+
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def build_model(args, data, source):
-    """A new model from the flags, or the weights in the folder `source`; sets args.vocab_size."""
-    if source:
-        model = model_py.Transformer.from_pretrained(source, dtype=torch.float32)
-        args.vocab_size = model.config.vocab_size
-    else:
-        args.vocab_size = data.tokenizer.vocab_size if data.tokenizer else args.vocab_size
-        names = {f.name for f in fields(model_py.ModelConfig)} & set(vars(args))
-        model = model_py.Transformer(model_py.ModelConfig(**{n: getattr(args, n) for n in names}))
-    if data.tokenizer and data.tokenizer.vocab_size > args.vocab_size:
-        raise ValueError(f"--init-from {source}: {args.vocab_size} ids, but the data's tokenizer "
-                         f"has {data.tokenizer.vocab_size}")
-    return model
+COUNTERS = ("loss_scale", "good_steps", "skipped")  # of a Run, kept in its checkpoints
 
 
 def make_mesh(args):
     """--tp, --cp, --pp and --ep ranks for those; all others share the data. A --micro-batch of 0
     becomes a rank's whole share."""
     split = {axis: getattr(args, axis) for axis in ("tp", "cp", "pp", "ep")}
-    count = math.prod(split.values())
-    if WORLD_SIZE % count:
+    data, rest = divmod(WORLD_SIZE, math.prod(split.values()))
+    if rest:
         raise ValueError(f"--tp x --cp x --pp x --ep: {WORLD_SIZE} ranks are not a multiple of "
-                         f"{count}; see torchrun's --nproc-per-node")
-    data = WORLD_SIZE // count
+                         f"{math.prod(split.values())}; see torchrun's --nproc-per-node")
     readers, fsdp = data * args.ep, args.parallel == "fsdp"
     if args.batch_size < readers or fsdp and args.batch_size % readers:
         raise ValueError(f"--batch-size {args.batch_size}: {readers} ranks cannot share it")
@@ -938,16 +614,30 @@ def make_mesh(args):
     return distributed.Mesh(**{"fsdp" if fsdp else "dp": data}, **split)
 
 
-def build_run(args, device, data, resume_from=None):
-    """The model on the mesh of all ranks, this rank's optimizers, and where a stopped run was."""
+def build_run(args, device, data, folder=None, state=None):
+    """All that the loop needs, from the flags, or from the checkpoint `folder` and its `state`.
+
+    What only shows here goes into args: the vocabulary's size, the dtype, the micro-batch.
+    """
     torch.manual_seed(args.seed)
-    model = build_model(args, data, resume_from or args.init_from).to(device)
-    eot = data.tokenizer.eot_id if data.tokenizer and args.pack else None
-    if args.pack and eot is None:
+    tok, source = data.tokenizer, folder or args.init_from
+    if source:
+        model = model_py.Transformer.from_pretrained(source, dtype=torch.float32)
+        args.vocab_size = model.config.vocab_size
+    else:
+        args.vocab_size = tok.vocab_size if tok else args.vocab_size
+        names = {f.name for f in fields(model_py.ModelConfig)} & set(vars(args))
+        model = model_py.Transformer(model_py.ModelConfig(**{n: getattr(args, n) for n in names}))
+    if tok and tok.vocab_size > args.vocab_size:
+        raise ValueError(f"--init-from {source}: {args.vocab_size} ids, but the data's tokenizer "
+                         f"has {tok.vocab_size}")
+    model.to(device)
+    with torch.device("meta"):
+        whole = model_py.Transformer(replace(model.config))
+    if args.pack and not (tok and tok.eot_id is not None):
         raise ValueError("--pack: needs a tokenizer with <|endoftext|> to find the documents by")
-    windows = Windows(data.train, args.context_length, args.seed, eot)
+    windows = Windows(data.train, args.context_length, args.seed, tok.eot_id if args.pack else None)
     dtype, peak = choose_dtype(args, device)
-    config, flops = replace(model.config), model.flops_per_token(args.context_length)
     if args.checkpoint_activations:
         checkpoint_blocks(model)
     mesh = make_mesh(args)
@@ -957,11 +647,11 @@ def build_run(args, device, data, resume_from=None):
     if args.parallel == "zero1":
         optimizers = [distributed.ShardedOptimizer(o.param_groups, type(o), mesh.group("dp", "cp"))
                       for o in optimizers]
-    run = Run(args, parallel, config, optimizers, data, windows, device, dtype, peak, flops)
+
+    run = Run(args, parallel, whole, optimizers, data, windows, device, dtype, peak)
     run.loss_scale = 2.0**16 if dtype == torch.float16 else 1.0
     parallel.autocast = run.autocast
-    if resume_from:
-        state = read_state(resume_from)
+    if state:
         run.step = state["iteration"]
         for name in COUNTERS:
             setattr(run, name, state[name])
@@ -970,9 +660,6 @@ def build_run(args, device, data, resume_from=None):
             group["step"] = state["updates"]
     run.compiled = compile_blocks(run.model, optimizers, args, device)
     return run
-
-
-# ---- the loop ----------------------------------------------------------------------------------
 
 
 def read_batch(run, step):
@@ -987,79 +674,331 @@ def read_batch(run, step):
     return batch
 
 
-def next_batch(run, step):
-    """read_batch; on a GPU a thread reads the next step's meanwhile, into pinned memory."""
-    if run.device.type != "cuda":
-        return read_batch(run, step)
-    run.reader = run.reader or ThreadPoolExecutor(1)
-    now = run.ahead.pop(step, None) or run.reader.submit(read_batch, run, step)
-    run.ahead = {step + 1: run.reader.submit(read_batch, run, step + 1)}
-    return now.result()
+def batches(run):
+    """read_batch of step after step; for a GPU a thread reads one ahead, into pinned memory."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for step in count(run.step):
+            with record_function("data"):
+                batch = ahead.result() if ahead else read_batch(run, step)
+            if run.device.type == "cuda":
+                ahead = reader.submit(read_batch, run, step + 1)
+            yield batch
 
+
+# ---- evaluation and samples --------------------------------------------------------------------
+
+
+@torch.no_grad()
+@uncompiled()
+def evaluate(run, max_tokens=10**12):
+    """(nats per token, bits per byte) of the validation arrays, in windows that do not overlap.
+
+    Bits per byte divides all nats, those of <|endoftext|> too, by the bytes of the text, so it
+    compares across tokenizers: nats / ln 2 / bytes; without a tokenizer it is nan. The ranks share
+    the windows, and all call parallel.loss equally often: with parts of a model they need others.
+    """
+    args, val, tok, device = run.args, run.data.val, run.data.tokenizer, run.device
+    T, B = args.context_length, args.micro_batch
+    starts = [(a, i) for a in val for i in range(0, len(a) - T, T)]
+    starts = starts or [(max(val, key=len), 0)]  # shorter than one window: as it is
+    starts = starts[:max(1, max_tokens // T)]
+    rank, ranks, readers = run.parallel.data_ranks
+    mine = starts[rank::ranks]
+    lengths = np.zeros(args.vocab_size)  # in bytes
+    for i, word in tok.vocab.items() if tok else ():
+        lengths[i] = 0 if i in tok.special_tokens.values() else len(word)
+    lengths = torch.from_numpy(lengths).to(device)
+    sums = np.zeros(3)  # nats, tokens, bytes of text
+    run.parallel.eval()  # no balancing loss of a mixture of experts
+    for i in range(0, -(-len(starts) // ranks), B):
+        rows = [a[s:s + T + 1] for a, s in mine[i:i + B] or starts[:1]]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, T + 1)
+        targets = ids[:, 1:]
+        nats = run.parallel.loss(ids[:, :-1], targets).item()
+        if i < len(mine):  # or this rank has nothing left, and only keeps the others company
+            sums += nats, targets.numel() / readers, lengths[targets].sum().item() / readers
+    run.parallel.train()
+    nats, tokens, text_bytes = all_reduce_sum(sums.tolist(), device)
+    return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else math.nan
+
+
+@uncompiled()
+def show_samples(run):
+    """Print what the model writes after each of --sample-prompts."""
+    tok, (model, _) = run.data.tokenizer, whole_state(run, [])
+    if RANK or not tok:
+        return
+    for i, prompt in enumerate(run.args.sample_prompts):
+        ids = [tok.eot_id] if tok.eot_id is not None else []
+        ids += tok.encode(prompt, allowed_special=())
+        done = model.generate([ids], run.args.sample_tokens, temperature=0.8, top_p=0.95, seed=i,
+                              stop=[tok.eot_id], tokenizer=tok)[0]
+        say(f"\n---- sample {i + 1} " + "-" * 60)
+        say(prompt + done.text.replace(tokenizer_py.EOT, ""))
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+def save_checkpoint(model, optimizer, iteration, out, **extra):
+    """Everything a restart needs in one file (a path or a file object), replaced whole.
+
+    optimizer may be a list of them; extra entries are saved beside.
+    """
+    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    state = {"model": model.state_dict(), "iteration": iteration,
+             "optimizers": [o.state_dict() for o in optimizers], **extra}
+    if not isinstance(out, (str, os.PathLike)):
+        torch.save(state, out)
+        return
+    torch.save(state, f"{out}.tmp")
+    os.replace(f"{out}.tmp", out)
+
+
+def load_checkpoint(src, model, optimizer):
+    """Restore what save_checkpoint wrote; returns the iteration. Nothing in the file executes."""
+    state = torch.load(src, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for o, o_state in zip(optimizers, state["optimizers"]):
+        o.load_state_dict(o_state)
+    return state["iteration"]
+
+
+# What a run is: to go on under other values would be a different run.
+IDENTITY = (
+    "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "ffn", "norm",
+    "norm_type", "position", "qk_norm", "zero_init", "tie_embeddings", "logit_softcap",
+    "value_embeddings", "residual_scalars", "recipe", "optimizer", "batch_size", "schedule",
+    "warmup", "decay", "min_lr", "lr", "muon_lr", "weight_decay", "cautious", "momentum", "betas",
+    "eps", "clip", "seed", "data_name", "pack", "dtype")
+
+
+def whole_state(run, optimizers):
+    """(model, {name: {key: optimizer state}}) as one process has them, whatever the layout: put
+    together on rank 0 where ranks have parts, so a run can go on in another layout."""
+    if run.parallel.copies_only:
+        kept = [getattr(optimizer, "local", optimizer).state for optimizer in optimizers]
+        return run.model, {name: next((state[p] for state in kept if p in state), {})
+                           for name, p in run.model.named_parameters()}
+    weights, states = run.parallel.whole_state(optimizers)
+    if RANK:
+        return None, None
+    model = model_py.Transformer(replace(run.whole.config))
+    model.load_state_dict(weights, strict=False)
+    return model, states
+
+
+def step_folders(out):
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(Path(out).glob("step-[0-9]*[0-9]"), key=lambda p: int(p.name[5:]))
+
+
+def save_run(run):
+    """Write out/step-N whole, under another name first, and link its files into out/.
+
+    A kill at any moment leaves the previous step-* folder intact; out/ itself always opens as a
+    model. Older folders than the newest --keep go.
+    """
+    model, states = whole_state(run, run.optimizers)
+    if RANK:
+        return
+    args, out, branch = run.args, Path(run.args.out), decay_start(run.args)
+    folder, work = out / f"step-{run.step:06d}", out / "saving"
+    shutil.rmtree(work, ignore_errors=True)  # what a kill in the middle of a save has left
+    try:
+        model.save_pretrained(work)
+        if run.data.tokenizer:
+            run.data.tokenizer.save(work)
+        torch.save({"iteration": run.step, "optimizers": states,
+                    "updates": run.optimizers[0].param_groups[0].get("step", 0),
+                    "steps": args.steps, "full_rate_until": branch,
+                    "micro_batch": args.micro_batch,
+                    "settings": {k: getattr(args, k) for k in IDENTITY},
+                    **{k: getattr(run, k) for k in COUNTERS}}, work / "train_state.pt")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(work, folder)
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        shutil.rmtree(work, ignore_errors=True)
+        raise OSError(f"--out {out}: the checkpoint of step {run.step} could not be written, the "
+                      f"one before it is kept ({str(error).splitlines()[0]})") from error
+    for file in folder.iterdir():
+        beside = out / f"{file.name}.tmp"
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(file, beside)  # the same bytes under two names
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, beside)
+        os.replace(beside, out / file.name)
+    for old in step_folders(out)[:-args.keep]:
+        if old.name != f"step-{branch:06d}":  # a longer run branches off there
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_state(folder):
+    try:
+        return torch.load(folder / "train_state.pt", "cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder}/train_state.pt: cannot be read; remove {folder} to go on from "
+                         "the one before it, or --restart") from error
+
+
+def as_flag(name, value):
+    """A setting as it is given: "--lr 0.1", "--no-qk-norm", "--betas 0.9 0.95"."""
+    name = "data" if name == "data_name" else name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return " ".join(map(str, [f"--{name}", *(value if isinstance(value, list) else [value])]))
+
+
+def find_run(args):
+    """The checkpoint in --out to go on from, (folder, its state), or (None, None).
+
+    Refuses a different run's. With more --steps than before it is the last one whose learning rate
+    had not begun to fall. What was found by trying, and need not be found again, is taken over.
+    """
+    folders = step_folders(args.out)
+    if not folders:
+        return None, None
+    folder, state = folders[-1], read_state(folders[-1])
+    settings = state["settings"]
+    if args.dtype == "auto":
+        args.dtype = settings["dtype"]
+    args.micro_batch = args.micro_batch or state.get("micro_batch", 0)
+    other = [as_flag(k, settings.get(k)) for k in IDENTITY if settings.get(k) != getattr(args, k)]
+    if other:
+        raise ValueError(f"--out {args.out}: holds a run with {', '.join(other)}; give those, "
+                         "another --out, or --restart to begin again")
+    before = [f for f in folders if int(f.name[5:]) <= state["full_rate_until"]]
+    if before and args.steps > state["steps"]:
+        folder, state = before[-1], read_state(before[-1])
+    return folder, state
+
+
+def lock_run(out):
+    """Refuse a second process that would write into the same folder; the lock dies with us."""
+    import fcntl
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(out) / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another run is writing there; give another --out") from None
+    return lock
+
+
+# ---- the log -----------------------------------------------------------------------------------
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+class Log:
+    """Rank 0's records: a line each in log.jsonl and what else was asked for, and a plot of all."""
+
+    def __init__(self, args, resumed_at):
+        self.path, self.records, self.sinks = Path(args.out) / "log.jsonl", [], []
+        if RANK:
+            return
+        if resumed_at and self.path.exists():  # without what was logged beyond the checkpoint
+            lines = self.path.read_text().splitlines()
+            records = [json.loads(x) for x in lines if x.endswith("}")]  # a kill cuts lines short
+            self.records = [r for r in records if r["step"] <= resumed_at]
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        os.replace(beside, self.path)
+        file = open(self.path, "a", buffering=1)
+        self.sinks.append(lambda record: file.write(json.dumps(record) + "\n"))
+        if args.wandb:
+            import wandb
+            run = wandb.init(project=args.wandb, dir=args.out, config=vars(args))
+            self.sinks.append(lambda record: run.log(record, step=record["step"]))
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(Path(args.out) / "tensorboard")
+            self.sinks.append(lambda record: [board.add_scalar(k, v, record["step"])
+                                              for k, v in record.items() if v is not None])
+
+    def write(self, **record):
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        self.records.append(record)
+        for sink in self.sinks:
+            sink(record)
+
+    def draw(self):
+        """loss.png: the training loss, its running mean, and validation, against tokens."""
+        if RANK:
+            return
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(8, 4.5), dpi=110)
+        axes = figure.subplots()
+        (x, y), val = (np.array([(r["tokens"], r[name]) for r in self.records
+                                 if r.get(name) is not None]).reshape(-1, 2).T
+                       for name in ("loss", "val_loss"))
+        width, total = max(1, len(y) // 50), np.append(0, y.cumsum())
+        mean = (total[width:] - total[:-width]) / width
+        axes.plot(x, y, color="#9ecae1", linewidth=0.8, label="training, each step")
+        axes.plot(x[width - 1:], mean, color="#08519c", label=f"training, mean of {width}")
+        axes.plot(*val, "o-", color="#d94801", label="validation")
+        axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        beside = self.path.with_name("loss.tmp.png")
+        figure.savefig(beside, bbox_inches="tight")
+        os.replace(beside, self.path.with_name("loss.png"))
+
+
+# ---- the loop ----------------------------------------------------------------------------------
 
 PARTS = ("data", "forward", "backward", "ranks", "clip", "optimizer")  # of a step, for --profile
 
 
-def forward_backward(run, step, together=True):
-    """Gradients of the mean loss over the whole batch, all ranks; returns this rank's part of it.
+def train_step(run, batch, stopping=False):
+    """One update. Returns (mean loss, gradient norm, learning-rate factor, must stop).
 
-    The divisor is the token count of all micro-batches on all ranks, so neither accumulation nor
-    the number of ranks changes the gradient. Without `together` a rank keeps its own gradients.
+    The summed loss is divided by the tokens of all micro-batches on all ranks, so neither
+    accumulation nor the number of ranks changes the gradient.
     """
-    tokens, total = run.tokens_per_step, torch.zeros((), device=run.device)
-    with record_function("data"):
-        batch = next_batch(run, step)
-    for i, (inputs, targets) in enumerate(batch):
-        with nullcontext() if together and i == len(batch) - 1 else run.parallel.no_sync():
-            total += run.parallel.loss(inputs, targets, backward_scale=run.loss_scale / tokens)
+    args, parallel, tokens = run.args, run.parallel, run.tokens_per_step
+    factor, parameters = schedule(run.step, args), list(run.model.parameters())
+    total = torch.zeros((), device=run.device)
+    for i, (inputs, targets) in enumerate(batch):  # gradients travel with the last micro-batch
+        with parallel.no_sync() if i < len(batch) - 1 else nullcontext():
+            total += parallel.loss(inputs, targets, backward_scale=run.loss_scale / tokens)
     with record_function("ranks"):
-        if together:
-            run.parallel.finish()
-    return total.item() / tokens
-
-
-def rescale(run, finite):
-    """fp16: halve the loss scale when gradients overflow, double it after 1,000 that did not."""
-    run.good_steps = run.good_steps + 1 if finite else 0
-    if not finite or run.good_steps % 1000 == 0:
-        run.loss_scale *= 2.0 if finite else 0.5
-
-
-def update(run, factor):
-    """Every optimizer's step at `factor` of its full learning rate."""
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
-        optimizer.step()
-    if run.config.balance == "bias":  # experts balanced without a loss
-        for experts in run.model.moes():
-            if WORLD_SIZE > 1:
-                dist.all_reduce(experts.load)
-            experts.balance()
-
-
-def train_step(run, step, stopping=False):
-    """One update. Returns (mean loss, gradient norm, learning-rate factor, must stop)."""
-    factor, parameters = schedule(step, run.args), list(run.model.parameters())
-    loss = forward_backward(run, step)
+        parallel.finish()
     with record_function("clip"):
         if run.loss_scale != 1:
             torch._foreach_div_([p.grad for p in parameters if p.grad is not None], run.loss_scale)
-        clip = clip_grad_norm if run.parallel.copies_only else distributed.clip_grad_norm
-        norm = clip(parameters, run.args.clip).item()
-    loss, stop = all_reduce_sum([loss, float(stopping)], run.device)
+        clip = clip_grad_norm if parallel.copies_only else distributed.clip_grad_norm
+        norm = clip(parameters, args.clip).item()
+    loss, stop = all_reduce_sum([total.item() / tokens, float(stopping)], run.device)
+
     finite, fp16 = math.isfinite(loss + norm), run.dtype == torch.float16
-    if fp16:
-        rescale(run, finite)
+    if fp16:  # halve the scale when gradients overflow, double it after 1,000 steps that did not
+        run.good_steps = run.good_steps + 1 if finite else 0
+        if not finite or run.good_steps % 1000 == 0:
+            run.loss_scale *= 2.0 if finite else 0.5
     with record_function("optimizer"):
         if finite:
-            update(run, factor)
-        elif run.args.nonfinite == "stop" and (not fp16 or run.loss_scale < 1):
-            kept = step_folders(run.args.out)
-            raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped; the "
-                             f"last good checkpoint is {kept[-1] if kept else 'none'}; try a lower"
-                             " --lr, or --nonfinite skip")
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
+                optimizer.step()
+            for experts in run.model.moes() if run.whole.config.balance == "bias" else ():
+                if WORLD_SIZE > 1:
+                    dist.all_reduce(experts.load)
+                experts.balance()  # without a loss
+        elif args.nonfinite == "stop" and (not fp16 or run.loss_scale < 1):
+            kept = step_folders(args.out)
+            raise ValueError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}: stopped; "
+                             f"the last good checkpoint is {kept[-1] if kept else 'none'}; try a "
+                             "lower --lr, or --nonfinite skip")
         run.model.zero_grad(set_to_none=True)
+    run.step += 1
     run.skipped += not finite
     return loss, norm, factor, stop > 0
 
@@ -1090,63 +1029,42 @@ def warm_up(run):
     The space of the optimizers' state is held meanwhile. Ranks with a copy of the model each try
     by themselves and then agree; where they have parts of one, none can go back alone.
     """
-    parts = run.parallel.mesh.size("fsdp", "tp", "cp", "pp", "ep") > 1
+    args, parallel, full = run.args, run.parallel, True
+    parts = parallel.mesh.size("fsdp", "tp", "cp", "pp", "ep") > 1
     count = sum(p.numel() for p in run.model.parameters())
     state = torch.empty(0 if run.step else 2 * count, device=run.device)
-    while True:
+    while full:
         try:
             for _ in range(2):  # the first call compiles
                 start = time.perf_counter()
-                forward_backward(run, 0, together=parts)
+                for inputs, targets in read_batch(run, 0):
+                    with parallel.no_sync():
+                        loss = parallel.loss(inputs, targets, backward_scale=run.loss_scale)
+                if parts:
+                    parallel.finish()
+                loss.item()  # waits for a GPU
                 seconds = time.perf_counter() - start
             full = False
         except torch.cuda.OutOfMemoryError:
-            full = True
+            pass
         run.model.zero_grad(set_to_none=True)
-        if full and (parts or run.args.micro_batch == 1):
-            raise ValueError(f"--micro-batch {run.args.micro_batch}: does not fit the GPU's "
-                             "memory; lower it or --context-length, or shrink the model")
-        if not all_reduce_sum([float(full)], run.device)[0]:
-            del state
-            return seconds
-        torch.cuda.empty_cache()
-        run.args.micro_batch, run.ahead = (run.args.micro_batch + 1) // 2, {}
-        say(f"{'memory':<12}full: micro-batches of {run.args.micro_batch} windows")
-
-
-def evaluate_and_log(run, log, max_tokens=None):
-    loss, bits = evaluate(run.parallel, run.data.val, run.args, run.device, run.data.tokenizer,
-                          run.autocast, max_tokens)
-    log.write(step=run.step, tokens=run.step * run.tokens_per_step, val_loss=loss,
-              bits_per_byte=bits)
-    log.draw()
-    say(f"{run.step:>6}/{run.args.steps:<6} validation loss {loss:.4f} nats/token, perplexity "
-        f"{math.exp(min(loss, 700)):.2f}, {bits:.4f} bits/byte")
-
-
-def report_spike(losses, loss, step):
-    """Say when a loss is more than six deviations above the 50 before it."""
-    mean, deviation = (np.mean(losses), np.std(losses)) if len(losses) == 50 else (loss, 0)
-    if loss > mean + 6 * deviation:
-        say(f"{step:>6}        loss spike: {loss:.4f} is {(loss - mean) / deviation:.0f} standard "
-            "deviations above the 50 steps before")
-
-
-def log_line(run, loss, norm, factor, seconds, left):
-    """One line on the screen; seconds a step, and seconds that are left."""
-    speed = run.tokens_per_step / seconds
-    say(f"{run.step:>6}/{run.args.steps:<6} {loss:7.4f} {factor:6.3f} {norm:6.2f} {speed:8,.0f} "
-        f"{speed * run.flops_per_token / run.peak / WORLD_SIZE:5.1%} {memory_gb(run.device):5.2f} "
-        f"{clock(left)}" + (f"  {run.skipped} skipped" if run.skipped else ""))
+        if full and (parts or args.micro_batch == 1):
+            raise ValueError(f"--micro-batch {args.micro_batch}: does not fit the GPU's memory; "
+                             "lower it or --context-length, or shrink the model")
+        full = all_reduce_sum([float(full)], run.device)[0]
+        if full:
+            torch.cuda.empty_cache()
+            args.micro_batch = (args.micro_batch + 1) // 2
+            say(f"{'memory':<12}full: micro-batches of {args.micro_batch} windows")
+    del state
+    return seconds
 
 
 def describe(run, seconds_per_step):
     """What is ahead, in aligned lines."""
-    args, c, tokens = run.args, run.config, run.tokens_per_step
+    args, whole, tokens = run.args, run.whole, run.tokens_per_step
+    c = whole.config
     train, val = (sum(map(len, arrays)) for arrays in (run.data.train, run.data.val))
-    with torch.device("meta"):  # the whole model, in sizes without numbers
-        whole = model_py.Transformer(replace(c))
-    going_on = f"; going on from step {run.step}" if run.step else ""
     rows = dict(
         tokens=f"{train:,} to train on, {val:,} to validate, {c.vocab_size:,} ids",
         model=f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, d_ff {c.d_ff}, "
@@ -1157,10 +1075,55 @@ def describe(run, seconds_per_step):
         batch=f"{args.batch_size} windows of {args.context_length} = {tokens:,} tokens",
         steps=f"{args.steps:,}, {args.steps * tokens / 1e6:.2f}M tokens, "
               f"{args.steps * tokens / train:.2f} epochs, {args.recipe}: {args.optimizer}, "
-              f"{args.schedule}{going_on}",
+              f"{args.schedule}" + (f"; going on from step {run.step}" if run.step else ""),
         expected=f"{(args.steps - run.step) * seconds_per_step * 1.1 / 60:.1f} minutes\n")
     for name, text in rows.items():
         say(f"{name:<12}{text}")
+
+
+def loop(run, seconds):
+    """Train, log, evaluate, sample and save until --steps or a signal; a step takes `seconds`."""
+    args, log, ahead = run.args, Log(run.args, run.step), batches(run)
+    first, stopping, side_work = run.step, False, 0.0
+    times = deque(2 * [seconds], maxlen=50)  # the first step compiles the optimizer
+    losses = deque(maxlen=50)
+    say(f"{'step':>13} {'loss':>7} {'lr':>6} {'gnorm':>6} {'tok/s':>8} {'MFU':>5} {'GB':>5} left")
+    with noting_signals() as caught:
+        while run.step < args.steps and not stopping:
+            start = time.perf_counter()
+            loss, norm, factor, stopping = train_step(run, next(ahead), bool(caught))
+            times.append(time.perf_counter() - start)
+            step, tokens, last = run.step, run.step * run.tokens_per_step, run.step == args.steps
+            log.write(step=step, tokens=tokens, loss=loss, gnorm=norm, lr=factor,
+                      seconds=round(times[-1], 4))
+            if len(losses) == 50 and loss > np.mean(losses) + 6 * np.std(losses):
+                far = (loss - np.mean(losses)) / np.std(losses)
+                say(f"{step:>6}        loss spike: {loss:.4f} is {far:.0f} standard deviations "
+                    "above the 50 steps before")
+            if math.isfinite(loss):
+                losses.append(loss)
+            if step % args.log_every == 0 or step == 1 or last:
+                seconds = float(np.median(times))
+                left = (args.steps - step) * (seconds + side_work / max(1, step - 1 - first))
+                speed = run.tokens_per_step / seconds
+                mfu = speed * run.flops_per_token / run.peak / WORLD_SIZE
+                say(f"{step:>6}/{args.steps:<6} {loss:7.4f} {factor:6.3f} {norm:6.2f} "
+                    f"{speed:8,.0f} {mfu:5.1%} {memory_gb(run.device):5.2f} {clock(left)}"
+                    + (f"  {run.skipped} skipped" if run.skipped else ""))
+
+            start = time.perf_counter()
+            if last or args.eval_every and step % args.eval_every == 0:
+                nats, bits = evaluate(run) if last else evaluate(run, EVAL_TOKENS)
+                log.write(step=step, tokens=tokens, val_loss=nats, bits_per_byte=bits)
+                log.draw()
+                say(f"{step:>6}/{args.steps:<6} validation loss {nats:.4f} nats/token, perplexity "
+                    f"{math.exp(min(nats, 700)):.2f}, {bits:.4f} bits/byte")
+            if args.sample_every and step % args.sample_every == 0 and not last:
+                show_samples(run)
+            due = args.save_every and step % args.save_every == 0
+            if due or last or stopping or step == decay_start(args):
+                save_run(run)  # after the evaluation: a finished run's log is complete
+            side_work += time.perf_counter() - start
 
 
 def train(args):
@@ -1174,50 +1137,19 @@ def train(args):
     args.data_name = data.name
     if not any(len(array) > 1 for array in data.val):
         raise ValueError("--data: too little to validate on; give more of it, or a file named val")
-    resume_from = None if args.restart else find_run(args)
-    run = build_run(args, device, data, resume_from)
+    folder, state = (None, None) if args.restart else find_run(args)
+    run = build_run(args, device, data, folder, state)
     if run.step >= args.steps and not (args.profile or args.memory):
         say(f"--out {args.out}: finished, {run.step} steps; --steps {2 * run.step} goes on, "
             "--restart begins again")
         return
-    for folder in [] if resume_from or RANK else step_folders(args.out):
-        shutil.rmtree(folder)
+    for old in step_folders(args.out) if args.restart and not RANK else []:
+        shutil.rmtree(old)
     seconds = warm_up(run)  # a step
     describe(run, seconds)
     if args.profile or args.memory:
         return profile_steps(run) if args.profile else report_memory(run)
-
-    log, first, stopping, side_work = Log(args, run.step), run.step, False, 0.0
-    times = deque(2 * [seconds], maxlen=50)  # the first step compiles the optimizer
-    losses = deque(maxlen=50)
-    say(f"{'step':>13} {'loss':>7} {'lr':>6} {'gnorm':>6} {'tok/s':>8} {'MFU':>5} {'GB':>5} left")
-    with noting_signals() as caught:
-        while run.step < args.steps and not stopping:
-            start = time.perf_counter()
-            loss, norm, factor, stopping = train_step(run, run.step, bool(caught))
-            times.append(time.perf_counter() - start)
-            run.step = step = run.step + 1
-            last = step == args.steps
-            log.write(step=step, tokens=step * run.tokens_per_step, loss=loss, gnorm=norm,
-                      lr=factor, seconds=round(times[-1], 4))
-            if math.isfinite(loss):
-                report_spike(losses, loss, step)
-                losses.append(loss)
-            if step % args.log_every == 0 or step == 1 or last:
-                seconds = float(np.median(times))
-                left = (args.steps - step) * (seconds + side_work / max(1, step - 1 - first))
-                log_line(run, loss, norm, factor, seconds, left)
-
-            start = time.perf_counter()
-            if last or args.eval_every and step % args.eval_every == 0:
-                evaluate_and_log(run, log, None if last else EVAL_TOKENS)
-            if args.sample_every and step % args.sample_every == 0 and not last:
-                show_samples(run)
-            due = args.save_every and step % args.save_every == 0
-            if due or last or stopping or step == decay_start(args):
-                save_run(run)  # after the evaluation: a finished run's log is complete
-            side_work += time.perf_counter() - start
-
+    loop(run, seconds)
     if run.step < args.steps:
         say(f"stopped at step {run.step}, saved in {args.out}; the same command goes on")
         return
@@ -1230,30 +1162,27 @@ def train(args):
 # ---- where time and memory go ------------------------------------------------------------------
 
 
-def profile_steps(run, steps=10):
-    """--profile: where a step's time goes, part by part and operator by operator, and a trace.
+def profile_steps(run):
+    """--profile: where ten steps' time goes, part by part, and a trace that shows every operator.
 
     The parts are record_function ranges. The two steps before are for Nsight: emit_nvtx makes them
     NVTX ranges on CUDA, and does not go together with the profiler.
     """
+    ahead = batches(run)
     with torch.autograd.profiler.emit_nvtx(run.device.type == "cuda"):
-        for i in range(2):  # the first one compiles the optimizer
-            train_step(run, run.step + i)
+        for _ in range(2):  # the first one compiles the optimizer
+            train_step(run, next(ahead))
     with torch.profiler.profile() as profiler:
         start = time.perf_counter()
-        for i in range(steps):
-            train_step(run, run.step + 1 + i)
-        whole = (time.perf_counter() - start) / steps * 1e3
+        for _ in range(10):
+            train_step(run, next(ahead))
+        whole = (time.perf_counter() - start) * 100  # ms a step
     events = {e.key: e for e in profiler.key_averages()}
-    parts = [events.pop(p) for p in PARTS if p in events]
-    rows = [(e.key, e.cpu_time_total, e.device_time_total) for e in parts]
-    rows += sorted([(e.key[:40], e.self_cpu_time_total, e.self_device_time_total)
-                    for e in events.values()], key=lambda row: -max(row[1:]))[:12]
-    say(f"\n{'a step':<40} {whole:>9.2f} ms\n{'part, then operator by itself':<40} {'host ms':>9} "
-        f"{'device ms':>9} {'share':>6}")
-    for name, *times in rows:
-        host, device = (t / steps / 1e3 for t in times)
-        say(f"{name:<40} {host:>9.2f} {device:>9.2f} {max(host, device) / whole:>6.1%}")
+    say(f"\n{'a step':<9} {whole:>9.2f} ms")
+    say(f"{'part':<9} {'host ms':>9} {'device ms':>9} {'share':>6}")
+    for name in (part for part in PARTS if part in events):
+        host, device = events[name].cpu_time_total / 1e4, events[name].device_time_total / 1e4
+        say(f"{name:<9} {host:>9.2f} {device:>9.2f} {max(host, device) / whole:>6.1%}")
     trace = Path(run.args.out) / f"trace-{RANK}.json"
     profiler.export_chrome_trace(str(trace))
     say(f"\n{trace}: open it in https://ui.perfetto.dev")
@@ -1304,56 +1233,54 @@ def bench(args, device):
     """--bench: whole steps on random tokens, and the optimizer's part of them, beside the same
     model with torch's own: compiled as a whole, F.cross_entropy, fused torch.optim.AdamW."""
     say("model   optimizer  tokens/s  torch's  ratio     MFU      GB  update ms  fused AdamW")
-    for sizes in BENCHES[device.type]:
+    for sizes, args.optimizer in product(BENCHES[device.type], ("adamw", "muon")):
         vars(args).update(zip(BENCH_FLAGS, sizes), micro_batch=sizes[-1], compile="on")
-        for args.optimizer in ("adamw", "muon"):
-            torch.compiler.reset()  # or sizes that differ from the ones before become dynamic
-            bench_row(args, device)
+        torch.compiler.reset()  # or sizes that differ from the ones before become dynamic
+        bench_row(args, device)
 
 
 def bench_row(args, device):
-    tokens = args.batch_size * args.context_length
     ids = np.random.default_rng(0).integers(0, args.vocab_size, 2_000_000, np.uint16)
     run = build_run(args, device, Data([ids], [ids], None, "random"))
+    tokens, ahead = run.tokens_per_step, batches(run)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    train_step(run, 0)
+    train_step(run, next(ahead))
     memory = memory_gb(device)  # before the other model comes
-    plain = model_py.Transformer(run.config).to(device)
-    fused = torch.optim.AdamW(plain.parameters(), fused=True)
-    ours, theirs = median_seconds(
-        partial(train_step, run, 0), partial(plain_step, run, torch.compile(plain), fused))
-    forward_backward(run, 0)
+    plain = model_py.Transformer(run.whole.config).to(device)
+    compiled, fused = torch.compile(plain), torch.optim.AdamW(plain.parameters(), fused=True)
+
+    def plain_step():
+        (inputs, targets), = next(ahead)
+        with run.autocast():
+            logits = compiled(inputs).flatten(0, 1)  # (B T, V)
+            loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
+        loss.backward()
+        fused.step()
+        fused.zero_grad(set_to_none=True)
+        loss.item()
+
+    ours, theirs = median_seconds(lambda: train_step(run, next(ahead)), plain_step)
     for mine, twin in zip(run.model.parameters(), plain.parameters()):
+        mine.grad = torch.randn_like(mine)
         twin.grad = mine.grad.clone()
-    own, torchs = median_seconds(partial(update, run, 1.0), fused.step)
-    mfu = run.flops_per_token * tokens / ours / run.peak
+    *update, torchs = median_seconds(*(o.step for o in [*run.optimizers, fused]))
     say(f"{plain.num_parameters() / 1e6:.1f}M".ljust(8) + f"{args.optimizer:<9} "
-        f"{tokens / ours:>8,.0f} {tokens / theirs:>8,.0f} {theirs / ours:>6.2f} {mfu:>7.1%} "
-        f"{memory:>7.2f} {own * 1e3:>10.2f} {torchs * 1e3:>12.2f}")
+        f"{tokens / ours:>8,.0f} {tokens / theirs:>8,.0f} {theirs / ours:>6.2f} "
+        f"{run.flops_per_token * tokens / ours / run.peak:>7.1%} {memory:>7.2f} "
+        f"{sum(update) * 1e3:>10.2f} {torchs * 1e3:>12.2f}")
 
 
-def plain_step(run, forward, optimizer):
-    (inputs, targets), = read_batch(run, 0)
-    with run.autocast():
-        logits = forward(inputs).flatten(0, 1)  # (B T, V)
-        loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    loss.item()
-
-
-def median_seconds(*calls, count=12, warmup=4):
+def median_seconds(*calls):
     """Of each call, in turns: what else the machine does holds up all of them."""
-    times = np.zeros((count, len(calls)))
+    times = np.zeros((12, len(calls)))
     for i, j in np.ndindex(*times.shape):
         start = time.perf_counter()
         calls[j]()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times[i, j] = time.perf_counter() - start
-    return np.median(times[warmup:], 0)
+    return np.median(times[4:], 0)  # the first ones compile
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -1424,8 +1351,8 @@ def make_parser():
 
     yes_no, flag = dict(action=argparse.BooleanOptionalAction), dict(action="store_true")
     group = parser.add_argument_group("data")
-    add("data", None, "text (.txt, .jsonl, .gz, a folder, a glob) or token files (.npy, .bin); "
-        "Python's own library without it", nargs="*")
+    add("data", None, "text or token (.npy, .bin) files, folders, globs; Python's library without",
+        nargs="*")
     add("tokenizer", None, "tokenizer.json to use instead of training one")
     add("vocab_size", 4096, "ids of the tokenizer to train")
     add("cache", "data", "folder for tokenizers and tokens, by content")
@@ -1470,8 +1397,8 @@ def make_parser():
     add("nonfinite", "stop", "when loss or gradient is not finite", choices=["stop", "skip"])
     add("seed", 0, "of the weights and the order of the data")
     group = parser.add_argument_group("ranks, under torchrun")
-    add("parallel", "ddp", "what ranks that share the data keep: everything, the optimizer's state "
-        "in parts, or the weights too", choices=["ddp", "zero1", "fsdp"])
+    add("parallel", "ddp", "ranks that share the data keep a copy each, a part of the optimizer's "
+        "state, or of the weights too", choices=["ddp", "zero1", "fsdp"])
     add("tp", 1, "ranks that split the matrices")
     add("cp", 1, "ranks that split the sequence")
     add("pp", 1, "ranks that split the layers")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -232,27 +231,34 @@ def test_token_files_of_all_three_kinds(tmp_path):
         assert train.load_tokens(tmp_path / name).tolist() == ids.tolist()
 
 
-def test_held_out_share_is_stable_and_about_right():
-    held = [train.is_held_out(f"document {i}", 0.05) for i in range(4000)]
-    assert 0.03 < sum(held) / 4000 < 0.07
-    assert held == [train.is_held_out(f"document {i}", 0.05) for i in range(4000)]
+def test_held_out_share_is_about_right_and_does_not_depend_on_the_other_documents(tmp_path):
+    def held_out(name, numbers):
+        text = "<|endoftext|>".join(f"document {i}" for i in numbers)
+        (tmp_path / name).write_text(text)
+        return {d for d, held in train.split_documents([str(tmp_path / name)]) if held}
+
+    every, half = held_out("every.txt", range(4000)), held_out("half.txt", range(1, 4000, 2))
+    assert 0.03 < len(every) / 4000 < 0.07
+    assert half == {d for d in every if int(d.split()[1]) % 2}
 
 
 def test_a_single_file_is_split_at_a_line(tmp_path):
     text = "".join(f"line {i}\n" for i in range(1000))
     (tmp_path / "one.txt").write_text(text)
-    parts = {held: d for d, held in train.split_documents([str(tmp_path / "one.txt")], 0.05)}
+    parts = {held: d for d, held in train.split_documents([str(tmp_path / "one.txt")])}
     assert parts[False] + parts[True] == text and parts[True].startswith("line")
     assert 0.04 < len(parts[True]) / len(text) < 0.06
 
 
 def test_some_text_is_held_out_of_any_number_of_documents(tmp_path):
     """By their hashes alone, none of these 30 would be."""
-    documents = [f"document {i}\n" * 20 for i in range(100)]
-    for i, text in enumerate([d for d in documents if not train.is_held_out(d)][:30]):
-        (tmp_path / f"{i}.txt").write_text(text)
-    files = sorted(map(str, tmp_path.glob("*.txt")))
-    assert sum(len(d) for d, held_out in train.split_documents(files) if held_out) > 200
+    every = tmp_path / "every.txt"
+    every.write_text("<|endoftext|>".join(f"document {i}\n" * 20 for i in range(250)))
+    documents = [d for d, held_out in train.split_documents([str(every)]) if not held_out]
+    assert 200 < len(documents) < 250
+    few = tmp_path / "few.txt"
+    few.write_text("<|endoftext|>".join(documents[:30]))
+    assert sum(len(d) for d, held_out in train.split_documents([str(few)]) if held_out) > 200
 
 
 def test_nothing_to_validate_on_is_said_at_once(tmp_path, capsys):
@@ -384,23 +390,26 @@ def test_a_finished_run_has_its_last_validation_in_the_log(corpus, tmp_path, mon
 
 def test_micro_batches_shrink_until_they_fit_and_stay_so(corpus, tmp_path, monkeypatch, capsys):
     """A GPU's memory runs out above one window; the run goes on as it found, also elsewhere."""
-    real, sizes = train.forward_backward, []
+    real, sizes = train.distributed.Parallel.loss, []
 
-    def small_gpu(run, step, together=True):
-        sizes.append(run.args.micro_batch)
+    def small_gpu(parallel, inputs, targets, backward_scale=None, **options):
+        if backward_scale is None:
+            return real(parallel, inputs, targets, **options)
+        sizes.append(len(inputs))
         if sizes[-1] > limit:
             raise torch.cuda.OutOfMemoryError
-        return real(run, step, together)
+        return real(parallel, inputs, targets, backward_scale=backward_scale, **options)
 
-    monkeypatch.setattr(train, "forward_backward", small_gpu)
+    monkeypatch.setattr(train.distributed.Parallel, "loss", small_gpu)
     flags = [*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--out",
              str(tmp_path), "--warmup", "0", "--decay", "1"]
     limit = 1
     train.main([*flags, "--steps", "2"])
-    assert sizes == [4, 2, 1, 1, 1, 1] and len(losses(tmp_path)) == 2
+    # refused twice, then two batches of four to warm up and one in each step
+    assert sizes == [4, 2] + [1] * 4 * 4 and len(losses(tmp_path)) == 2
     limit = 4
     train.main([*flags, "--steps", "4"])
-    assert set(sizes[6:]) == {1}
+    assert len(losses(tmp_path)) == 4 and set(sizes[2:]) == {1}
     limit = 0
     with pytest.raises(SystemExit):
         train.main([*flags, "--restart"])
@@ -415,6 +424,17 @@ def test_tokens_another_run_has_written_meanwhile_are_kept(corpus, tmp_path):
         train.tokenize_corpus(files, tmp_path / "cache", 300, None)
         seen.append([f.stat().st_ino for f in sorted((tmp_path / "cache").iterdir())])
     assert seen[0] == seen[1] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_tokenizer_that_has_changed_is_not_taken_from_the_cache(corpus, tmp_path):
+    import tokenizer
+    (tmp_path / "tok").mkdir()
+    args = train.make_parser().parse_args(["--data", str(corpus), "--tokenizer", str(
+        tmp_path / "tok"), "--cache", str(tmp_path / "cache")])
+    for size in (270, 280):
+        vocab, merges = tokenizer.train_bpe(str(corpus), size, [tokenizer.EOT])
+        tokenizer.Tokenizer(vocab, merges, [tokenizer.EOT]).save(tmp_path / "tok")
+        assert train.prepare_data(args).tokenizer.vocab_size == size
 
 
 def test_another_shape_of_the_run_is_refused(corpus, undisturbed):
@@ -457,16 +477,21 @@ def test_bits_per_byte_against_a_hand_count(tmp_path):
                               [(b"a", b"b")], ["<|e|>"])
 
     class Zeros(torch.nn.Module):
-        def loss(self, ids, targets, reduction):
+        def loss(self, ids, targets):
             return torch.nn.functional.cross_entropy(
-                torch.zeros(targets.numel(), 258), targets.flatten(), reduction=reduction)
+                torch.zeros(targets.numel(), 258), targets.flatten(), reduction="sum")
 
     val = np.array([97, 256, 256, 98, 257, 256, 97, 97, 97], np.uint16)
-    args = train.argparse.Namespace(context_length=4, micro_batch=3, vocab_size=258)
-    loss, bits = train.evaluate(Zeros(), [val], args, torch.device("cpu"), tok, nullcontext)
+    zeros, ns = Zeros(), train.argparse.Namespace
+    zeros.data_ranks = 0, 1, 1
+    run = ns(parallel=zeros, device=torch.device("cpu"), data=ns(val=[val], tokenizer=tok),
+             args=ns(context_length=4, micro_batch=3, vocab_size=258))
+    loss, bits = train.evaluate(run)
     # targets: 256 256 98 257 | 256 97 97 97 = 8 tokens of 2 + 2 + 1 + 0 + 2 + 1 + 1 + 1 bytes
     assert loss == pytest.approx(math.log(258), rel=1e-6)
     assert bits == pytest.approx(8 * math.log2(258) / 10, rel=1e-6)
+    run.data.val = [val[:2], val[:4], val[:3]]  # none fills a window: 256 256 98, 5 bytes
+    assert train.evaluate(run)[1] == pytest.approx(3 * math.log2(258) / 5, rel=1e-6)
 
 
 # ---- a user's mistakes ---------------------------------------------------------------------------
@@ -529,24 +554,35 @@ def test_steps_that_are_not_finite_are_skipped_by_flag(corpus, tmp_path, capsys,
 
 
 def test_fp16_finds_its_loss_scale(corpus, tmp_path):
-    """A scale far too large overflows and is halved until steps go through."""
-    train.main([*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--steps",
-                "8", "--out", str(tmp_path), "--dtype", "fp16"])
+    """A scale far too large overflows and is halved until steps go through; it doubles after 1,000
+    steps that did."""
+    flags = [*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--out",
+             str(tmp_path), "--dtype", "fp16", "--decay", "0", "--warmup", "0"]
+    train.main([*flags, "--steps", "8"])
     state = torch.load(tmp_path / "train_state.pt", weights_only=True)
     assert state["loss_scale"] == 2.0**16 / 2**state["skipped"] and state["skipped"] < 8
-    run = train.argparse.Namespace(good_steps=998, loss_scale=4.0)
-    for finite, scale in ((True, 4.0), (True, 8.0), (True, 8.0), (False, 4.0), (True, 4.0)):
-        train.rescale(run, finite)
-        assert run.loss_scale == scale
+    state |= {"loss_scale": 4.0, "good_steps": 998, "skipped": 0}
+    torch.save(state, tmp_path / "step-000008" / "train_state.pt")
+    for steps, scale, good in ((9, 4.0, 999), (10, 8.0, 1000), (11, 8.0, 1001)):
+        train.main([*flags, "--steps", str(steps)])
+        state = torch.load(tmp_path / "train_state.pt", weights_only=True)
+        assert (state["loss_scale"], state["good_steps"], state["skipped"]) == (scale, good, 0)
 
 
-def test_a_spike_is_reported_and_noise_is_not(capsys):
-    before = [2.0 + 0.01 * (i % 2) for i in range(50)]
-    train.report_spike(before, 2.02, 51)
-    train.report_spike(before[1:], 9.0, 50)  # too early to say
-    assert not capsys.readouterr().out
-    train.report_spike(before, 2.1, 51)
-    assert "loss spike: 2.1000 is 19 standard" in capsys.readouterr().out
+def test_a_spike_is_reported_and_noise_is_not(corpus, tmp_path, capsys, monkeypatch):
+    """Of losses near 2.005 with a deviation of 0.005: 2.02 is noise, 2.1 is not."""
+    curve = iter([9.0, *[2.0 + 0.01 * (i % 2) for i in range(50)], 2.02, 2.1])
+
+    def step(run, batch, stopping):
+        run.step += 1
+        return next(curve), 1.0, 1.0, False
+
+    monkeypatch.setattr(train, "train_step", step)
+    train.main([*TINY, "--data", str(corpus), "--cache", str(corpus.parent / "cache"), "--steps",
+                "53", "--out", str(tmp_path), "--save-every", "0"])
+    spikes = [line for line in capsys.readouterr().out.splitlines() if "loss spike:" in line]
+    assert len(spikes) == 1 and spikes[0].split()[0] == "53"
+    assert "2.1000 is 18 standard" in spikes[0]
 
 
 def test_profile_and_memory_show_their_tables(corpus, tmp_path, capsys):
