@@ -531,7 +531,7 @@ def load_hh(path):
     return pairs
 
 
-# ---- a session: model, optimizers, log ---------------------------------------------------------
+# ---- a session: the model and what trains it ---------------------------------------------------
 
 
 def add_lora(model, rank, alpha=16.0):
@@ -607,35 +607,6 @@ class Session:
             return all_reduce_sum([float(v) for v in values], self.device)
 
 
-def open_session(args):
-    """The model of --model, or one that was just taught to sort, ready for its next step."""
-    device, out = train_py.init_distributed(args.device), Path(args.out)
-    start = Path(args.model or out / "start")
-    if out.resolve() == start.resolve():
-        raise ValueError(f"--out {out}: is --model's folder too; a run keeps what it began with")
-    out.mkdir(parents=True, exist_ok=True)
-    if not args.model and not (out / "train_state.pt").exists():
-        pretrain_sorter(args, device, start)
-    model = model_py.Transformer.from_pretrained(start, dtype=torch.float32)
-    s = Session(args, model, tokenizer_py.Tokenizer.load(start), device, start)
-    if args.task:
-        s.draw_problems, s.held_out, s.reward_fn = load_task(
-            args, s.tokenizer, model.config.context_length)
-    signal.signal(signal.SIGTERM, lambda *_: setattr(s, "stopping", True))
-    torch.manual_seed(args.seed)
-    if args.lora:
-        add_lora(model, args.lora)
-    if args.algorithm in ("ppo", "rm"):
-        model.value_head = torch.nn.Linear(model.config.d_model, 1)
-        torch.nn.init.zeros_(model.value_head.weight)
-    model.to(device)
-    if args.checkpoint_activations:
-        train_py.checkpoint_blocks(model)
-    s.optimizers = make_optimizers(model, args)
-    restore(s)
-    return s
-
-
 def make_optimizers(model, args):
     """AdamW, and Muon for the blocks' matrices if --muon-lr has a rate for it."""
     muon = args.muon_lr and not args.lora
@@ -649,71 +620,6 @@ def reference_model(s):
     """The model the run began with, frozen."""
     model = model_py.Transformer.from_pretrained(s.start, dtype=torch.float32)
     return model.to(s.device).requires_grad_(False)
-
-
-IDENTITY = ("algorithm", "model", "task", "data", "seed", "lr", "lora")
-
-
-def restore(s):
-    """Go on from OUT/train_state.pt, or begin; another run's is refused."""
-    path = Path(s.args.out) / "train_state.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True, mmap=True)
-        other = [f"--{k} {v}" for k, v in state["settings"].items() if v != vars(s.args).get(k)]
-        if other:
-            raise ValueError(f"--out {s.args.out}: holds a run with {', '.join(other)}; give "
-                             "those, or another --out")
-        s.step = train_py.load_checkpoint(path, s.model, s.optimizers)
-        s.updates, s.records, s.pool = state["updates"], state["records"], set(state["pool"])
-        say(f"going on from step {s.step}")
-    if RANK == 0:  # what was done after the last save will be done again
-        path.with_name("log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in s.records))
-
-
-def save(s, names):
-    """The model for users; train_state.pt, from which a run goes on; a plot of `names` against the
-    step. Each file is whole at any moment."""
-    out = Path(s.args.out)
-    merged(s.model).save_pretrained(out)
-    s.tokenizer.save(out)
-    if s.args.algorithm == "rm":
-        from safetensors.torch import save_file
-        save_file(s.model.value_head.state_dict(), out / "reward_head.safetensors")
-    train_py.save_checkpoint(s.model, s.optimizers, s.step, out / "train_state.pt",
-                             settings={k: getattr(s.args, k) for k in IDENTITY},
-                             updates=s.updates, records=s.records, pool=sorted(s.pool))
-
-    from matplotlib.figure import Figure
-    figure = Figure((3.2 * len(names), 3), dpi=100, layout="constrained")
-    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        panel.plot(*zip(*((r["step"], r[name]) for r in s.records if r[name] is not None)))
-        panel.set(title=name, xlabel="step")
-    figure.savefig(out / "progress.tmp.png")
-    os.replace(out / "progress.tmp.png", out / "progress.png")
-
-
-def log_step(s, **record):
-    """One line on the screen and in log.jsonl; held-out accuracy, plot and checkpoint when due.
-
-    rollout, scoring, train, wait: shares of the step's time; wait is for the other ranks.
-    """
-    s.step += 1
-    a, last, spent = s.args, s.step == s.args.steps, sum(s.seconds.values()) or 1.0
-    shares = {k: round(v / spent, 3) for k, v in s.seconds.items()}
-    evaluated = s.held_out and a.algorithm != "rm" and (s.step % a.eval_every == 0 or last)
-    record["accuracy"] = held_out_accuracy(s) if evaluated else None
-    s.records.append(dict(step=s.step, **record, **shares))
-    stopping, = s.sum(s.stopping)
-    s.seconds.clear()
-    if RANK == 0:
-        with open(Path(a.out) / "log.jsonl", "a") as f:
-            f.write(json.dumps(s.records[-1]) + "\n")
-        say(f"{s.step:>5}/{a.steps:<5} " + "  ".join(
-            f"{k} {v:.4g}" for k, v in (record | shares).items() if v is not None))
-        if s.step % a.save_every == 0 or last or stopping:
-            save(s, list(record))
-    if stopping:
-        raise KeyboardInterrupt
 
 
 # ---- one update, of every algorithm ------------------------------------------------------------
@@ -1086,6 +992,102 @@ def rm(s):
     return preferences(s, loss_fn)
 
 
+# ---- a run: begun, logged, saved, gone on with -------------------------------------------------
+
+IDENTITY = ("algorithm", "model", "task", "data", "seed", "lr", "lora")
+
+
+def save(s, names):
+    """The model for users; train_state.pt, from which a run goes on; a plot of `names` against the
+    step. Each file is whole at any moment."""
+    out = Path(s.args.out)
+    merged(s.model).save_pretrained(out)
+    s.tokenizer.save(out)
+    if s.args.algorithm == "rm":
+        from safetensors.torch import save_file
+        save_file(s.model.value_head.state_dict(), out / "reward_head.safetensors")
+    train_py.save_checkpoint(s.model, s.optimizers, s.step, out / "train_state.pt",
+                             settings={k: getattr(s.args, k) for k in IDENTITY},
+                             updates=s.updates, records=s.records, pool=sorted(s.pool))
+
+    from matplotlib.figure import Figure
+    figure = Figure((3.2 * len(names), 3), dpi=100, layout="constrained")
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        panel.plot(*zip(*((r["step"], r[name]) for r in s.records if r[name] is not None)))
+        panel.set(title=name, xlabel="step")
+    figure.savefig(out / "progress.tmp.png")
+    os.replace(out / "progress.tmp.png", out / "progress.png")
+
+
+def restore(s):
+    """Go on from OUT/train_state.pt, or begin; another run's is refused."""
+    path = Path(s.args.out) / "train_state.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True, mmap=True)
+        other = [f"--{k} {v}" for k, v in state["settings"].items() if v != vars(s.args).get(k)]
+        if other:
+            raise ValueError(f"--out {s.args.out}: holds a run with {', '.join(other)}; give "
+                             "those, or another --out")
+        s.step = train_py.load_checkpoint(path, s.model, s.optimizers)
+        s.updates, s.records, s.pool = state["updates"], state["records"], set(state["pool"])
+        say(f"going on from step {s.step}")
+    if RANK == 0:  # what was done after the last save will be done again
+        path.with_name("log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in s.records))
+
+
+def log_step(s, **record):
+    """One line on the screen and in log.jsonl; held-out accuracy, plot and checkpoint when due.
+
+    rollout, scoring, train, wait: shares of the step's time; wait is for the other ranks.
+    """
+    s.step += 1
+    a, last, spent = s.args, s.step == s.args.steps, sum(s.seconds.values()) or 1.0
+    shares = {k: round(v / spent, 3) for k, v in s.seconds.items()}
+    evaluated = s.held_out and a.algorithm != "rm" and (s.step % a.eval_every == 0 or last)
+    record["accuracy"] = held_out_accuracy(s) if evaluated else None
+    s.records.append(dict(step=s.step, **record, **shares))
+    stopping, = s.sum(s.stopping)
+    s.seconds.clear()
+    if RANK == 0:
+        with open(Path(a.out) / "log.jsonl", "a") as f:
+            f.write(json.dumps(s.records[-1]) + "\n")
+        say(f"{s.step:>5}/{a.steps:<5} " + "  ".join(
+            f"{k} {v:.4g}" for k, v in (record | shares).items() if v is not None))
+        if s.step % a.save_every == 0 or last or stopping:
+            save(s, list(record))
+    if stopping:
+        raise KeyboardInterrupt
+
+
+def open_session(args):
+    """The model of --model, or one that was just taught to sort, ready for its next step."""
+    device, out = train_py.init_distributed(args.device), Path(args.out)
+    start = Path(args.model or out / "start")
+    if out.resolve() == start.resolve():
+        raise ValueError(f"--out {out}: is --model's folder too; a run keeps what it began with")
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.model and not (out / "train_state.pt").exists():
+        pretrain_sorter(args, device, start)
+    model = model_py.Transformer.from_pretrained(start, dtype=torch.float32)
+    s = Session(args, model, tokenizer_py.Tokenizer.load(start), device, start)
+    if args.task:
+        s.draw_problems, s.held_out, s.reward_fn = load_task(
+            args, s.tokenizer, model.config.context_length)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(s, "stopping", True))
+    torch.manual_seed(args.seed)
+    if args.lora:
+        add_lora(model, args.lora)
+    if args.algorithm in ("ppo", "rm"):
+        model.value_head = torch.nn.Linear(model.config.d_model, 1)
+        torch.nn.init.zeros_(model.value_head.weight)
+    model.to(device)
+    if args.checkpoint_activations:
+        train_py.checkpoint_blocks(model)
+    s.optimizers = make_optimizers(model, args)
+    restore(s)
+    return s
+
+
 # ---- command line ------------------------------------------------------------------------------
 
 ALGORITHMS = {"grpo": policy_gradient, "ei": ei, "sft": sft, "dpo": dpo, "rm": rm,
@@ -1135,7 +1137,7 @@ def make_parser():
     add("epochs", None, "passes over a step's rollouts, or over the data")
     add("minibatches", None, "updates a pass over rollouts")
     add("batch_size", 64, "rows an update of sft, dpo and rm, over all ranks")
-    add("lr", None, "learning rate")
+    add("lr", None, "learning rate; with --model 1e-6, for ei and rm 1e-5, for sft 2e-5")
     add("muon_lr", None, "of Muon for the matrices, 0 for AdamW; else 5 x --lr, 0 with --model",
         type=float)
     add("warmup", 10, "updates of linear warm-up")
