@@ -165,7 +165,7 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     groups = raw.view(len(raw) // group_size, group_size)
     alike = (groups == groups[:, :1]).all(1, keepdim=True)  # 0, whatever their mean is rounded to
     advantages = (groups - groups.mean(1, keepdim=True)).masked_fill(alike, 0.0)
-    if normalize_by_std and group_size > 1:
+    if normalize_by_std and group_size > 1 and scores:
         advantages = advantages / (groups.std(1, keepdim=True) + advantage_eps)
     metadata = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} if scores else {}
     return advantages.flatten(), raw, metadata
@@ -701,7 +701,7 @@ def pretrain_sorter(args, device, folder, demonstrations=300):
         vocab_size=tok.vocab_size, d_model=96, num_layers=3, num_heads=3, d_ff=256,
         context_length=64, qk_norm=True, zero_init=True, tie_embeddings=False)).to(device)
 
-    rng, start = np.random.default_rng(args.seed + 10**7), time.time()
+    rng, start, loss = np.random.default_rng(args.seed + 10**7), time.time(), math.nan
     problems = [sort_problem(rng) for _ in range(demonstrations)]
     rows = [conversation(dict(prompt=prompt, response=f"<think> {prompt[5:-1]} </think> <answer> "
                               f"{truth} </answer>"), tok) for prompt, truth in problems]
@@ -1197,8 +1197,7 @@ def main(argv=None):
         print(f"align.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("align.py: interrupted; the same command goes on from the last save",
-              file=sys.stderr)
+        print("align.py: stopped; the same command goes on from the last save", file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -423,7 +423,7 @@ def test_an_empty_update_gives_numbers(session):
                             "--length-norm", "token", "--no-std", "--cliprange-high", "0.28",
                             "--entropy-bonus", "0.01"]),
     ("ei", []), ("ppo", []), ("dpo", []), ("rm", []), ("sft", []),
-    ("sft", ["--pack"]),
+    ("sft", ["--pack", "--pretrain-steps", "0"]),
     ("grpo", ["--lora", "4"]), ("grpo", ["--task", "countdown", "--checkpoint-activations"]),
 ])
 def test_every_algorithm_runs(algorithm, flags, tmp_path, capsys):
