@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,6 +61,10 @@ class Row:
     reward: float = 0.0
     complete: bool = True  # ended by itself, not cut off
     rejected: object = None  # the Row that this one is preferred to
+
+    def extend(self, other):
+        self.ids.extend(other.ids)
+        self.learned.extend(other.learned)
 
 
 def joined(prompt, response, **more):
@@ -157,10 +162,10 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     """
     scores = [reward_fn(r, t) for r, t in zip(rollout_responses, repeated_ground_truths)]
     raw = torch.tensor([s["reward"] for s in scores], dtype=torch.float32)
-    groups = raw.view(-1, group_size)
+    groups = raw.view(len(raw) // group_size, group_size)
     alike = (groups == groups[:, :1]).all(1, keepdim=True)  # 0, whatever their mean is rounded to
     advantages = (groups - groups.mean(1, keepdim=True)).masked_fill(alike, 0.0)
-    if normalize_by_std and group_size > 1:
+    if normalize_by_std and group_size > 1 and scores:
         advantages = advantages / (groups.std(1, keepdim=True) + advantage_eps)
     metadata = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} if scores else {}
     return advantages.flatten(), raw, metadata
@@ -281,16 +286,15 @@ def per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_chosen, 
     eos = getattr(tokenizer, "eos_token", None) or tokenizer_py.EOT
     batch = tokenize_prompt_and_output([ALPACA.format(prompt)] * 2,
                                        [response_chosen + eos, response_rejected + eos], tokenizer)
-    policy = sequence_log_probs(lm, *batch.values())
+
+    def log_probs(model):  # of the two responses, (2,)
+        ids, labels, mask = (x.to(next(model.parameters()).device) for x in batch.values())
+        return get_response_log_probs(model, ids, labels, mask=mask)["log_probs"].sum(-1)
+
+    policy = log_probs(lm)
     with torch.no_grad():
-        reference = sequence_log_probs(lm_ref, *batch.values()).to(policy.device)
+        reference = log_probs(lm_ref).to(policy.device)
     return dpo_loss(*policy, *reference, beta)[0]
-
-
-def sequence_log_probs(model, *batch):
-    """Sum of each row's response log-probabilities, (B,), of what batch_of gives."""
-    ids, labels, mask = (x.to(next(model.parameters()).device) for x in batch)
-    return get_response_log_probs(model, ids, labels, mask=mask)["log_probs"].sum(-1)
 
 
 def reward_model_loss(chosen, rejected):
@@ -308,43 +312,44 @@ def answer_of(response):
     return response.split("<answer>")[-1].replace("</answer>", "").strip()
 
 
-def scores(answer, right):
+def rewards_of(answer, is_right):
     """The course's three rewards: an answer that is None did not have the form asked for."""
-    right = float(bool(right) and answer is not None)
+    right = float(answer is not None and bool(is_right(answer)))
     return dict(format_reward=float(answer is not None), answer_reward=right, reward=right)
 
 
 def r1_zero_reward_fn(response, ground_truth):
     """1 for a right answer in <think> .. </think> <answer> .. </answer>; the form alone gives 0."""
-    answer = answer_of(response)
-    given = extract_boxed(answer or "") or answer or ""
-    return scores(answer, grade(given, str(ground_truth)))
+    return rewards_of(answer_of(response),
+                      lambda given: grade(extract_boxed(given) or given, str(ground_truth)))
 
 
 def question_only_reward_fn(response, ground_truth):
     """1 for a right \\boxed answer anywhere in the response."""
-    answer = extract_boxed(response)
-    return scores(answer, grade(answer or "", str(ground_truth)))
+    return rewards_of(extract_boxed(response), lambda given: grade(given, str(ground_truth)))
 
 
 def sort_reward_fn(response, ground_truth):
-    return scores(answer_of(response), answer_of(response) == ground_truth)
+    return rewards_of(answer_of(response), lambda given: given == ground_truth)
 
 
 def countdown_reward_fn(response, ground_truth):
     """ground_truth "3 5 7 = 26": the answer must use each number once, + - * / ( ) only."""
     numbers, target = ground_truth.split(" = ")
-    answer = (answer_of(response) or "").split("=")[0]
-    used = sorted(re.findall(r"\d+", answer)) == sorted(numbers.split())
-    # no ** or //, and no product or sum by writing side by side: 3(5), 2 1/3
-    plain = re.fullmatch(r"[\d+\-*/() ]+", answer) and not re.search(
-        r"\*\s*\*|/\s*/|[\d)]\s*\(|\)\s*\d|\d\s+\d", answer)
-    return scores(answer or None, used and plain and grade(answer, target))
+
+    def is_right(given):
+        given = given.split("=")[0]
+        used = sorted(re.findall(r"\d+", given)) == sorted(numbers.split())
+        # no ** or //, and no product or sum by writing side by side: 3(5), 2 1/3
+        plain = re.fullmatch(r"[\d+\-*/() ]+", given) and not re.search(
+            r"\*\s*\*|/\s*/|[\d)]\s*\(|\)\s*\d|\d\s+\d", given)
+        return used and plain and grade(given, target)
+
+    return rewards_of(answer_of(response), is_right)
 
 
 def safe_rewards(reward_fn, responses, truths, seconds=10.0):
-    """reward_fn of each; one that raises, takes longer or is not finite counts as 0: (dicts, how
-    many failed).
+    """reward_fn of each, and how many failed: raised, took longer, were not finite. They count 0.
 
     The alarm stops Python code, sleeping and regular expressions alike, and leaves no thread
     behind; it needs Unix and the main thread.
@@ -364,7 +369,7 @@ def safe_rewards(reward_fn, responses, truths, seconds=10.0):
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Exception:  # a user's function: whatever it raises
-            given, failures = scores(None, False), failures + 1
+            given, failures = rewards_of(None, None), failures + 1
         results.append(given)
     signal.signal(signal.SIGALRM, before)
     return results, failures
@@ -378,17 +383,8 @@ R1_ZERO = ("A conversation between User and Assistant. The User asks a question,
            "</think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., "
            "<think> reasoning process here </think> <answer> answer here </answer>.\n"
            "User: {}\nAssistant: <think>")
-QUESTION_ONLY = "{}"
-
-
-@dataclass
-class Task:
-    """Problems for RL: (prompt, truth) pairs to train on and held out, the reward, stop strings."""
-
-    train: list
-    held_out: list
-    reward_fn: object
-    stop: tuple = ("</answer>",)
+PROMPTS = {"r1_zero": (R1_ZERO, r1_zero_reward_fn),
+           "question_only": ("{}", question_only_reward_fn)}
 
 
 def sort_problem(rng):
@@ -396,21 +392,12 @@ def sort_problem(rng):
     return f"sort {digits}\n", "".join(sorted(digits))
 
 
-def sort_task(args):
-    """Sort 5 to 8 digits. Training problems are drawn anew at every step."""
-    rng = np.random.default_rng(10**6)
-    return Task([], [sort_problem(rng) for _ in range(args.held_out)], sort_reward_fn)
-
-
-def countdown_task(args):
-    rng, problems = np.random.default_rng(10**6), []
-    for _ in range(4000 + args.held_out):
-        numbers = rng.integers(1, 20, 3)
-        a, b, c = rng.permutation(numbers).tolist()
-        target = [a + b + c, a + b - c, a * b + c, a * b - c][rng.integers(4)]
-        text = " ".join(map(str, numbers))
-        problems.append((f"use {text} once each to make {target}\n<think>", f"{text} = {target}"))
-    return Task(problems[args.held_out:], problems[:args.held_out], countdown_reward_fn)
+def countdown_problem(rng):
+    numbers = rng.integers(1, 20, 3)
+    a, b, c = rng.permutation(numbers).tolist()
+    target = [a + b + c, a + b - c, a * b + c, a * b - c][rng.integers(4)]
+    text = " ".join(map(str, numbers))
+    return f"use {text} once each to make {target}\n<think>", f"{text} = {target}"
 
 
 def read_rows(path):
@@ -426,81 +413,78 @@ def read_rows(path):
                         raise ValueError(f"{file}: line {number} is not a JSON object") from None
 
 
-def file_task(args):
+def read_problems(args, template):
     """gsm8k ("question", "answer" ending in #### N) or math ("problem", "solution" or "answer")."""
-    template, reward = ((R1_ZERO, r1_zero_reward_fn) if args.prompt == "r1_zero" else
-                        (QUESTION_ONLY, question_only_reward_fn))
     if not args.data:
         raise ValueError(f"--task {args.task}: needs --data FILE.jsonl")
-    problems = []
     for row in read_rows(args.data):
         question = row.get("question") or row.get("problem")
         truth = row.get("answer") or extract_boxed(row.get("solution", ""))
         if not question or not truth:
             raise ValueError(f"--data: an item has {', '.join(row)}, not question and answer, or "
                              "problem and solution")
-        problems.append((template.format(question), str(truth).split("####")[-1].strip()))
-    held = min(args.held_out, len(problems) // 5)
-    stop = ("</answer>",) if args.prompt == "r1_zero" else ()
-    return Task(problems[held:], problems[:held], reward, stop)
-
-
-TASKS = {"sort": sort_task, "countdown": countdown_task, "gsm8k": file_task, "math": file_task}
+        yield template.format(question), str(truth).split("####")[-1].strip()
 
 
 def load_task(args, tokenizer, limit):
-    """The task of --task and --reward, without prompts that leave no room in `limit` tokens."""
-    task = TASKS[args.task](args)
+    """--task and --reward: (seed, count) -> problems to train on, those held out, the reward.
+
+    A problem is a prompt and its truth. Prompts that leave no room in `limit` tokens are left out.
+    """
+    if args.task in ("sort", "countdown"):
+        problem, reward_fn = ((sort_problem, sort_reward_fn) if args.task == "sort" else
+                              (countdown_problem, countdown_reward_fn))
+
+        def draw(seed, count):  # new ones for every seed
+            rng = np.random.default_rng(seed)
+            return [problem(rng) for _ in range(count)]
+
+        held_out = draw(10**6, args.held_out)
+    else:
+        template, reward_fn = PROMPTS[args.prompt]
+        problems = list(read_problems(args, template))
+        fit = [p for p in problems if len(tokenizer.encode(p[0])) < limit - 1]
+        if len(fit) < len(problems):
+            say(f"{len(problems) - len(fit)} problems skipped: no room for an answer in {limit} "
+                "tokens")
+        held = min(args.held_out, len(fit) // 5)
+        held_out, train = fit[:held], fit[held:]
+
+        def draw(seed, count):
+            rng = np.random.default_rng(seed)
+            return [train[i] for i in rng.choice(len(train), count, len(train) < count)]
+
+    if not held_out:
+        raise ValueError(f"--task {args.task}: no problem to hold out of --data or --held-out")
     if args.reward:
         sys.path.insert(0, os.getcwd())
         try:
-            task.reward_fn = pkgutil.resolve_name(args.reward)
+            reward_fn = pkgutil.resolve_name(args.reward)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"--reward {args.reward}: {error}; give MODULE:FUNCTION") from None
-    drawn, before = not task.train, len(task.train) + len(task.held_out)
-    task.train, task.held_out = (
-        [p for p in part if 0 < len(tokenizer.encode(p[0])) < limit - 1]
-        for part in (task.train, task.held_out))
-    skipped = before - len(task.train) - len(task.held_out)
-    if skipped:
-        say(f"{skipped} problems skipped: empty, or no room for an answer in {limit} tokens")
-    if not task.held_out or not (task.train or drawn):
-        raise ValueError(f"--task {args.task}: no problem left to train on, or none held out")
-    return task
-
-
-def draw_problems(task, count, seed, step):
-    """The problems of a step: a function of seed and step alone, so a restarted run agrees."""
-    rng = np.random.default_rng((seed, step))
-    if not task.train:
-        return [sort_problem(rng) for _ in range(count)]
-    return [task.train[i] for i in rng.choice(len(task.train), count, len(task.train) < count)]
+    return draw, held_out, reward_fn
 
 
 # ---- data sets ---------------------------------------------------------------------------------
 
 
 def conversation(row, tokenizer):
-    """A Row of messages, or of prompt and response.
-
-    Every assistant turn ends in a token that is learned too: else the model never learns to stop.
-    An empty turn is not learned.
-    """
-    encode, parts, before = tokenizer.encode, [], ""
-    if "messages" in row:
-        turns = row["messages"]
-        for i, turn in enumerate(turns):
-            if turn["role"] == "assistant" and turn["content"]:
-                opened = tokenizer.apply_chat_template(turns[:i], add_generation_prompt=True)
-                text = tokenizer.apply_chat_template(turns[:i + 1])
-                parts.append(joined(encode(opened[len(before):]), encode(text[len(opened):])))
-                before = text
-    elif "prompt" in row and "response" in row:
-        parts = [joined(encode(row["prompt"]), encode(row["response"]) + [tokenizer.eot_id])]
-    else:
+    """A Row of messages, of which only what the assistant says is learned, or of prompt and
+    response. The token that ends a turn is learned too: else the model never learns to stop."""
+    encode = tokenizer.encode
+    if "prompt" in row and "response" in row:
+        return joined(encode(row["prompt"]), encode(row["response"]) + [tokenizer.eot_id])
+    if "messages" not in row:
         raise ValueError(f"--data: a row has {', '.join(row)}; messages, or prompt and response, "
                          "are needed")
-    return Row([i for part in parts for i in part.ids], [x for part in parts for x in part.learned])
+    whole, before, turns = Row([], []), "", row["messages"]
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant" and turn["content"]:
+            opened = tokenizer.apply_chat_template(turns[:i], add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(turns[:i + 1])
+            whole.extend(joined(encode(opened[len(before):]), encode(text[len(opened):])))
+            before = text
+    return whole
 
 
 class PackedSFTDataset(torch.utils.data.Dataset):
@@ -547,16 +531,13 @@ def load_hh(path):
     return pairs
 
 
-# ---- a session: model, optimizers, log ---------------------------------------------------------
+# ---- a session: the model and what trains it ---------------------------------------------------
 
 
 def add_lora(model, rank, alpha=16.0):
     """Freeze the model; every matrix W of its blocks becomes W + (alpha / r) B A, of which A
     (r, d_in) and B (d_out, r) are learned (Hu et al. 2021). They start as peft's do, B at zero and
     A within 1 / sqrt(d_in), so that learning rates found with it carry over."""
-    def adapter(linear, inputs, output):  # a forward hook
-        return output + linear.scale * (inputs[0] @ linear.A.T) @ linear.B.T
-
     model.requires_grad_(False)
     for linear in model.layers.modules():
         if isinstance(linear, model_py.Linear):
@@ -564,7 +545,7 @@ def add_lora(model, rank, alpha=16.0):
             linear.A = torch.nn.Parameter((2 * torch.rand(rank, d_in) - 1) / math.sqrt(d_in))
             linear.B = torch.nn.Parameter(torch.zeros(d_out, rank))
             linear.scale = alpha / rank
-            linear.register_forward_hook(adapter)
+            linear.register_forward_hook(lambda m, x, y: y + m.scale * (x[0] @ m.A.T) @ m.B.T)
 
 
 @torch.no_grad()
@@ -589,63 +570,50 @@ class Session:
     tokenizer: object
     device: torch.device
     start: Path = None  # the checkpoint it began with
-    task: Task = None
+    draw_problems: object = None  # (seed, count) -> (prompt, truth) pairs to train on
+    held_out: list = ()
+    reward_fn: object = None
     optimizers: list = ()
     step: int = 0  # done so far
     updates: int = 0  # of the weights; grpo, ppo and ei make several a step
     records: list = field(default_factory=list)  # the lines of log.jsonl
     pool: set = field(default_factory=set)  # of expert iteration: (prompt ids, response ids)
-    seconds: dict = field(default_factory=dict)  # spent since the last line of the log
+    seconds: dict = field(default_factory=lambda: defaultdict(float))  # since the last log line
     stopping: bool = False  # SIGTERM came
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16")
 
+    def log_probs(self, model, ids, labels, mask):
+        """log p of the learned labels, and the entropy there: (B, T) each, 0 elsewhere."""
+        with self.autocast():
+            out = get_response_log_probs(model, ids, labels, True, mask)
+        return out["log_probs"], out["token_entropy"]
+
+    def token_values(self, ids):
+        """The value head of ppo and rm on the residual stream: (B, T)."""
+        with self.autocast():
+            return self.model.value_head(self.model.hidden(ids).float())[..., 0]
+
     @contextlib.contextmanager
     def timed(self, name):
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] += time.perf_counter() - start
 
-    def parameters(self):
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-
-def open_session(args):
-    device, out = train_py.init_distributed(args.device), Path(args.out)
-    start = Path(args.model or out / "start")
-    if out.resolve() == start.resolve():
-        raise ValueError(f"--out {out}: is --model's folder too; a run keeps what it began with")
-    out.mkdir(parents=True, exist_ok=True)
-    if not args.model and not (out / "train_state.pt").exists():
-        pretrain_sorter(args, device, start)
-    model = model_py.Transformer.from_pretrained(start, dtype=torch.float32)
-    s = Session(args, model, tokenizer_py.Tokenizer.load(start), device, start)
-    if args.task:
-        s.task = load_task(args, s.tokenizer, model.config.context_length)
-    signal.signal(signal.SIGTERM, lambda *_: setattr(s, "stopping", True))
-    torch.manual_seed(args.seed)
-    if args.lora:
-        add_lora(model, args.lora)
-    model.to(device)
-    if args.checkpoint_activations:
-        train_py.checkpoint_blocks(model)
-    if args.algorithm in ("ppo", "rm"):
-        model.value_head = torch.nn.Linear(model.config.d_model, 1).to(device)
-        torch.nn.init.zeros_(model.value_head.weight)
-    s.optimizers = make_optimizers(s)
-    restore(s)
-    return s
+    def sum(self, *values):
+        """Each value's sum over the ranks; what that takes is the wait for the slowest."""
+        with self.timed("wait"):
+            return all_reduce_sum([float(v) for v in values], self.device)
 
 
-def make_optimizers(s):
+def make_optimizers(model, args):
     """AdamW, and Muon for the blocks' matrices if --muon-lr has a rate for it."""
-    use_muon = s.args.muon_lr and not s.args.lora
-    matrices = [p for p in s.model.layers.parameters() if p.ndim == 2 and use_muon]
-    inside = set(map(id, matrices))
-    adam = train_py.AdamW([p for p in s.parameters() if id(p) not in inside], lr=s.args.lr,
-                          betas=(0.9, 0.95), weight_decay=0.0)
-    return [adam, train_py.Muon(matrices, lr=s.args.muon_lr)] if matrices else [adam]
+    muon = args.muon_lr and not args.lora
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2 and muon]
+    others = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
+    adam = train_py.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [adam, train_py.Muon(matrices, lr=args.muon_lr)] if matrices else [adam]
 
 
 def reference_model(s):
@@ -654,7 +622,401 @@ def reference_model(s):
     return model.to(s.device).requires_grad_(False)
 
 
+# ---- one update, of every algorithm ------------------------------------------------------------
+
+
+def micro_batches(rows, tokens):
+    """Rows by length, in batches of about so many padded tokens."""
+    def size(row):
+        pair = [row, row.rejected] if row.rejected else [row]
+        return len(pair) * max(len(r.ids) for r in pair)
+
+    rows = sorted(rows, key=size)
+    while rows:  # the longest first: too little memory for them shows at once
+        count = max(1, tokens // size(rows[-1]))
+        yield rows[-count:]
+        rows = rows[:-count]
+
+
+def update(s, rows, loss_fn, names):
+    """One optimizer step: sums over all ranks of `names`, and the gradient's norm before clipping.
+
+    loss_fn(rows of a micro-batch, input ids, labels, mask) -> (its share of the loss, what to sum
+    under each name); of pairs the chosen rows come first, then the rejected.
+
+    The warm-up matters: Adam's first steps have the full size whatever the gradient is, which can
+    undo a pre-trained model in one of them.
+    """
+    a, totals = s.args, [0.0] * len(names)
+    parameters = [p for p in s.model.parameters() if p.requires_grad]
+    with s.timed("train"):
+        for part in micro_batches(rows, a.micro_tokens):
+            part = part + [r.rejected for r in part if r.rejected]
+            loss, values = loss_fn(part, *batch_of(part, s.device))
+            loss.backward()
+            totals = [total + v.item() for total, v in zip(totals, values)]
+    totals = s.sum(*totals)
+    with s.timed("train"):
+        for p in parameters:
+            if p.grad is None:  # a rank without rows still takes part in the sum
+                p.grad = torch.zeros_like(p)
+        train_py.sum_gradients(parameters)
+        norm = train_py.clip_grad_norm(parameters, 1.0).item()
+        if not math.isfinite(norm):
+            raise ValueError(f"step {s.step + 1}: the gradient is not finite; the checkpoint of "
+                             "the last save is kept, try a lower --lr")
+        s.updates += 1
+        for optimizer, lr in zip(s.optimizers, (a.lr, a.muon_lr)):
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, s.updates / max(1, a.warmup))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return dict(zip(names, totals), gnorm=norm)
+
+
+# ---- supervised fine-tuning --------------------------------------------------------------------
+
+
+def sft_update(s, rows):
+    """One step on rows, of which each rank takes its share: mean loss a learned token."""
+    tokens = max(1, sum(sum(r.learned) for r in rows))
+
+    def loss_fn(rows, ids, labels, mask):
+        logp, _ = s.log_probs(s.model, ids, labels, mask)
+        loss = -masked_normalize(logp, mask, tokens)
+        return loss, [loss]
+
+    return update(s, rows[RANK::WORLD_SIZE], loss_fn, ["loss"])
+
+
+def pretrain_sorter(args, device, folder, demonstrations=300):
+    """Teach a new model of 0.38M parameters the form of an answer, and some sorting.
+
+    Its tokens are bytes and five tags; it copies the digits in <think> before it sorts them.
+    """
+    tags = ["<|endoftext|>", "<think>", "</think>", "<answer>", "</answer>"]
+    vocab = {i: t.encode() for i, t in enumerate(tags)} | {i + 5: bytes([i]) for i in range(256)}
+    tok = tokenizer_py.Tokenizer(vocab, [], tags)
+    torch.manual_seed(args.seed)
+    model = model_py.Transformer(model_py.ModelConfig(
+        vocab_size=tok.vocab_size, d_model=96, num_layers=3, num_heads=3, d_ff=256,
+        context_length=64, qk_norm=True, zero_init=True, tie_embeddings=False)).to(device)
+
+    rng, start, loss = np.random.default_rng(args.seed + 10**7), time.time(), math.nan
+    problems = [sort_problem(rng) for _ in range(demonstrations)]
+    rows = [conversation(dict(prompt=prompt, response=f"<think> {prompt[5:-1]} </think> <answer> "
+                              f"{truth} </answer>"), tok) for prompt, truth in problems]
+    a = argparse.Namespace(**vars(args) | dict(warmup=20, lora=0, lr=3e-3, muon_lr=0.02))
+    s = Session(a, model, tok, device, optimizers=make_optimizers(model, a))
+    for step in range(a.pretrain_steps):
+        decay = min(1.0, 2 * (1 - step / a.pretrain_steps))
+        a.lr, a.muon_lr = 3e-3 * decay, 0.02 * decay
+        loss = sft_update(s, [rows[i] for i in rng.choice(len(rows), 64)])["loss"]
+    if RANK == 0:
+        model.save_pretrained(folder)
+        tok.save(folder)
+    dist.barrier()
+    say(f"pre-trained on {len(rows)} demonstrations: loss {loss:.4f}, {time.time() - start:.0f} s")
+
+
+def batches(s, rows):
+    """Each step's rows: every one once an epoch, in an order that seed and epoch give.
+
+    Left out are rows, or pairs of them, without a prompt or an answer or longer than the context.
+    """
+    a, limit = s.args, s.model.config.context_length
+    try:
+        rows = list(rows)
+    except KeyError as error:
+        raise ValueError(f"--data: a row, or a message in it, is without {error}") from None
+    good = [row for row in rows if all(
+        r.ids and not r.learned[0] and sum(r.learned) > 1 and len(r.ids) <= limit
+        for r in (row, row.rejected or row))]
+    if len(good) < len(rows):
+        say(f"{len(rows) - len(good)} rows skipped: an empty prompt or response, or over {limit} "
+            "tokens")
+    if not good:
+        raise ValueError("no response left to learn from")
+    if a.pack and a.algorithm == "sft":  # end to end while they fit, so that little is padding
+        rows, good = good, [Row([], [])]
+        for row in rows:
+            if len(good[-1].ids) + len(row.ids) > limit:
+                good.append(Row([], []))
+            good[-1].extend(row)
+    n, size = len(good), min(a.batch_size, len(good))
+    a.steps = a.steps or math.ceil(n * a.epochs / size)
+    order = np.concatenate([np.random.default_rng((a.seed, epoch)).permutation(n)
+                            for epoch in range(1 + a.steps * size // n)])
+    while s.step < a.steps:
+        yield [good[i] for i in order[s.step * size:(s.step + 1) * size]]
+
+
+# Each algorithm is a generator: it makes a step, yields what to log of it, and goes on.
+
+
+def sft(s):
+    """Supervised fine-tuning on the assistant's tokens."""
+    if not s.args.data:
+        raise ValueError("sft: needs --data FILE.jsonl of messages, or prompt and response")
+    rows = (conversation(row, s.tokenizer) for row in read_rows(s.args.data))
+    for batch in batches(s, rows):
+        yield sft_update(s, batch)
+
+
+# ---- rollouts ----------------------------------------------------------------------------------
+
+
+def log_generations(path, step, prompts, completions, truths, rewards, count=8):
+    """Append a step's transcripts to a .jsonl: prompt, response, truth, rewards, length, reason."""
+    with open(path, "a", encoding="utf-8") as f:
+        for p, c, t, r in list(zip(prompts, completions, truths, rewards))[:count]:
+            f.write(json.dumps(dict(step=step, prompt=p, response=c.text, truth=t, **r,
+                                    tokens=len(c.tokens), reason=c.reason,
+                                    mean_logprob=float(np.mean(c.logprobs))),
+                               default=str) + "\n")  # a user's reward may hold anything
+
+
+def answer(s, problems, n=1, temperature=1.0):
+    """n answers to each (prompt, truth) of this rank's share of problems: Rows, problem by
+    problem, and the mean reward and length over all ranks.
+
+    Temperature 1 without top-k or top-p, as the losses assume; the tokens that were sampled are
+    the ones trained on, never text encoded again.
+    """
+    a, problems = s.args, problems[RANK::WORLD_SIZE]
+    with s.timed("rollout"), s.autocast():
+        done = s.model.generate(
+            [s.tokenizer.encode(p) for p, _ in problems],
+            min(a.max_new_tokens, s.model.config.context_length - 1), temperature=temperature, n=n,
+            stop=["</answer>", s.tokenizer.eot_id], tokenizer=s.tokenizer,
+            seed=int(np.random.SeedSequence((a.seed, s.step, RANK)).generate_state(1)[0]),
+            batch_size=a.rollout_batch) if problems else []
+    prompts, truths = ([p[i] for p in problems for _ in range(n)] for i in (0, 1))
+    with s.timed("scoring"):
+        rewards, failures = safe_rewards(s.reward_fn, [d.text for d in done], truths)
+    if RANK == 0 and temperature and (s.step + 1) % a.eval_every == 0:
+        path = Path(a.out) / "transcripts.jsonl"
+        log_generations(path, s.step + 1, prompts, done, truths, rewards)
+    rows = [joined(d.ids[:-len(d.tokens)], d.tokens, old=d.logprobs, reward=r["reward"],
+                   complete=d.reason == "stop") for d, r in zip(done, rewards)]
+    count, failures, reward, length = s.sum(
+        len(rows), failures, sum(r.reward for r in rows), sum(len(r.old) for r in rows))
+    if failures:
+        say(f"the reward function failed on {failures:.0f} of {count:.0f} answers; they count 0")
+    return rows, dict(reward=reward / max(count, 1), length=length / max(count, 1))
+
+
+def held_out_accuracy(s):
+    """Mean reward of greedy answers to the held-out problems, shared by the ranks."""
+    return answer(s, s.held_out, temperature=0.0)[1]["reward"]
+
+
+def from_all_ranks(items):
+    """The lists of all ranks, one after the other."""
+    lists = [None] * WORLD_SIZE
+    dist.all_gather_object(lists, items)
+    return [item for items in lists for item in items]
+
+
+def ei(s):
+    """Expert iteration: fine-tune on all of one's own right answers so far, again and again."""
+    a = s.args
+    while s.step < a.steps:
+        rows, record = answer(s, s.draw_problems((a.seed, s.step), a.prompts), a.group_size)
+        s.pool.update(from_all_ranks(
+            [(tuple(r.ids[:-len(r.old)]), tuple(r.ids[-len(r.old):]))
+             for r in rows if r.reward == 1.0]))
+        pool = [joined(list(p), list(r)) for p, r in sorted(s.pool)]
+        rng = np.random.default_rng((a.seed, s.step, 0))
+        for _ in range(a.epochs * a.minibatches):
+            chosen = rng.choice(len(pool), min(len(pool), a.batch_size), False) if pool else []
+            result = sft_update(s, [pool[i] for i in chosen])
+        yield dict(record, pool=len(pool), **result)
+
+
+# ---- policy gradients --------------------------------------------------------------------------
+
+
+def spread(mask, rows, name):
+    """A field of the rows with an entry a learned token -> (B, T), 0 elsewhere."""
+    flat = torch.tensor([v for row in rows for v in getattr(row, name)], device=mask.device)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat.float())
+
+
+def policy_update(s, rows, reference=None, first=True):
+    """One optimizer step on sampled rows, with PPO's value loss if that is the algorithm."""
+    a = s.args
+    kept = [r for r in rows if r.complete or not a.mask_overlong]
+    count, tokens = (max(1.0, x) for x in s.sum(len(kept), sum(len(r.old) for r in kept)))
+    constant = tokens if a.length_norm == "token" else a.max_new_tokens
+
+    def loss_fn(rows, ids, labels, mask):
+        policy, entropy = s.log_probs(s.model, ids, labels, mask)
+        old, advantages = spread(mask, rows, "old"), spread(mask, rows, "advantages")
+        raw, kl = torch.tensor([[r.reward] for r in rows], device=s.device), torch.zeros_like(old)
+        if first and mask.any():  # sampler and trainer are one model still: ratios must be 1
+            off = ((policy.detach() - old).exp() - 1).abs()[mask]
+            off, allowed = (off.mean(), 0.05) if a.dtype == "bf16" else (off.max(), 1e-3)
+            if not off <= allowed:
+                raise ValueError(f"log-probabilities of sampling and training differ by {off:.2g} "
+                                 f"in ratio, {allowed} is allowed")
+        loss, extra = compute_policy_gradient_loss(policy, a.loss, raw, advantages, old,
+                                                   a.cliprange, a.cliprange_high, mask)
+        if reference is not None:
+            kl = kl_penalty(policy, s.log_probs(reference, ids, labels, mask)[0])
+            loss = loss + a.kl * kl
+        if a.algorithm == "ppo":
+            loss = loss + 0.5 * (s.token_values(ids) - spread(mask, rows, "returns")).square()
+        loss = loss - a.entropy_bonus * entropy
+        loss = (loss * length_weights(mask, a.length_norm, count, constant)).sum()
+        clipped = extra.get("clipped", torch.zeros_like(mask))
+        return loss, [(x * mask).sum() / tokens for x in (entropy, kl, clipped)]
+
+    return update(s, kept, loss_fn, ["entropy", "kl", "clipped"])
+
+
+def gae(rewards, values, gamma=1.0, lam=0.95):
+    """Advantages of one sequence (T,) (Schulman et al. 2015): d_t = r_t + g v_{t+1} - v_t,
+    A_t = d_t + g lam A_{t+1}; what comes after the end is worth 0."""
+    advantages, running, after = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(len(values))):
+        running = rewards[t] + gamma * after - values[t] + gamma * lam * running
+        advantages[t], after = running, values[t]
+    return advantages
+
+
+def ppo_advantages(s, rows):
+    """GAE on the value head's numbers, the reward at the last token; mean 0, deviation 1."""
+    for part in micro_batches(rows, s.args.micro_tokens):
+        ids, _, mask = batch_of(part, s.device)
+        with s.timed("train"), torch.no_grad():
+            values = s.token_values(ids).cpu()
+        for row, v, m in zip(part, values, mask.cpu()):
+            rewards = F.pad(torch.tensor([row.reward]), (len(row.old) - 1, 0))
+            advantages = gae(rewards, v[m])
+            row.returns, row.advantages = (advantages + v[m]).tolist(), advantages.tolist()
+    flat = [a for r in rows for a in r.advantages]
+    n, total, square = s.sum(len(flat), sum(flat), sum(a * a for a in flat))
+    mean = total / max(n, 1)
+    deviation = math.sqrt(max(square / max(n, 1) - mean**2, 0.0)) + 1e-6
+    for row in rows:
+        row.advantages = [(a - mean) / deviation for a in row.advantages]
+
+
+def policy_gradient(s):
+    """grpo and ppo: sample, compare, update, repeat; they differ in what an advantage is."""
+    a, reference = s.args, reference_model(s) if s.args.kl else None
+    while s.step < a.steps:
+        rows, record = answer(s, s.draw_problems((a.seed, s.step), a.prompts), a.group_size)
+        if a.algorithm == "ppo":
+            ppo_advantages(s, rows)
+        else:  # over the other answers to the same problem
+            advantages, _, _ = compute_group_normalized_rewards(
+                lambda row, _: dict(reward=row.reward), rows, rows, a.group_size,
+                normalize_by_std=not a.no_std)
+            for row, advantage in zip(rows, advantages.tolist()):
+                row.advantages = [advantage] * len(row.old)
+        # with --drop-equal, groups that are all right or all wrong have nothing to say
+        useful = [r for r in rows if any(r.advantages) or not a.drop_equal]
+        for epoch in range(a.epochs):
+            order = np.random.default_rng((a.seed, s.step, epoch)).permutation(len(useful))
+            for i, chosen in enumerate(np.array_split(order, a.minibatches)):
+                means = policy_update(s, [useful[j] for j in chosen], reference, epoch + i == 0)
+        yield dict(record, **means)
+
+
+# ---- preferences -------------------------------------------------------------------------------
+
+
+def read_pairs(s):
+    """The pairs of --data: chosen Rows, each with the rejected one."""
+    rows = list(read_rows(s.args.data))
+    for row in rows if rows and "prompt" in rows[0] else load_hh(s.args.data):
+        chosen, rejected = (conversation(dict(prompt=row["prompt"], response=row[key]), s.tokenizer)
+                            for key in ("chosen", "rejected"))
+        yield replace(chosen, rejected=rejected)
+
+
+def own_pairs(s):
+    """Right answers of the starting model, each with a wrong one to the same problem."""
+    a, n, pairs = s.args, s.args.group_size, []
+    start = replace(s, model=reference_model(s), step=0)
+    rows, _ = answer(start, s.draw_problems((a.seed, 0), a.prompts), n)
+    for g in range(0, len(rows), n):
+        right = [r for r in rows[g:g + n] if r.reward == 1.0]
+        wrong = [r for r in rows[g:g + n] if r.reward < 1.0]
+        pairs += [replace(r, rejected=w) for r, w in zip(right[:2], wrong[:2])]
+    pairs = from_all_ranks(pairs)
+    say(f"{len(pairs)} pairs of own answers to {a.prompts} problems")
+    return pairs
+
+
+def preferences(s, loss_fn):
+    """The steps of dpo and rm; loss_fn(input ids, labels, mask) -> losses and margins (B,)."""
+    def share(rows, *batch):
+        losses, margins = loss_fn(*batch)
+        loss = losses.sum() / len(pairs)
+        return loss, [loss, (margins > 0).sum() / len(pairs)]
+
+    for pairs in batches(s, read_pairs(s) if s.args.data else own_pairs(s)):
+        yield update(s, pairs[RANK::WORLD_SIZE], share, ["loss", "margin_accuracy"])
+
+
+def dpo(s):
+    """Direct preference optimization against a frozen copy of the starting model; SimPO has none.
+
+    --nll adds the chosen response's mean -log p: where right and wrong answers share most tokens,
+    DPO alone lowers both (Pang et al. 2024, Iterative Reasoning Preference Optimization).
+    """
+    a, reference = s.args, reference_model(s) if s.args.preference != "simpo" else None
+    nll = float(not a.data) if a.nll is None else a.nll
+
+    def loss_fn(*batch):
+        policy, ref = s.log_probs(s.model, *batch)[0].sum(1).chunk(2), (None, None)
+        if reference is not None:
+            ref = s.log_probs(reference, *batch)[0].sum(1).chunk(2)
+        lengths = batch[2].sum(1).float().chunk(2)
+        losses, margins = dpo_loss(*policy, *ref, a.beta, a.preference, a.label_smoothing, *lengths)
+        return losses - nll * policy[0] / lengths[0], margins
+
+    return preferences(s, loss_fn)
+
+
+def rm(s):
+    """A reward model: a linear head on the last token, saved as reward_head.safetensors."""
+    def loss_fn(ids, labels, mask):
+        ids = torch.cat((ids, labels[:, -1:]), 1)  # (2 B, T + 1), with the last token
+        last = mask.shape[1] - mask.flip(1).int().argmax(1)
+        chosen, rejected = s.token_values(ids).gather(1, last[:, None])[:, 0].chunk(2)
+        return reward_model_loss(chosen, rejected), chosen - rejected
+
+    return preferences(s, loss_fn)
+
+
+# ---- a run: begun, logged, saved, gone on with -------------------------------------------------
+
 IDENTITY = ("algorithm", "model", "task", "data", "seed", "lr", "lora")
+
+
+def save(s, names):
+    """The model for users; train_state.pt, from which a run goes on; a plot of `names` against the
+    step. Each file is whole at any moment."""
+    out = Path(s.args.out)
+    merged(s.model).save_pretrained(out)
+    s.tokenizer.save(out)
+    if s.args.algorithm == "rm":
+        from safetensors.torch import save_file
+        save_file(s.model.value_head.state_dict(), out / "reward_head.safetensors")
+    train_py.save_checkpoint(s.model, s.optimizers, s.step, out / "train_state.pt",
+                             settings={k: getattr(s.args, k) for k in IDENTITY},
+                             updates=s.updates, records=s.records, pool=sorted(s.pool))
+
+    from matplotlib.figure import Figure
+    figure = Figure((3.2 * len(names), 3), dpi=100, layout="constrained")
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        panel.plot(*zip(*((r["step"], r[name]) for r in s.records if r[name] is not None)))
+        panel.set(title=name, xlabel="step")
+    figure.savefig(out / "progress.tmp.png")
+    os.replace(out / "progress.tmp.png", out / "progress.png")
 
 
 def restore(s):
@@ -673,19 +1035,6 @@ def restore(s):
         path.with_name("log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in s.records))
 
 
-def save(s):
-    """The model for users, and train_state.pt, from which a run goes on; each file whole."""
-    out = Path(s.args.out)
-    merged(s.model).save_pretrained(out)
-    s.tokenizer.save(out)
-    if s.args.algorithm == "rm":
-        from safetensors.torch import save_file
-        save_file(s.model.value_head.state_dict(), out / "reward_head.safetensors")
-    train_py.save_checkpoint(s.model, s.optimizers, s.step, out / "train_state.pt",
-                             settings={k: getattr(s.args, k) for k in IDENTITY},
-                             updates=s.updates, records=s.records, pool=sorted(s.pool))
-
-
 def log_step(s, **record):
     """One line on the screen and in log.jsonl; held-out accuracy, plot and checkpoint when due.
 
@@ -694,482 +1043,64 @@ def log_step(s, **record):
     s.step += 1
     a, last, spent = s.args, s.step == s.args.steps, sum(s.seconds.values()) or 1.0
     shares = {k: round(v / spent, 3) for k, v in s.seconds.items()}
-    evaluated = s.task and a.algorithm != "rm" and (s.step % a.eval_every == 0 or last)
+    evaluated = s.held_out and a.algorithm != "rm" and (s.step % a.eval_every == 0 or last)
     record["accuracy"] = held_out_accuracy(s) if evaluated else None
     s.records.append(dict(step=s.step, **record, **shares))
+    stopping, = s.sum(s.stopping)
     s.seconds.clear()
-    stopping, = all_reduce_sum([float(s.stopping)], s.device)
     if RANK == 0:
         with open(Path(a.out) / "log.jsonl", "a") as f:
             f.write(json.dumps(s.records[-1]) + "\n")
-        if s.step == 1 or s.step % a.log_every == 0 or last:
-            say(f"{s.step:>5}/{a.steps:<5} " + "  ".join(
-                f"{k} {v:.4g}" for k, v in (record | shares).items() if v is not None))
+        say(f"{s.step:>5}/{a.steps:<5} " + "  ".join(
+            f"{k} {v:.4g}" for k, v in (record | shares).items() if v is not None))
         if s.step % a.save_every == 0 or last or stopping:
-            save(s)
-            draw(s.records, list(record), Path(a.out) / "progress.png")
+            save(s, list(record))
     if stopping:
         raise KeyboardInterrupt
 
 
-def draw(records, names, path):
-    """A panel for each name: its numbers against the step."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3), dpi=100)
-    for panel, name in zip(np.atleast_1d(panels), names):
-        points = [(r["step"], r[name]) for r in records if r[name] is not None]
-        panel.plot(*np.reshape(points, (-1, 2)).T)
-        panel.set(title=name, xlabel="step")
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".tmp.png"))
-    plt.close(figure)
-    os.replace(path.with_suffix(".tmp.png"), path)
-
-
-# ---- one update, of every algorithm ------------------------------------------------------------
-
-
-def micro_batches(rows, tokens):
-    """Rows by length, in batches of about so many padded tokens."""
-    def size(row):
-        pair = [row, row.rejected] if row.rejected else [row]
-        return len(pair) * max(len(r.ids) for r in pair)
-
-    batch = []
-    for row in sorted(rows, key=size):
-        if batch and size(row) * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def optimizer_step(s):
-    """Sum gradients over the ranks, clip, warm up, step; returns the norm before clipping.
-
-    The warm-up matters: Adam's first steps have the full size whatever the gradient is, which can
-    undo a pre-trained model in one of them.
-    """
-    parameters = s.parameters()
-    for p in parameters:
-        if p.grad is None:  # a rank without rows still takes part in the sum
-            p.grad = torch.zeros_like(p)
-    train_py.sum_gradients(parameters)
-    norm = train_py.clip_grad_norm(parameters, s.args.clip).item()
-    if not math.isfinite(norm):
-        raise ValueError(f"step {s.step + 1}: the gradient is not finite; the checkpoint of the "
-                         "last save is kept, try a lower --lr")
-    s.updates += 1
-    for optimizer, lr in zip(s.optimizers, (s.args.lr, s.args.muon_lr)):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, s.updates / max(1, s.args.warmup))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def update(s, rows, loss_fn, names):
-    """One optimizer step: sums over all ranks of `names`, and the gradient's norm.
-
-    loss_fn(rows of a micro-batch) -> (its share of the loss, what to sum under each name).
-    """
-    totals = [0.0] * len(names)
-    with s.timed("train"):
-        for part in micro_batches(rows, s.args.micro_tokens):
-            loss, values = loss_fn(part)
-            loss.backward()
-            totals = [total + v.item() for total, v in zip(totals, values)]
-    with s.timed("wait"):
-        totals = all_reduce_sum(totals, s.device)
-    with s.timed("train"):
-        return dict(zip(names, totals), gnorm=optimizer_step(s))
-
-
-# ---- supervised fine-tuning --------------------------------------------------------------------
-
-
-def sft_update(s, rows):
-    """One step on rows: mean loss a learned token, over all ranks."""
-    tokens, = all_reduce_sum([float(sum(sum(r.learned) for r in rows))], s.device)
-
-    def loss_fn(rows):
-        ids, labels, mask = batch_of(rows, s.device)
-        with s.autocast():
-            logp = get_response_log_probs(s.model, ids, labels, mask=mask)["log_probs"]
-        loss = -masked_normalize(logp, mask, max(tokens, 1.0))
-        return loss, [loss]
-
-    return update(s, rows, loss_fn, ["loss"])
-
-
-def new_sorter(args):
-    """A model of 0.3M parameters and a tokenizer of bytes and the five tags, for --task sort."""
-    tags = ["<|endoftext|>", "<think>", "</think>", "<answer>", "</answer>"]
-    vocab = {i: t.encode() for i, t in enumerate(tags)} | {i + 5: bytes([i]) for i in range(256)}
-    tok = tokenizer_py.Tokenizer(vocab, [], tags)
+def open_session(args):
+    """The model of --model, or one that was just taught to sort, ready for its next step."""
+    device, out = train_py.init_distributed(args.device), Path(args.out)
+    start = Path(args.model or out / "start")
+    if out.resolve() == start.resolve():
+        raise ValueError(f"--out {out}: is --model's folder too; a run keeps what it began with")
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.model and not (out / "train_state.pt").exists():
+        pretrain_sorter(args, device, start)
+    model = model_py.Transformer.from_pretrained(start, dtype=torch.float32)
+    s = Session(args, model, tokenizer_py.Tokenizer.load(start), device, start)
+    if args.task:
+        s.draw_problems, s.held_out, s.reward_fn = load_task(
+            args, s.tokenizer, model.config.context_length)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(s, "stopping", True))
     torch.manual_seed(args.seed)
-    model = model_py.Transformer(model_py.ModelConfig(
-        vocab_size=tok.vocab_size, d_model=96, num_layers=3, num_heads=3, d_ff=256,
-        context_length=64, qk_norm=True, zero_init=True, tie_embeddings=False))
-    return model, tok
-
-
-def pretrain_sorter(args, device, folder, demonstrations=300):
-    """Teach a new model the form of an answer, and some sorting: <think> as given </think> ..."""
-    rng, a, start = np.random.default_rng(args.seed + 10**7), copy.copy(args), time.time()
-    a.warmup, a.lora, a.lr, a.muon_lr = 20, 0, 3e-3, 0.02
-    model, tok = new_sorter(args)
-    texts = [(p, f"<think> {p[5:-1]} </think> <answer> {t} </answer>")
-             for p, t in (sort_problem(rng) for _ in range(demonstrations))]
-    rows = [joined(tok.encode(p), tok.encode(r) + [tok.eot_id]) for p, r in texts]
-    s = Session(a, model.to(device), tok, device)
-    s.optimizers = make_optimizers(s)
-    for step in range(a.pretrain_steps):
-        decay = min(1.0, 2 * (1 - step / a.pretrain_steps))
-        a.lr, a.muon_lr = 3e-3 * decay, 0.02 * decay
-        mine = [rows[i] for i in rng.choice(len(rows), 64)][RANK::WORLD_SIZE]
-        loss = sft_update(s, mine)["loss"]
-    if RANK == 0:
-        model.save_pretrained(folder)
-        tok.save(folder)
-    dist.barrier()
-    say(f"pre-trained on {len(rows)} demonstrations: loss {loss:.4f}, {time.time() - start:.0f} s")
-
-
-def fitting(rows, limit):
-    """The rows with a prompt and an answer that fit the context, also where there are pairs."""
-    good = [row for row in rows if all(
-        r.ids and not r.learned[0] and sum(r.learned) > 1 and len(r.ids) <= limit
-        for r in (row, row.rejected or row))]
-    if len(good) < len(rows):
-        say(f"{len(rows) - len(good)} rows skipped: an empty prompt or response, or over {limit} "
-            "tokens")
-    if not good:
-        raise ValueError("no response left to learn from")
-    return good
-
-
-def pack(rows, limit):
-    """Join rows end to end while they fit one context, so that little is padding."""
-    packed = []
-    for row in rows:
-        if not packed or len(packed[-1].ids) + len(row.ids) > limit:
-            packed.append(Row([], []))
-        packed[-1].ids.extend(row.ids)
-        packed[-1].learned.extend(row.learned)
-    return packed
-
-
-def batches(s, rows):
-    """Each step's rows: every one once an epoch, in an order that seed and epoch give."""
-    a, n, size = s.args, len(rows), min(s.args.batch_size, len(rows))
-    a.steps = a.steps or math.ceil(n * a.epochs / size)
-    while s.step < a.steps:
-        places = range(s.step * size, (s.step + 1) * size)
-        orders = {epoch: np.random.default_rng((a.seed, epoch)).permutation(n)
-                  for epoch in {place // n for place in places}}
-        yield [rows[orders[place // n][place % n]] for place in places]
-
-
-# Each algorithm is a generator: it makes a step, yields what to log of it, and goes on.
-
-
-def sft(s):
-    """Supervised fine-tuning on the assistant's tokens."""
-    limit = s.model.config.context_length
-    if not s.args.data:
-        raise ValueError("sft: needs --data FILE.jsonl of messages, or prompt and response")
-    try:
-        rows = fitting([conversation(row, s.tokenizer) for row in read_rows(s.args.data)], limit)
-    except KeyError as error:
-        raise ValueError(f"--data: a message is without {error}") from None
-    for chosen in batches(s, pack(rows, limit) if s.args.pack else rows):
-        yield sft_update(s, chosen[RANK::WORLD_SIZE])
-
-
-# ---- rollouts ----------------------------------------------------------------------------------
-
-
-def answer(s, problems, n=1, temperature=1.0, seed=0, transcripts=None):
-    """n answers to each (prompt, truth) of this rank: Rows, problem by problem, and the mean reward
-    and length over all ranks.
-
-    Temperature 1 without top-k or top-p, as the losses assume; the tokens that were sampled are
-    the ones trained on, never text encoded again.
-    """
-    limit = min(s.args.max_new_tokens, s.model.config.context_length - 1)
-    prompts, truths = ([p[i] for p in problems for _ in range(n)] for i in (0, 1))
-    with s.timed("rollout"), s.autocast():
-        done = s.model.generate(
-            [s.tokenizer.encode(p) for p, _ in problems], limit, temperature=temperature, n=n,
-            stop=[*s.task.stop, s.tokenizer.eot_id], tokenizer=s.tokenizer, seed=seed,
-            batch_size=s.args.rollout_batch) if problems else []
-    with s.timed("scoring"):
-        rewards, failures = safe_rewards(s.task.reward_fn, [d.text for d in done], truths)
-    if transcripts:
-        log_generations(transcripts, s.step + 1, prompts, done, truths, rewards)
-    rows = [joined(d.ids[:-len(d.tokens)], d.tokens, old=d.logprobs, reward=r["reward"],
-                   complete=d.reason == "stop") for d, r in zip(done, rewards)]
-    with s.timed("wait"):
-        count, failures, reward, length = all_reduce_sum(
-            [float(len(rows)), float(failures), sum(r.reward for r in rows),
-             float(sum(len(r.old) for r in rows))], s.device)
-    if failures:
-        say(f"the reward function failed on {failures:.0f} of {count:.0f} answers; they count 0")
-    return rows, dict(reward=reward / max(count, 1), length=length / max(count, 1))
-
-
-def held_out_accuracy(s):
-    """Mean reward of greedy answers to the held-out problems, shared by the ranks."""
-    return answer(s, s.task.held_out[RANK::WORLD_SIZE], temperature=0.0)[1]["reward"]
-
-
-def log_generations(path, step, prompts, completions, truths, rewards, count=8):
-    """Append a step's transcripts to a .jsonl: prompt, response, truth, rewards, length, reason."""
-    with open(path, "a", encoding="utf-8") as f:
-        for p, c, t, r in list(zip(prompts, completions, truths, rewards))[:count]:
-            f.write(json.dumps(dict(step=step, prompt=p, response=c.text, truth=t, **r,
-                                    tokens=len(c.tokens), reason=c.reason,
-                                    mean_logprob=float(np.mean(c.logprobs))),
-                               default=str) + "\n")  # a user's reward may hold anything
-
-
-def collect(s):
-    """Answers to this rank's share of the step's problems: see answer."""
-    a, shown = s.args, RANK == 0 and (s.step + 1) % s.args.log_every == 0
-    problems = draw_problems(s.task, a.prompts, a.seed, s.step)[RANK::WORLD_SIZE]
-    seed = int(np.random.SeedSequence((a.seed, s.step, RANK)).generate_state(1)[0])
-    return answer(s, problems, a.group_size, seed=seed,
-                  transcripts=Path(a.out) / "transcripts.jsonl" if shown else None)
-
-
-def ei(s):
-    """Expert iteration: fine-tune on all of one's own right answers so far, again and again."""
-    a = s.args
-    while s.step < a.steps:
-        rows, record = collect(s)
-        right = [(tuple(r.ids[:-len(r.old)]), tuple(r.ids[-len(r.old):]))
-                 for r in rows if r.reward == 1.0]
-        everybodys = [None] * WORLD_SIZE
-        dist.all_gather_object(everybodys, right)
-        s.pool.update(*everybodys)
-        pool = [joined(list(p), list(r)) for p, r in sorted(s.pool)]
-        rng = np.random.default_rng((a.seed, s.step, 0))
-        for _ in range(a.epochs * a.minibatches):
-            chosen = rng.choice(len(pool), min(len(pool), a.batch_size), False) if pool else []
-            result = sft_update(s, [pool[i] for i in chosen][RANK::WORLD_SIZE])
-        yield dict(record, pool=len(pool), **result)
-
-
-# ---- policy gradients --------------------------------------------------------------------------
-
-
-def check_first_ratio(s, policy, old, mask):
-    """Before the first update sampler and trainer are one model: their ratios must be 1."""
-    allowed, worst = (0.05, torch.mean) if s.args.dtype == "bf16" else (1e-3, torch.max)
-    off = ((policy - old).exp() - 1).abs()[mask]
-    off = worst(off).item() if len(off) else 0.0
-    if not off <= allowed:
-        raise ValueError(f"log-probabilities of sampling and training differ by {off:.2g} in "
-                         f"ratio, {allowed} is allowed: generation and training disagree")
-
-
-def spread(mask, lists):
-    """Lists with an entry a learned token -> (B, T), 0 elsewhere."""
-    flat = torch.tensor([v for values in lists for v in values], device=mask.device)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat.float())
-
-
-def policy_update(s, rows, reference=None, first=True):
-    """One optimizer step on sampled rows, with PPO's value loss if that is the algorithm."""
-    a = s.args
-    kept = [r for r in rows if r.complete or not a.mask_overlong]
-    count, tokens = (max(1.0, x) for x in all_reduce_sum(
-        [float(len(kept)), float(sum(len(r.old) for r in kept))], s.device))
-    constant = tokens if a.length_norm == "token" else a.max_new_tokens
-
-    def loss_fn(rows):
-        ids, labels, mask = batch_of(rows, s.device)
-        old = spread(mask, [r.old for r in rows])
-        advantages = spread(mask, [r.advantages for r in rows])
-        raw = torch.tensor([[r.reward] for r in rows], device=s.device)
-        with s.autocast():
-            out = get_response_log_probs(s.model, ids, labels, True, mask)
-        policy, entropy, kl = out["log_probs"], out["token_entropy"], torch.zeros_like(old)
-        if first:
-            check_first_ratio(s, policy.detach(), old, mask)
-        loss, extra = compute_policy_gradient_loss(policy, a.loss, raw, advantages, old,
-                                                   a.cliprange, a.cliprange_high, mask)
-        if reference is not None:
-            with torch.no_grad(), s.autocast():
-                ref = get_response_log_probs(reference, ids, labels, mask=mask)["log_probs"]
-            kl = kl_penalty(policy, ref)
-            loss = loss + a.kl * kl
-        if a.algorithm == "ppo":
-            returns = spread(mask, [r.returns for r in rows])
-            loss = loss + 0.5 * (token_values(s, ids) - returns).square()
-        loss = loss - a.entropy_bonus * entropy
-        loss = (loss * length_weights(mask, a.length_norm, count, constant)).sum()
-        clipped = extra.get("clipped", torch.zeros_like(mask))
-        return loss, [(x * mask).sum() / tokens for x in (entropy, kl, clipped)]
-
-    return update(s, kept, loss_fn, ["entropy", "kl", "clipped"])
-
-
-def policy_gradient(s):
-    """grpo and ppo: sample, compare, update, repeat; they differ in what an advantage is."""
-    a, reference = s.args, reference_model(s) if s.args.kl else None
-    while s.step < a.steps:
-        rows, record = collect(s)
-        with s.timed("train"):
-            (ppo_advantages if a.algorithm == "ppo" else grpo_advantages)(s, rows)
-        # with --drop-equal, groups that are all right or all wrong have nothing to say
-        useful = [r for r in rows if any(r.advantages) or not a.drop_equal]
-        for epoch in range(a.epochs):
-            order = np.random.default_rng((a.seed, s.step, epoch)).permutation(len(useful))
-            for i, chosen in enumerate(np.array_split(order, a.minibatches)):
-                means = policy_update(s, [useful[j] for j in chosen], reference, epoch + i == 0)
-        yield dict(record, **means)
-
-
-def grpo_advantages(s, rows):
-    """An answer's advantage is over the others to its problem."""
-    advantages, _, _ = compute_group_normalized_rewards(
-        lambda row, _: dict(reward=row.reward), rows, rows, s.args.group_size,
-        normalize_by_std=not s.args.no_std)
-    for row, advantage in zip(rows, advantages.tolist()):
-        row.advantages = [advantage] * len(row.old)
-
-
-def gae(rewards, values, gamma=1.0, lam=0.95):
-    """Advantages of one sequence (T,) (Schulman et al. 2015): d_t = r_t + g v_{t+1} - v_t,
-    A_t = d_t + g lam A_{t+1}; what comes after the end is worth 0."""
-    advantages, running, after = torch.zeros_like(values), 0.0, 0.0
-    for t in reversed(range(len(values))):
-        running = rewards[t] + gamma * after - values[t] + gamma * lam * running
-        advantages[t], after = running, values[t]
-    return advantages
-
-
-def token_values(s, ids):
-    """The value head on the residual stream: (B, T)."""
-    with s.autocast():
-        return s.model.value_head(s.model.hidden(ids).float())[..., 0]
-
-
-def ppo_advantages(s, rows):
-    """GAE on the value head's numbers, the reward at the last token; mean 0, deviation 1."""
-    for part in micro_batches(rows, s.args.micro_tokens):
-        ids, _, mask = batch_of(part, s.device)
-        with torch.no_grad():
-            values = token_values(s, ids).cpu()
-        for row, v, m in zip(part, values, mask.cpu()):
-            rewards = F.pad(torch.tensor([row.reward]), (len(row.old) - 1, 0))
-            advantages = gae(rewards, v[m])
-            row.returns, row.advantages = (advantages + v[m]).tolist(), advantages.tolist()
-    flat = [a for r in rows for a in r.advantages]
-    n, total, square = all_reduce_sum([float(len(flat)), sum(flat), sum(a * a for a in flat)],
-                                      s.device)
-    mean = total / max(n, 1)
-    deviation = math.sqrt(max(square / max(n, 1) - mean**2, 0.0)) + 1e-6
-    for row in rows:
-        row.advantages = [(a - mean) / deviation for a in row.advantages]
-
-
-# ---- preferences -------------------------------------------------------------------------------
-
-
-def read_pairs(s):
-    """The pairs of --data: chosen Rows, each with the rejected one."""
-    encode, eot = s.tokenizer.encode, [s.tokenizer.eot_id]
-    try:
-        pairs = list(read_rows(s.args.data))
-        if pairs and "prompt" not in pairs[0]:
-            pairs = load_hh(s.args.data)
-        return [joined(encode(p["prompt"]), encode(p["chosen"]) + eot,
-                       rejected=joined(encode(p["prompt"]), encode(p["rejected"]) + eot))
-                for p in pairs]
-    except KeyError as error:
-        raise ValueError(f"--data: a row is without {error}; prompt, chosen, rejected or HH "
-                         "transcripts are needed") from None
-
-
-def own_pairs(s):
-    """Right answers of the starting model, each with a wrong one to the same problem."""
-    n, pairs = s.args.group_size, []
-    problems = draw_problems(s.task, s.args.pairs, s.args.seed, 0)
-    rows, _ = answer(replace(s, model=reference_model(s)), problems, n, seed=s.args.seed)
-    for g in range(0, len(rows), n):
-        right = [r for r in rows[g:g + n] if r.reward == 1.0]
-        wrong = [r for r in rows[g:g + n] if r.reward < 1.0]
-        pairs += [replace(r, rejected=w) for r, w in zip(right[:2], wrong[:2])]
-    say(f"{len(pairs)} pairs of own answers to {len(problems)} problems")
-    return pairs
-
-
-def preferences(s, loss_fn):
-    """The steps of dpo and rm; loss_fn(chosen rows, then rejected) -> losses and margins (B,)."""
-    pairs = fitting(read_pairs(s) if s.args.data else own_pairs(s), s.model.config.context_length)
-    size = min(s.args.batch_size, len(pairs))
-
-    def share(rows):
-        losses, margins = loss_fn(rows + [r.rejected for r in rows])
-        loss = losses.sum() / size
-        return loss, [loss, (margins > 0).sum() / size]
-
-    for chosen in batches(s, pairs):
-        yield update(s, chosen[RANK::WORLD_SIZE], share, ["loss", "margin_accuracy"])
-
-
-def dpo(s):
-    """Direct preference optimization against a frozen copy of the starting model.
-
-    --nll adds the chosen response's mean -log p: where right and wrong answers share most tokens,
-    DPO alone lowers both (Pang et al. 2024, Iterative Reasoning Preference Optimization).
-    """
-    a, reference = s.args, reference_model(s)
-    nll = float(not a.data) if a.nll is None else a.nll
-
-    def loss_fn(rows):
-        batch = batch_of(rows, s.device)
-        with s.autocast():
-            policy = sequence_log_probs(s.model, *batch).chunk(2)
-            with torch.no_grad():
-                ref = sequence_log_probs(reference, *batch).chunk(2)
-        lengths = batch[2].sum(1).float().chunk(2)
-        losses, margins = dpo_loss(*policy, *ref, a.beta, a.preference, a.label_smoothing, *lengths)
-        return losses - nll * policy[0] / lengths[0], margins
-
-    return preferences(s, loss_fn)
-
-
-def rm(s):
-    """A reward model: a linear head on the last token, saved as reward_head.safetensors."""
-    def loss_fn(rows):
-        # one id more, so that the inputs reach the last token
-        ids, _, mask = batch_of([Row(r.ids + [0], r.learned + [True]) for r in rows], s.device)
-        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-        chosen, rejected = token_values(s, ids).gather(1, last[:, None])[:, 0].chunk(2)
-        return reward_model_loss(chosen, rejected), chosen - rejected
-
-    return preferences(s, loss_fn)
+    if args.lora:
+        add_lora(model, args.lora)
+    if args.algorithm in ("ppo", "rm"):
+        model.value_head = torch.nn.Linear(model.config.d_model, 1)
+        torch.nn.init.zeros_(model.value_head.weight)
+    model.to(device)
+    if args.checkpoint_activations:
+        train_py.checkpoint_blocks(model)
+    s.optimizers = make_optimizers(model, args)
+    restore(s)
+    return s
 
 
 # ---- command line ------------------------------------------------------------------------------
 
 ALGORITHMS = {"grpo": policy_gradient, "ei": ei, "sft": sft, "dpo": dpo, "rm": rm,
               "ppo": policy_gradient}
-RL = dict(prompts=64, group_size=8, lr=2e-4, muon_lr=0.001, steps=70, epochs=1, minibatches=2,
-          eval_every=5)
 DEFAULTS = {  # that depend on the algorithm
-    "grpo": RL, "ppo": RL,
-    "ei": dict(prompts=256, group_size=2, lr=1e-3, muon_lr=0.005, steps=12, epochs=1,
-               minibatches=20, eval_every=1),
-    "sft": dict(lr=1e-3, muon_lr=0.005, steps=0, epochs=2, eval_every=50),
-    "dpo": dict(group_size=8, lr=2e-4, muon_lr=0.001, steps=0, epochs=3, eval_every=20),
-    "rm": dict(group_size=8, lr=1e-4, muon_lr=0.0005, steps=0, epochs=2, eval_every=20)}
+    "grpo": dict(steps=70, prompts=64, group_size=8, epochs=1, minibatches=2, lr=2e-4,
+                 eval_every=5),
+    "ei": dict(steps=12, prompts=256, group_size=2, epochs=1, minibatches=20, lr=1e-3,
+               eval_every=1),
+    "sft": dict(steps=0, epochs=2, lr=1e-3, eval_every=50),
+    "dpo": dict(steps=0, prompts=2048, group_size=8, epochs=3, lr=2e-4, eval_every=20),
+    "rm": dict(steps=0, prompts=2048, group_size=8, epochs=2, lr=1e-4, eval_every=20)}
+DEFAULTS["ppo"] = DEFAULTS["grpo"]
 # for --model: the rates above would undo what a pre-trained one knows
 MODEL_LR = {"grpo": 1e-6, "ppo": 1e-6, "ei": 1e-5, "sft": 2e-5, "dpo": 1e-6, "rm": 1e-5}
 
@@ -1193,22 +1124,23 @@ def make_parser():
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=help, **options)
 
     add("model", None, "folder of a checkpoint; without it a small one is pre-trained to sort")
-    add("task", None, "problems with a checkable answer; gsm8k with --data", choices=list(TASKS))
+    add("task", None, "problems with a checkable answer; gsm8k with --data",
+        choices=["sort", "countdown", "gsm8k", "math"])
     add("data", None, "a .jsonl: problems, conversations, or preferences", nargs="*")
     add("prompt", "r1_zero", "template of gsm8k and math", choices=["r1_zero", "question_only"])
     add("reward", None, "MODULE:FUNCTION (response, truth) -> dict with reward, instead")
     add("out", "out-align", "folder of the checkpoint, log.jsonl, transcripts and plot")
     add("steps", None, "rollout steps, or updates; 0 for what --epochs need")
-    add("prompts", None, "problems a rollout step, over all ranks")
+    add("prompts", None, "problems a step of RL, or to make the pairs of dpo and rm from")
     add("group_size", None, "samples of each problem")
     add("max_new_tokens", 40, "tokens an answer")
     add("epochs", None, "passes over a step's rollouts, or over the data")
     add("minibatches", None, "updates a pass over rollouts")
     add("batch_size", 64, "rows an update of sft, dpo and rm, over all ranks")
-    add("lr", None, "learning rate")
-    add("muon_lr", None, "of the blocks' matrices by Muon, 0 for AdamW as with --model")
+    add("lr", None, "learning rate; with --model 1e-6, for ei and rm 1e-5, for sft 2e-5")
+    add("muon_lr", None, "of Muon for the matrices, 0 for AdamW; else 5 x --lr, 0 with --model",
+        type=float)
     add("warmup", 10, "updates of linear warm-up")
-    add("clip", 1.0, "largest gradient norm")
     add("loss", "grpo_clip", "policy loss", choices=[
         "grpo_clip", "no_baseline", "reinforce_with_baseline", "grpo_no_clip", "gspo"])
     add("cliprange", 0.2, "how far a ratio may fall, and rise")
@@ -1225,7 +1157,6 @@ def make_parser():
     add("label_smoothing", 0.0, "share of preferences that may be wrong (sigmoid)")
     add("nll", None, "of DPO: weight of the chosen response's own likelihood; 1 without --data",
         type=float)
-    add("pairs", 2048, "problems to make own pairs from, without --data")
     add("pack", False, "sft: join conversations to fill the context")
     add("lora", 0, "rank of low-rank adapters, 0 for training everything")
     add("pretrain_steps", 120, "of pre-training the small model")
@@ -1236,35 +1167,37 @@ def make_parser():
     add("dtype", "fp32", "of matrix products", choices=["fp32", "bf16"])
     add("device", "auto", "cpu, cuda, ...")
     add("seed", 0, "of everything")
-    add("log_every", 1, "steps between lines and transcripts")
-    add("eval_every", None, "steps between held-out accuracies")
+    add("eval_every", None, "steps between held-out accuracies, and between transcripts")
     add("save_every", 20, "steps between checkpoints")
     return parser
 
 
 def main(argv=None):
     args, start = make_parser().parse_args(argv), time.time()
-    rates = dict(lr=MODEL_LR[args.algorithm], muon_lr=0.0) if args.model else {}
-    for name, value in (DEFAULTS[args.algorithm] | rates).items():
+    with_model = dict(lr=MODEL_LR[args.algorithm], muon_lr=0.0) if args.model else {}
+    for name, value in (DEFAULTS[args.algorithm] | with_model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.muon_lr is None:
+        args.muon_lr = 5 * args.lr
     rl = args.algorithm in ("grpo", "ei", "ppo")
     if not args.task and (rl or not (args.model and args.data)):
         args.task = "gsm8k" if rl and args.data else "sort"
     try:
         s = open_session(args)
-        if s.task and args.algorithm != "rm" and not s.step:
+        if s.held_out and args.algorithm != "rm" and not s.step:
             say(f"held-out accuracy before: {held_out_accuracy(s):.3f}")
         for record in ALGORITHMS[args.algorithm](s):
             log_step(s, **record)
+        if not s.step:
+            raise ValueError("--steps, --epochs: there is no step to make, so nothing was saved")
         say(f"done in {train_py.clock(time.time() - start)}: {args.out}/model.safetensors, "
             "log.jsonl, progress.png")
     except (ValueError, OSError) as error:
         print(f"align.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("align.py: interrupted; the same command goes on from the last save",
-              file=sys.stderr)
+        print("align.py: stopped; the same command goes on from the last save", file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -19,14 +19,13 @@ import tokenizer as tokenizer_py
 
 
 @pytest.fixture(scope="module")
-def args(tmp_path_factory):
+def sorter(tmp_path_factory):
+    """The default job's model after one step, and its tokenizer."""
     out = tmp_path_factory.mktemp("align")
-    return align.make_parser().parse_args(["--out", str(out)])
-
-
-@pytest.fixture(scope="module")
-def sorter(args):
-    return align.new_sorter(args)
+    args = align.make_parser().parse_args(["--out", str(out), "--pretrain-steps", "1",
+                                           "--lr", "1e-3", "--muon-lr", "0"])
+    s = align.open_session(args)
+    return s.model, s.tokenizer
 
 
 def numeric_gradient(f, x, h=1e-6):
@@ -122,6 +121,11 @@ def test_equal_rewards_have_no_advantage(reward, size):
     advantages, _, _ = align.compute_group_normalized_rewards(
         lambda r, t: dict(reward=reward), ["a"] * size, ["t"] * size, size)
     assert advantages.tolist() == [0.0] * size
+
+
+def test_a_rank_without_answers_has_no_advantages():
+    advantages, raw, _ = align.compute_group_normalized_rewards(None, [], [], 4)
+    assert advantages.shape == raw.shape == (0,)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -369,7 +373,8 @@ def session(tmp_path):
 
 
 def collected(session):
-    rows, _ = align.collect(session)
+    problems = session.draw_problems(0, session.args.prompts)
+    rows, _ = align.answer(session, problems, session.args.group_size)
     for i, row in enumerate(rows):
         row.advantages = [i / 8 - 1] * len(row.old)
     return rows
@@ -395,11 +400,12 @@ def test_a_sampler_that_disagrees_stops_the_run(session):
 def test_update_is_the_same_in_any_micro_batches(session, monkeypatch):
     rows, grads = collected(session), []
 
-    def keep_gradient(s):
-        grads.append(torch.cat([p.grad.flatten().clone() for p in s.parameters()]))
-        s.model.zero_grad()
+    def keep_gradient(parameters, max_norm):
+        grads.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        torch._foreach_zero_([p.grad for p in parameters])  # an update of nothing
+        return torch.tensor(0.0)
 
-    monkeypatch.setattr(align, "optimizer_step", keep_gradient)
+    monkeypatch.setattr(align.train_py, "clip_grad_norm", keep_gradient)
     for tokens in (40, 200, 16384):
         session.args.micro_tokens = tokens
         align.policy_update(session, rows)
@@ -416,8 +422,8 @@ def test_an_empty_update_gives_numbers(session):
     ("grpo", []), ("grpo", ["--loss", "gspo", "--drop-equal", "--mask-overlong", "--kl", "0.01",
                             "--length-norm", "token", "--no-std", "--cliprange-high", "0.28",
                             "--entropy-bonus", "0.01"]),
-    ("ei", []), ("ppo", []), ("dpo", ["--pairs", "6"]), ("rm", []), ("sft", []),
-    ("sft", ["--pack"]),
+    ("ei", []), ("ppo", []), ("dpo", []), ("rm", []), ("sft", []),
+    ("sft", ["--pack", "--pretrain-steps", "0"]),
     ("grpo", ["--lora", "4"]), ("grpo", ["--task", "countdown", "--checkpoint-activations"]),
 ])
 def test_every_algorithm_runs(algorithm, flags, tmp_path, capsys):
@@ -461,6 +467,19 @@ def test_a_run_stopped_and_continued_is_the_same_run(algorithm, tmp_path, monkey
     assert steps == [1, 2, 3, 4]
 
 
+def test_simpo_needs_no_reference(tmp_path, monkeypatch):
+    def refuse(s):
+        raise AssertionError("a reference model was made")
+
+    monkeypatch.setattr(align, "reference_model", refuse)
+    row = dict(prompt="sort 21\n", chosen="12", rejected="21")
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    flags = [*QUICK, "--steps", "1", "--data", str(tmp_path / "d.jsonl"), "--out"]
+    align.main(["dpo", "--preference", "simpo", *flags, str(tmp_path / "simpo")])
+    with pytest.raises(AssertionError):
+        align.main(["dpo", "--preference", "ipo", *flags, str(tmp_path / "ipo")])
+
+
 def test_lora_merges_into_the_same_function(sorter):
     model, tok = sorter
     base = _small(tok)
@@ -497,7 +516,18 @@ rows = [align.joined([5 + i], list(range(9, 10 + 2 * i)), old=[-1.0] * (2 * i + 
                      advantages=[i - 2.5] * (2 * i + 1)) for i in range(6)]
 for args.length_norm in ("sequence", "constant", "token"):
     align.policy_update(s, rows[rank::ranks], first=False)
-align.sft_update(s, rows[:5][rank::ranks])
+align.sft_update(s, rows[:5])
+
+generate, asked = align.model_py.Transformer.generate, []
+def counted(model, prompts, *rest, **options):
+    asked.extend(prompts)
+    return generate(model, prompts, *rest, **options)
+align.model_py.Transformer.generate = counted
+s.reward_fn = lambda response, truth: dict(reward=len(response) % 2)
+args.prompts, args.group_size, args.eval_every = 6, 4, 9
+pairs = align.own_pairs(s)
+assert len(asked) == 6 // ranks and len(set(map(str, align.from_all_ranks(asked)))) == 6
+assert pairs and all(pairs == others for others in align.from_all_ranks([pairs]))
 if rank == 0:
     torch.save(s.model.state_dict(), sys.argv[1] + ".pt")
 """
@@ -534,6 +564,8 @@ def test_two_ranks_count_tokens_together(tmp_path):
     ([], ["grpo", "--reward", "nowhere:f"], ["--reward nowhere:f"]),
     ([dict(prompt="a", chosen="b")], ["dpo", "--data", "D"], ["rejected"]),
     ([], ["grpo", "--model", "nowhere"], ["nowhere"]),
+    ([], ["grpo", "--steps", "0"], ["--steps", "nothing was saved"]),
+    ([dict(prompt="a", response="b")], ["sft", "--data", "D", "--epochs", "0"], ["--epochs"]),
 ])
 def test_mistakes_end_in_one_line(rows, flags, words, tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
