@@ -552,8 +552,9 @@ def check_pipeline(n):
             pipeline = D.Pipeline(stages if chunks > 1 else stages[0], group, 4, schedule)
             with D.CommCounter() as counter:
                 total = pipeline.step(x, y)
-            if tied:
-                D.sum_tied(stages, group)
+            D.sum_gradients([p for s in stages for p in s.parameters()
+                             if getattr(p, "kind", "") == "tied"],
+                            D.Mesh(pp=n).group("pp", ends=True))
             grads = {getattr(p, "full_name", k): p.grad / y.numel() for s in stages
                      for k, p in s.named_parameters()}
             losses, first, _ = single(1, tie_embeddings=tied)
