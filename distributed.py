@@ -61,8 +61,9 @@ def init_distributed(device="auto"):
         torch.cuda.set_device(device)
         options = dict(backend="nccl", device_id=device)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if os.environ.get("OMP_NUM_THREADS") in ((None, "", "1") if ranks_here > 1 else (None, "")):
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if not threads or (threads == "1" and ranks_here > 1):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // ranks_here))
     if not dist.is_initialized():
         if "RANK" not in os.environ:
@@ -103,18 +104,17 @@ class Mesh:
         for axis in self.sizes:
             self.group(axis)
 
-    def group(self, *axes, ends=False):
-        """The ranks that differ from this one along `axes` only, or the first and last of them.
+    def group(self, *axes):
+        """The ranks that differ from this one along `axes` only.
 
         A new combination is made by all ranks together: ask for it everywhere, in the same order.
         """
-        key = (*(a for a, n in self.sizes.items() if a in axes and n > 1), ends)
+        key = tuple(a for a, n in self.sizes.items() if a in axes and n > 1)
         if key not in self.groups:
-            index = [list(self.sizes).index(a) for a in key[:-1]]
+            index = [list(self.sizes).index(a) for a in key]
             rows = np.moveaxis(self.ranks, index, range(-len(index), 0))
-            rows = rows.reshape(-1, self.size(*key[:-1]))
-            rows = rows[:, [0, -1]] if ends else rows
-            self.groups[key], _ = dist.new_subgroups_by_enumeration(rows.tolist())
+            rows = rows.reshape(-1, self.size(*key)).tolist()
+            self.groups[key], _ = dist.new_subgroups_by_enumeration(rows)
         return self.groups[key]
 
     def size(self, *axes):
@@ -132,10 +132,8 @@ def gather_objects(value, group=None):
 
 
 def start_alike(module, group=None):
-    """Give every rank the parameters and buffers of the group's first rank.
-
-    Ranks whose parameters differ in name, shape or type are refused: they would wait for ever.
-    """
+    """Give every rank the parameters and buffers of the group's first rank. Ranks whose parameters
+    differ in name, shape or type are refused: they would wait for ever."""
     tensors = [*module.parameters(), *module.buffers()]
     if not tensors or tensors[0].is_meta:
         return
@@ -234,17 +232,16 @@ def finish(works):
 
 
 class Exchange(torch.autograd.Function):
-    """forward by one function of a tensor, backward by another: a collective and its conjugate."""
+    """there(x, *args) forward, back(dy, *args) backward: a collective and its conjugate."""
 
     @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.back = back
-        return there(x)
+    def forward(ctx, x, there, back, *args):
+        ctx.back, ctx.args = back, args
+        return there(x, *args)
 
     @staticmethod
     def backward(ctx, dy):
-        return ctx.back(dy.contiguous()), None, None
-
+        return ctx.back(dy.contiguous(), *ctx.args), None, None, *(None for _ in ctx.args)
 
 
 def sum_gradients(parameters, group=None):
@@ -333,7 +330,6 @@ def no_sync(self):
         yield
     finally:
         self.syncing = True
-
 
 
 class DDP(nn.Module):
@@ -476,8 +472,7 @@ class ShardedLayer:
     goes (resize_(0)), which is what frees the memory. It has room for the last rank's padding.
     """
 
-    def __init__(self, places, fsdp):
-        """places: {parameter: [(module, name), ...]}, more than one where weights are tied."""
+    def __init__(self, places, fsdp):  # {parameter: [(module, name), ...]}: several, if tied
         self.fsdp, self.places = fsdp, list(places.values())
         self.n = dist.get_world_size(fsdp.group)
         self.shards = [split_parameter(p, fsdp.group) for p in places]
@@ -516,19 +511,21 @@ class ShardedLayer:
             self.gathered = False
 
     def done(self, *_):
-        """The backward pass is through: start the reduce-scatters of the gradients, when those of
-        the layer before are done (until then the sent ones stay in memory), and free the layer."""
-        if self.fsdp.syncing and any(full.grad is not None for full in self.full):
-            self.fsdp.settle()
+        """After its backward pass: free the layer, and start to reduce-scatter its gradients, when
+        those of the layer before have arrived. Until then the sent ones stay in memory."""
+        fsdp = self.fsdp
+        if fsdp.syncing and any(full.grad is not None for full in self.full):
+            fsdp.settle()
             for full, shard in zip(self.full, self.shards):
-                if full.requires_grad:
-                    grad = torch.zeros_like(full) if full.grad is None else full.grad
-                    full.grad, padding = None, self.n * shard.shape[0] - len(full)
-                    grad = grad.to(self.fsdp.reduce_dtype)
-                    grad = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
-                    out = grad.new_empty(shard.shape)
-                    work = reduce_scatter_single(out, grad, group=self.fsdp.group, async_op=True)
-                    self.fsdp.reducing.append((work, out, shard))
+                if not full.requires_grad:
+                    continue
+                grad = torch.zeros_like(full) if full.grad is None else full.grad
+                full.grad, padding = None, self.n * shard.shape[0] - len(full)
+                grad = grad.to(fsdp.reduce_dtype)
+                grad = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
+                out = grad.new_empty(shard.shape)
+                work = reduce_scatter_single(out, grad, group=fsdp.group, async_op=True)
+                fsdp.reducing.append((work, out, shard))
         self.free()
 
 
@@ -541,12 +538,11 @@ class FSDP(nn.Module):
     is shared by several (embedding, head) stays gathered from the forward pass to its gradient.
     Parameters of other dimensions are small: they stay whole, their gradients are all-reduced.
 
-    Weights travel in compute_dtype (their own if None), gradients in reduce_dtype; the shards that
-    the optimizer sees, and their gradients, keep the weights' own dtype. With W weights, w of them
-    outside the layers, a step sends (N-1)/N of 2 (W - w) + w in compute_dtype and W in
-    reduce_dtype: three halves of DDP's bytes. Layers are prefetched in the order they are
-    registered in, which must be that of their use. A rank may skip some weights of a layer, but not
-    a whole one, nor a table that others use.
+    Weights travel in compute_dtype (their own if None), gradients in reduce_dtype; the optimizer
+    sees shards in the weights' own dtype. With W weights, w of them outside the layers, a step
+    sends (N-1)/N of 2 (W - w) + w in compute_dtype and W in reduce_dtype: three halves of DDP's
+    bytes. Layers must be registered in the order of their use. A rank may skip some weights of a
+    layer, but not a whole one, nor a table that others use.
     """
 
     no_sync = no_sync
@@ -577,7 +573,7 @@ class FSDP(nn.Module):
                 block.register_forward_pre_hook(partial(self.before, layer))
                 block.register_forward_hook(partial(self.after, layer))
         self.root = [ShardedLayer({p: uses}, self) for p, uses in places.items()]
-        for layer in self.root:
+        for layer in self.root:  # of one weight each: done when that has its gradient
             if layer.full[0].requires_grad:
                 layer.full[0].register_post_accumulate_grad_hook(layer.done)
 
@@ -594,34 +590,31 @@ class FSDP(nn.Module):
         for tensor in (output,) if torch.is_tensor(output) else output:
             if torch.is_tensor(tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self.before_backward, layer))
-        for tensor in inputs if layer is self.order[0] else ():  # after it, tables are reduced
+        for tensor in inputs if layer is self.order[0] else ():  # no layer before it will say so
             if torch.is_tensor(tensor) and tensor.requires_grad:
                 tensor.register_hook(layer.done)
 
     def before_backward(self, layer, grad):
         self.backward_runs = True
         i = self.order.index(layer)
-        for later in self.order[:i:-1]:  # done, also where a weight is frozen or was not used here:
-            later.done()  # so that all ranks reduce in one order
+        for later in self.order[:i:-1]:  # their gradients are there, of the weights used here
+            later.done()
         for ahead in self.order[max(0, i + 1 - self.prefetch):i + 1][::-1]:
             ahead.gather()
         layer.wait()
 
-    def run(self, function, *args, **kwargs):
+    def forward(self, *args, function=None, **kwargs):
         self.backward_runs = False
         for layer in self.root:
             layer.wait()
-        output = function(*args, **kwargs)
+        output = (function or self.module)(*args, **kwargs)
         for layer in () if torch.is_grad_enabled() else self.root:
             layer.free()
         return output
 
-    def forward(self, *args, **kwargs):
-        return self.run(self.module, *args, **kwargs)
-
     def loss(self, *args, **kwargs):
         """module.loss, for models that have it."""
-        return self.run(self.module.loss, *args, **kwargs)
+        return self(*args, function=self.module.loss, **kwargs)
 
     def settle(self):
         """Wait for the reductions under way; their results join the shards' gradients."""
@@ -658,14 +651,12 @@ class FSDP(nn.Module):
 
 def gather_sequence(x, group):
     """(B, T/N, D) -> (B, T, D); backwards the sum of all ranks' gradients is split."""
-    return Exchange.apply(x, partial(all_gather, group=group, dim=1),
-                          partial(reduce_scatter, group=group, dim=1))
+    return Exchange.apply(x, all_gather, reduce_scatter, group, 1)
 
 
 def scatter_sequence(x, group):
     """Partial sums (B, T, D) -> (B, T/N, D); backwards the gradients are gathered."""
-    return Exchange.apply(x, partial(reduce_scatter, group=group, dim=1),
-                          partial(all_gather, group=group, dim=1))
+    return Exchange.apply(x, reduce_scatter, all_gather, group, 1)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -710,15 +701,44 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return dz * grad, None, None, None, None
 
 
+def row_parallel(linear, group, x):
+    """What a linear layer makes of inputs x (B, T, F/N) that the ranks share: sums (B, T/N, D)."""
+    bias = None if linear.bias is None else linear.bias / dist.get_world_size(group)
+    return scatter_sequence(F.linear(x, linear.weight, bias), group)
+
+
+def tensor_parallel_head(model, group, hidden, gather=True):
+    """Transformer.head of a model that is split: logits (B, T, V) in fp32 on every rank. Or this
+    rank's columns of them (B, T, V/N), -inf where the table is padding."""
+    c = model.config
+    weight = (model.embed if c.tie_embeddings else model.lm_head).weight
+    z = F.linear(gather_sequence(hidden, group), weight).float()
+    if c.logit_softcap:
+        z = c.logit_softcap * torch.tanh(z / c.logit_softcap)
+    first = dist.get_rank(group) * len(weight)
+    if first + len(weight) > c.vocab_size:
+        columns = torch.arange(first, first + len(weight), device=z.device)
+        z = z.masked_fill(columns >= c.vocab_size, -math.inf)
+    return Exchange.apply(z, all_gather, cut, group, -1)[..., :c.vocab_size] if gather else z
+
+
+def tensor_parallel_loss(model, group, ids, targets, reduction="mean", ignore_index=-100):
+    """Transformer.loss of a model that is split: the logits are never whole anywhere."""
+    z = tensor_parallel_head(model, group, model.hidden(ids), gather=False)
+    z = z.flatten(0, 1)  # (B T, V/N)
+    first = dist.get_rank(group) * z.shape[-1]
+    total = VocabParallelCrossEntropy.apply(z, targets.flatten(), first, group, ignore_index)
+    return total / (targets != ignore_index).sum() if reduction == "mean" else total
+
+
 def tensor_parallel(model, group):
-    """Split our Transformer's matrices over the group; returns parameters whose gradients are
-    partial: call sum_gradients(them, group) after the backward pass.
+    """Split our Transformer's matrices over the group; returns the parameters that are not cut:
+    these see only some positions or heads, so call sum_gradients(them, group) after backward().
 
     Attention has H/N heads on a rank, the feed-forward network F/N columns: the first matrix of
     each is cut by rows of W (its outputs), the second by columns (its inputs). What lies between
     the parts is split along T, which must be a multiple of N: 4 all-gathers and 4 reduce-scatters
-    a layer, of B T D numbers each, and 1/N of the activations. Whatever is not cut has seen only
-    some positions or heads: its gradient is partial.
+    a layer, of B T D numbers each, and 1/N of the activations.
     """
     n, c = dist.get_world_size(group), model.config
     for name in ("num_heads", "num_kv_heads", "d_ff"):
@@ -751,42 +771,6 @@ def tensor_parallel(model, group):
     model.positions = lambda T, device: positions(  # a pipeline's later stages see T/N positions
         T if model.embed is table else T * n, device).clamp(max=length - 1)
     return partials
-
-
-def row_parallel(linear, group, x):
-    """What a linear layer makes of inputs x (B, T, F/N) that the ranks share: sums (B, T/N, D)."""
-    bias = None if linear.bias is None else linear.bias / dist.get_world_size(group)
-    return scatter_sequence(F.linear(x, linear.weight, bias), group)
-
-
-def local_logits(model, group, hidden):
-    """This rank's columns of the logits (B, T, V/N) in fp32; -inf where the table is padding."""
-    c = model.config
-    weight = (model.embed if c.tie_embeddings else model.lm_head).weight
-    z = F.linear(gather_sequence(hidden, group), weight).float()
-    if c.logit_softcap:
-        z = c.logit_softcap * torch.tanh(z / c.logit_softcap)
-    first = dist.get_rank(group) * len(weight)
-    if first + len(weight) > c.vocab_size:
-        columns = torch.arange(first, first + len(weight), device=z.device)
-        z = z.masked_fill(columns >= c.vocab_size, -math.inf)
-    return z
-
-
-def tensor_parallel_head(model, group, hidden):
-    """Transformer.head of a model that is split: logits (B, T, V) on every rank."""
-    logits = Exchange.apply(local_logits(model, group, hidden),
-                            partial(all_gather, group=group, dim=-1),
-                            partial(cut, group=group, dim=-1))
-    return logits[..., :model.config.vocab_size]
-
-
-def tensor_parallel_loss(model, group, ids, targets, reduction="mean", ignore_index=-100):
-    """Transformer.loss of a model that is split: the logits are never whole anywhere."""
-    z = local_logits(model, group, model.hidden(ids)).flatten(0, 1)  # (B T, V/N)
-    first = dist.get_rank(group) * z.shape[-1]
-    total = VocabParallelCrossEntropy.apply(z, targets.flatten(), first, group, ignore_index)
-    return total / (targets != ignore_index).sum() if reduction == "mean" else total
 
 
 # ---- context parallel --------------------------------------------------------------------------
@@ -857,13 +841,12 @@ def ring(q, k, v, group):
         if step == 0:
             out, lse = attention_with_lse(q, *kv, causal=True)
         elif step <= rank:  # an earlier rank's: their first half is in the past of all queries
-            new = attention_with_lse(q, *kv[:, :, :half], causal=False)
-            out, lse = merge(out, lse, *new)
+            out, lse = merge(out, lse, *attention_with_lse(q, *kv[:, :, :half], causal=False))
         else:  # a later rank's: all are in the past of the second half
-            new = attention_with_lse(q[:, half:], *kv, causal=False)
-            late_out, late_lse = merge(out[:, half:], lse[..., half:], *new)
-            out = torch.cat((out[:, :half], late_out), 1)
-            lse = torch.cat((lse[..., :half], late_lse), -1)
+            late = merge(out[:, half:], lse[..., half:],
+                         *attention_with_lse(q[:, half:], *kv, causal=False))
+            out = torch.cat((out[:, :half], late[0]), 1)
+            lse = torch.cat((lse[..., :half], late[1]), -1)
     return out
 
 
@@ -880,15 +863,11 @@ def ring_attention(q, k, v, group=None):
 
 def context_parallel(model, group):
     """Let our Transformer run on zigzag()'s shares of its sequences. Every gradient is partial."""
-    c = model.config
+    c, n = model.config, dist.get_world_size(group)
     if c.sliding_window or c.attention_softcap or c.kv_rank:
         raise ValueError("context parallel: no sliding_window, attention_softcap or kv_rank here")
-
-    def positions(T, device):
-        return zigzag(torch.arange(T * dist.get_world_size(group), device=device), group, dim=0)
-
     c.attention = partial(ring_attention, group=group)
-    model.positions = positions
+    model.positions = lambda T, device: zigzag(torch.arange(T * n, device=device), group, dim=0)
 
 
 # ---- pipeline parallel -------------------------------------------------------------------------
@@ -960,10 +939,10 @@ class Pipeline:
         self.most_kept = 0  # micro-batches between their two passes, at the most
 
     def step(self, x, y, backward=True):
-        xs, ys = x.chunk(self.m), y.chunk(self.m)
         if len(x) % self.m:
             raise ValueError(f"a batch of {len(x)} does not make {self.m} equal micro-batches")
-        self.inbox, kept = {}, {}  # (kind, micro, stage): (works, tensor); (input, output)
+        xs, ys = x.chunk(self.m), y.chunk(self.m)
+        self.inbox, kept = {}, {}  # (kind, micro, stage): (works, tensor); (micro, stage): ends
         self.message = None  # like what is sent: an empty tensor without storage
         flying, total = [], torch.zeros((), device=x.device)
         for row in self.table:
@@ -971,7 +950,7 @@ class Pipeline:
             kind, micro, stage = row[self.rank] or (None, None, None)
             works, came = self.inbox.pop((kind, micro, stage), ([], None))
             finish(works)
-            made = None
+            made = given = out = None
             if kind == "F":
                 given = xs[micro] if stage == 0 else came.requires_grad_(backward)
                 targets = (ys[micro],) if stage == self.last else ()
@@ -1049,7 +1028,6 @@ class Stage(nn.Module):
         return self.model.loss(x, y, reduction="sum") if self.last else self.model.hidden(x)
 
 
-
 # ---- expert parallel ---------------------------------------------------------------------------
 
 
@@ -1123,34 +1101,47 @@ def checkpointed(functions, x, scheme="block"):
     return x
 
 
+def kept_bytes(call):
+    """Bytes of the tensors that a forward pass keeps for its backward pass, each storage once."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return sum(kept.values())
+
+
 # ---- Muon across ranks -------------------------------------------------------------------------
 
 
 def orthogonalize_sharded(orthogonalize, stack, p):
     """Orthogonalise matrices that are cut as the parameter p is: stack (n, rows, columns) of
-    this rank's pieces -> the same pieces of the results. The last cut is undone first."""
-    for dim, group, size in getattr(p, "splits", []):
-        orthogonalize = partial(share_out, orthogonalize, dim, group, size)
-    return orthogonalize(stack)
-
-
-def share_out(orthogonalize, dim, group, size, stack):
-    """Orthogonalise matrices of which each rank has rows (dim 0) or columns (dim 1).
+    this rank's pieces -> the same pieces of the results. The last cut is undone first.
 
     An all-to-all gives each rank whole matrices, ceil(n / N) of them, and another one brings their
-    pieces back: so the products are shared out instead of repeated N times."""
-    stack = stack.transpose(1, 1 + dim)  # what is cut comes first
-    n, rows, columns = stack.shape
-    N, rank = dist.get_world_size(group), dist.get_rank(group)
-    each = -(-n // N)
-    padded = torch.cat((stack, stack.new_zeros(each * N - n, rows, columns)))
-    mine = all_to_all(padded, group).view(N, each, rows, columns)  # my matrices' rows, by rank
-    mine = mine.transpose(0, 1).reshape(each, N * rows, columns)
-    if real := max(0, min(each, n - rank * each)):
-        whole = mine[:real, :size].transpose(1, 1 + dim)
-        whole.copy_(orthogonalize(whole))
-    mine = mine.view(each, N, rows, columns).transpose(0, 1).flatten(0, 1)
-    return all_to_all(mine, group)[:n].transpose(1, 1 + dim)
+    pieces back: so the products are shared out instead of repeated N times.
+    """
+    def undo(stack, splits):
+        if not splits:
+            return orthogonalize(stack)
+        *earlier, (dim, group, size) = splits
+        stack = stack.transpose(1, 1 + dim)  # cut by rows, now
+        n, rows, columns = stack.shape
+        N, rank = dist.get_world_size(group), dist.get_rank(group)
+        each = -(-n // N)
+        padded = torch.cat((stack, stack.new_zeros(each * N - n, rows, columns)))
+        mine = all_to_all(padded, group).view(N, each, rows, columns)  # my matrices' rows, by rank
+        mine = mine.transpose(0, 1).reshape(each, N * rows, columns)
+        if real := max(0, min(each, n - rank * each)):
+            whole = mine[:real, :size].transpose(1, 1 + dim)
+            whole.copy_(undo(whole, earlier))
+        mine = mine.view(each, N, rows, columns).transpose(0, 1).flatten(0, 1)
+        return all_to_all(mine, group)[:n].transpose(1, 1 + dim)
+
+    return undo(stack, getattr(p, "splits", []))
 
 
 # ---- checkpoints in pieces ---------------------------------------------------------------------
@@ -1263,7 +1254,7 @@ class Parallel:
     """
 
     def __init__(self, model, mesh, kind="ddp", compute_dtype=None):
-        self.mesh, self.kind, self.autocast, size = mesh, kind, nullcontext, mesh.size
+        self.mesh, self.autocast, size = mesh, nullcontext, mesh.size
         if model.config.num_experts and size("tp", "pp") > 1:
             raise ValueError("--tp, --pp: not with experts; split those with --ep")
         if size("ep") > 1 and not model.config.num_experts:
@@ -1271,6 +1262,11 @@ class Parallel:
         start_alike(model)
         self.model, self.runner, self.synced = model, model, None  # by DDP or FSDP
         self.train, self.eval = model.train, model.eval
+        copies = size("tp", "cp", "pp", "ep", "fsdp") == 1
+        self.copies_only = copies and (kind != "zero1" or dist.get_world_size() == 1)
+        # which of the ranks that share the data this is, how many, and how many read the same
+        self.data_ranks = (mesh.rank("dp", "fsdp", "ep"), size("dp", "fsdp", "ep"),
+                           size("tp", "cp", "pp"))
         splits = {"ep": expert_parallel, "cp": context_parallel, "tp": tensor_parallel}
         for axis in (a for a in splits if size(a) > 1):
             splits[axis](model, mesh.group(axis))
@@ -1287,19 +1283,8 @@ class Parallel:
                      (("expert",), mesh.group(*later - {"ep"})),
                      (("partial",), mesh.group(*later | {"tp"}))]
         if size("pp") > 1:
-            self.sums.append((("tied",), mesh.group("pp", ends=True)))
-
-    @property
-    def copies_only(self):
-        """Whether every rank has the model as one process has it."""
-        return self.mesh.size("tp", "cp", "pp", "ep", "fsdp") == 1 and (
-            self.kind != "zero1" or dist.get_world_size() == 1)
-
-    @property
-    def data_ranks(self):
-        """(which of the ranks that share the data, how many, how many read the same)."""
-        axes = "dp", "fsdp", "ep"
-        return self.mesh.rank(*axes), self.mesh.size(*axes), self.mesh.size("tp", "cp", "pp")
+            pairs = mesh.ranks[[0, -1]].reshape(2, -1).T.tolist()  # the pipelines' ends
+            self.sums.append((("tied",), dist.new_subgroups_by_enumeration(pairs)[0]))
 
     def share(self, items):
         """This data rank's part of a list, about equal."""
@@ -1315,27 +1300,24 @@ class Parallel:
             inputs, targets = F.pad(inputs, (0, extra)), F.pad(targets, (0, extra), value=-100)
         if cp > 1:
             inputs, targets = (zigzag(t, self.mesh.group("cp")) for t in (inputs, targets))
-        if pp > 1:
-            return self.pipeline_loss(inputs, targets, backward_scale) / (tp * pp)
-        with record_function("forward"), self.autocast():
-            loss = self.runner.loss(inputs, targets, reduction="sum")
-        if backward_scale is not None:
-            with record_function("backward"):
-                (loss * backward_scale).backward()
-        return loss.detach() / tp
-
-    def pipeline_loss(self, inputs, targets, backward_scale):
-        """The same through the stages, in as many micro-batches as fit up to two a stage."""
-        scale, p = backward_scale or 1, self.mesh.size("pp")
+        scale = backward_scale or 1
+        if pp == 1:
+            with record_function("forward"), self.autocast():
+                loss = self.runner.loss(inputs, targets, reduction="sum")
+            if backward_scale is not None:
+                with record_function("backward"):
+                    (loss * scale).backward()
+            return loss.detach() / tp
 
         def stage(x, *y):
             with self.autocast():
                 out = self.runner(x, *y)
             return out * scale if y else out
 
-        m = next(m for m in range(2 * p, 0, -1) if len(inputs) % m == 0)
+        m = next(m for m in range(2 * pp, 0, -1) if len(inputs) % m == 0)  # up to two a stage
         pipeline = Pipeline(stage, self.mesh.group("pp"), m)
-        return pipeline.step(inputs, targets, backward=backward_scale is not None) / scale
+        total = pipeline.step(inputs, targets, backward=backward_scale is not None)
+        return total / scale / (tp * pp)
 
     def no_sync(self):
         """For all micro-batches but the last, where gradients need not travel with each."""
@@ -1352,16 +1334,18 @@ class Parallel:
     def whole_state(self, optimizers=()):
         """On rank 0 {name: weight}, {name: {key: optimizer state}}, whole and on the CPU, as one
         process would have them; (None, None) elsewhere. All ranks must call."""
-        pieces, states = pieces_here(self.model, optimizers), defaultdict(dict)
-        first = dist.get_rank() == 0
-        for name, what in sorted(set().union(*gather_objects(set(pieces)))):  # one by one, since
-            found = [None] * dist.get_world_size() if first else None  # NCCL's go through the GPU
-            dist.gather_object(pieces.get((name, what)), found)
-            if first:
-                states[name][what] = joined([piece for piece in found if piece])
-        if not first:
+        mine, states = defaultdict(dict), {}
+        for (name, what), piece in pieces_here(self.model, optimizers).items():
+            mine[name][what] = piece
+        for name in sorted(set().union(*gather_objects(set(mine)))):
+            parts = None if dist.get_rank() else [None] * dist.get_world_size()
+            dist.gather_object(mine[name], parts)  # one at a time: NCCL's go through the GPU
+            if parts:
+                states[name] = {what: joined([part[what] for part in parts if what in part])
+                                for what in set().union(*parts)}
+        if dist.get_rank():
             return None, None
-        return {name: state.pop("") for name, state in states.items()}, dict(states)
+        return {name: state.pop("") for name, state in states.items()}, states
 
     def take_state(self, states, optimizers):
         """Give the optimizers this rank's pieces of whole states {name: {key: tensor}}."""
@@ -1590,16 +1574,16 @@ def say(text):
         print(text, flush=True)
 
 
-def median_seconds(call, repeats=9, warmup=2):
+def median_seconds(call):
     times = []
-    for _ in range(repeats + warmup):
+    for _ in range(11):
         dist.barrier()
         start = time.perf_counter()
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return float(np.median(times[warmup:]))
+    return float(np.median(times[2:]))
 
 
 def bench_collectives(device):
@@ -1618,39 +1602,18 @@ def bench_collectives(device):
                 f"{sent / seconds / 1e9:>12.2f}")
 
 
-def bench_checkpointing(n=16, d=256):
-    say(f"\nkept for the backward pass of {n} blocks, d_model {d}, 4 x 256 tokens, checkpointed")
-    blocks = [nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)) for _ in range(n)]
-    x = torch.randn(4, 256, d, requires_grad=True)
-    for scheme in ("none", "block", "sqrt", "nested"):
-        kept = kept_bytes(partial(checkpointed, blocks, x, scheme))
-        say(f"{scheme:<8} {kept / 2**20:>9.1f} MiB")
-
-
-def kept_bytes(call):
-    """Bytes of the tensors that a forward pass keeps for its backward pass, each storage once."""
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call()
-    return sum(kept.values())
-
-
-def torch_fsdp(model):
-    from torch.distributed.fsdp import fully_shard
-    for layer in model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
-
-
 def bench_wrappers(device):
     """One training step under each wrapper: seconds, bytes sent, bytes of state on a rank; the
     ratio is to the time of the torch wrapper above."""
+    from torch.distributed.fsdp import fully_shard
+
     import model as model_py
+
+    def torch_fsdp(model):
+        for layer in model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
     config = model_py.ModelConfig(vocab_size=4096, context_length=256, d_model=256, num_layers=6,
                                   num_heads=4)
     ids = torch.randint(0, 4096, (4, 257), device=device)
@@ -1694,14 +1657,20 @@ def run_bench(args):
     say(f"{dist.get_world_size()} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads "
         f"each, torch {torch.__version__}\n")
     bench_collectives(device)
-    bench_checkpointing()
+    say("\nkept for the backward pass of 16 blocks, d_model 256, 4 x 256 tokens, checkpointed")
+    blocks = [nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+              for _ in range(16)]
+    x = torch.randn(4, 256, 256, requires_grad=True)
+    for scheme in ("none", "block", "sqrt", "nested"):
+        kept = kept_bytes(partial(checkpointed, blocks, x, scheme))
+        say(f"{scheme:<8} {kept / 2**20:>9.1f} MiB")
     bench_wrappers(device)
 
 
 # ---- command line ------------------------------------------------------------------------------
 
 
-def make_parser():
+def main(argv=None):
     shape = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1722,11 +1691,7 @@ def make_parser():
                                 help="collectives and wrappers, timed (under torchrun)")
     bench.set_defaults(run=run_bench)
     bench.add_argument("--device", default="auto", help="cpu or cuda")
-    return parser
-
-
-def main(argv=None):
-    args = make_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
