@@ -259,8 +259,8 @@ def sum_gradients(parameters, group=None):
 # cut, into the group's ranks, padded to equal pieces; cuts lie in each other in that order. .parts
 # says how many ranks hold different parts of the model here, .full_name its name in the model of
 # one process where that is not its own, .kind whether its gradient is "partial" (to be summed over
-# the tensor-parallel ranks too), an "expert"'s (not over the expert-parallel ones) or that of a
-# "tied" table (over a pipeline's ends, too).
+# the tensor-parallel ranks too), an "expert"'s (not over the expert-parallel ones) or a "tied"
+# table's (over a pipeline's two ends, too).
 
 
 def split_parameter(p, group, dim=0):
@@ -597,7 +597,7 @@ class FSDP(nn.Module):
     def before_backward(self, layer, grad):
         self.backward_runs = True
         i = self.order.index(layer)
-        for later in self.order[:i:-1]:  # their gradients are there, of the weights used here
+        for later in self.order[:i:-1]:  # these have the gradients of all weights that were used
             later.done()
         for ahead in self.order[max(0, i + 1 - self.prefetch):i + 1][::-1]:
             ahead.gather()
@@ -625,7 +625,7 @@ class FSDP(nn.Module):
         self.reducing = []
 
     def finish_gradient_synchronization(self):
-        """Reduce what is left, as the first layer where nothing before it learns; wait for all."""
+        """Reduce what is left (the first layer, if its inputs need no gradient); wait for all."""
         for layer in (*self.root, *self.order):
             layer.done()
         self.settle()
