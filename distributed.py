@@ -23,9 +23,8 @@ import os
 import shutil
 import sys
 import time
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +33,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch._utils import _flatten_dense_tensors as flatten
+from torch._utils import _unflatten_dense_tensors as unflatten
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -48,35 +49,36 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 def init_distributed(device="auto"):
     """Join torchrun's ranks, or be the only rank of a world of one; returns this rank's device.
 
-    NCCL where the device is a GPU, gloo elsewhere. Torn down when the process ends, or by
-    close_distributed. The CPU's cores are shared out among the ranks of a machine, unless
-    OMP_NUM_THREADS says how many threads to take. But torchrun sets that to 1 by itself if it
-    starts several ranks, so from there a 1 counts as unset (or a 64-core machine would use two
-    cores for two ranks); to hold ranks to fewer cores than there are, use taskset.
+    NCCL where the device is a GPU, gloo elsewhere. The ranks of a machine share its cores out,
+    unless OMP_NUM_THREADS says how many threads to take. From torchrun a 1 counts as unset, since
+    it sets that by itself; to hold ranks to fewer cores than there are, use taskset.
     """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    device = torch.device(kind)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, options = torch.device(device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
+        options = dict(backend="nccl", device_id=device)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if os.environ.get("OMP_NUM_THREADS") in ((None, "", "1") if ranks_here > 1 else (None, "")):
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if not threads or (threads == "1" and ranks_here > 1):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // ranks_here))
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(backend, **alone)
+        if "RANK" not in os.environ:
+            options |= dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(**options)
         atexit.register(close_distributed)
     return device
 
 
 def close_distributed():
-    """Leave the ranks.
+    """Leave the ranks; also done when the process ends.
 
     The pause is gloo's: its threads drop a finished collective's tensors a moment after wait()
-    returns and need the interpreter for it. Where that has begun to end by then, the process
-    aborts with "terminate called without an active exception" (one exit in 30 on busy cores).
+    returns. If the interpreter has begun to end by then, the process aborts ("terminate called
+    without an active exception", one exit in 30 on busy cores).
     """
     if dist.is_initialized():
         pause = 0.3 if dist.get_backend() == "gloo" else 0
@@ -130,10 +132,8 @@ def gather_objects(value, group=None):
 
 
 def start_alike(module, group=None):
-    """Give every rank the parameters and buffers of the group's first rank.
-
-    Ranks whose parameters differ in name, shape or type are refused: they would wait for ever.
-    """
+    """Give every rank the parameters and buffers of the group's first rank. Ranks whose parameters
+    differ in name, shape or type are refused: they would wait for ever."""
     tensors = [*module.parameters(), *module.buffers()]
     if not tensors or tensors[0].is_meta:
         return
@@ -212,16 +212,18 @@ def reduce_scatter(x, group, dim=0):
     return out.to(x.dtype)
 
 
+def cut(x, group, dim=0):
+    """This rank's piece along dim of what every rank has, zeros filling up the last ones."""
+    n, dim = dist.get_world_size(group), dim % x.ndim
+    padding = [0, 0] * (x.ndim - 1 - dim) + [0, -x.shape[dim] % n]
+    return F.pad(x, padding).chunk(n, dim)[dist.get_rank(group)].clone()
+
+
 def all_to_all(x, group, sends=None, receives=None):
     """Rows of x to the ranks, sends[r] of them to r; as many to each where nothing is said."""
     out = x.new_empty(sum(receives), *x.shape[1:]) if receives else torch.empty_like(x)
     dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
     return out
-
-
-def own(x, group, dim=0):
-    """This rank's piece along dim of what every rank has: all_gather's opposite."""
-    return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
 
 
 def finish(works):
@@ -230,26 +232,16 @@ def finish(works):
 
 
 class Exchange(torch.autograd.Function):
-    """forward by one function of a tensor, backward by another: a collective and its conjugate."""
+    """there(x, *args) forward, back(dy, *args) backward: a collective and its conjugate."""
 
     @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.back = back
-        return there(x)
+    def forward(ctx, x, there, back, *args):
+        ctx.back, ctx.args = back, args
+        return there(x, *args)
 
     @staticmethod
     def backward(ctx, dy):
-        return ctx.back(dy.contiguous()), None, None
-
-
-def flatten(tensors):
-    """One vector of them all, to send as one message."""
-    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
-
-
-def unflatten(flat, like):
-    """The pieces of flatten(like)."""
-    return [v.view_as(t) for t, v in zip(like, flat.split([t.numel() for t in like]))]
+        return ctx.back(dy.contiguous(), *ctx.args), None, None, *(None for _ in ctx.args)
 
 
 def sum_gradients(parameters, group=None):
@@ -267,19 +259,13 @@ def sum_gradients(parameters, group=None):
 # cut, into the group's ranks, padded to equal pieces; cuts lie in each other in that order. .parts
 # says how many ranks hold different parts of the model here, .full_name its name in the model of
 # one process where that is not its own, .kind whether its gradient is "partial" (to be summed over
-# the tensor-parallel ranks too) or an "expert"'s (not over the expert-parallel ones).
+# the tensor-parallel ranks too), an "expert"'s (not over the expert-parallel ones) or a "tied"
+# table's (over a pipeline's two ends, too).
 
 
-def cut(x, dim, group):
-    """This rank's piece of x along dim, zeros filling up the last ones."""
-    n, size = dist.get_world_size(group), x.shape[dim]
-    padding = [0, 0] * (x.ndim - 1 - dim) + [0, -size % n]
-    return own(F.pad(x, padding), group, dim).clone()
-
-
-def split_parameter(p, dim, group):
+def split_parameter(p, group, dim=0):
     """p -> a Parameter that holds this rank's piece along dim."""
-    piece = nn.Parameter(cut(p.detach(), dim, group), p.requires_grad)
+    piece = nn.Parameter(cut(p.detach(), group, dim), p.requires_grad)
     piece.__dict__.update(p.__dict__)  # .full_name, .kind
     piece.splits = [*getattr(p, "splits", []), (dim, group, p.shape[dim])]
     piece.parts = getattr(p, "parts", 1) * dist.get_world_size(group)
@@ -346,18 +332,6 @@ def no_sync(self):
         self.syncing = True
 
 
-def fill_buckets(params, limit):
-    """Lists of successive parameters of one type, as many in each as fit `limit` bytes."""
-    buckets, room = [], 0
-    for p in params:
-        if not buckets or p.nbytes > room or buckets[-1][0].dtype != p.dtype:
-            buckets.append([])
-            room = limit
-        buckets[-1].append(p)
-        room -= p.nbytes
-    return buckets
-
-
 class DDP(nn.Module):
     """Every rank has the whole model and part of the batch; gradients are averaged.
 
@@ -381,15 +355,18 @@ class DDP(nn.Module):
         self.module, self.group, self.syncing = module, group, True
         self.scale = 1 / dist.get_world_size(group) if average else 1
         self.params = [p for p in module.parameters() if p.requires_grad]
-        self.buckets = fill_buckets(self.params[::-1], limits[mode])  # the last gradient is first
-        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        for p in self.params if mode in ("overlap", "bucket") else ():
-            p.register_post_accumulate_grad_hook(self.ready)
-        self.reset()
-
-    def reset(self):
+        self.buckets, self.bucket_of, room = [], {}, 0
+        for p in self.params[::-1]:  # the last layer's gradients come first
+            if not self.buckets or p.nbytes > room or p.dtype != self.buckets[-1][0].dtype:
+                self.buckets.append([])
+                room = limits[mode]
+            self.buckets[-1].append(p)
+            self.bucket_of[p] = len(self.buckets) - 1
+            room -= p.nbytes
+            if mode in ("overlap", "bucket"):
+                p.register_post_accumulate_grad_hook(self.ready)
+        self.missing = [len(bucket) for bucket in self.buckets]  # gradients not there yet
         self.flying = []  # (work, flat gradients) of the buckets on their way
-        self.missing = [len(bucket) for bucket in self.buckets]
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
@@ -423,7 +400,7 @@ class DDP(nn.Module):
             work.wait()
             for p, piece in zip(bucket, unflatten(flat.mul_(self.scale), bucket)):
                 p.grad = piece if used[p] else None
-        self.reset()
+        self.missing, self.flying = [len(bucket) for bucket in self.buckets], []
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -440,9 +417,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.held = [0] * dist.get_world_size(group)  # elements a rank
         self.local = optimizer_cls(params, **kwargs)
         super().__init__(self.local.param_groups, self.local.defaults)
-        self.share_state()
-
-    def share_state(self):
         self.param_groups, self.state = self.local.param_groups, self.local.state
 
     def add_param_group(self, param_group):
@@ -484,7 +458,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         params = [p for g in self.param_groups for p in g["params"]]
         mine = {i: s for i, s in state_dict["state"].items() if self.owns(params[i])}
         self.local.load_state_dict(state_dict | {"state": mine})
-        self.share_state()
+        self.param_groups, self.state = self.local.param_groups, self.local.state
 
 
 # ---- fully sharded data parallel ---------------------------------------------------------------
@@ -498,17 +472,12 @@ class ShardedLayer:
     goes (resize_(0)), which is what frees the memory. It has room for the last rank's padding.
     """
 
-    def __init__(self, places, fsdp):
-        """places: {parameter: [(module, name), ...]}, more than one where weights are tied."""
-        self.fsdp, self.group, self.places = fsdp, fsdp.group, list(places.values())
-        self.n = dist.get_world_size(self.group)
-        self.shards = [split_parameter(p, 0, self.group) for p in places]
+    def __init__(self, places, fsdp):  # {parameter: [(module, name), ...]}: several, if tied
+        self.fsdp, self.places = fsdp, list(places.values())
+        self.n = dist.get_world_size(fsdp.group)
+        self.shards = [split_parameter(p, fsdp.group) for p in places]
         self.full = [nn.Parameter(torch.empty(p.shape, dtype=fsdp.compute_dtype or p.dtype,
                                               device=p.device), p.requires_grad) for p in places]
-        self.learns = [pair for pair in zip(self.full, self.shards) if pair[0].requires_grad]
-        for full, _ in self.learns:
-            full.register_post_accumulate_grad_hook(self.accumulated)
-        self.missing = len(self.learns)  # gradients until the layer is done with
         self.gathering, self.gathered = [], True  # works; or on the way
         self.free()
 
@@ -525,7 +494,7 @@ class ShardedLayer:
             # .data, since autograd must not take this for a change of the weight
             room = full.data.as_strided((self.n * shard.shape[0], shard.shape[1]), full.stride())
             self.gathering.append(all_gather_single(room, shard.detach().to(full.dtype),
-                                                    group=self.group, async_op=True))
+                                                    group=self.fsdp.group, async_op=True))
         self.gathered = True
 
     def wait(self):
@@ -541,30 +510,23 @@ class ShardedLayer:
             self.show(self.shards)
             self.gathered = False
 
-    def accumulated(self, _):
-        """Hook: one more weight has its gradient. After the last the layer is done with."""
-        self.missing -= 1
-        if not self.missing:
-            self.done()
-
-    def done(self):
-        if self.fsdp.syncing and any(full.grad is not None for full, _ in self.learns):
-            self.reduce()
-        self.missing = len(self.learns)
+    def done(self, *_):
+        """After its backward pass: free the layer, and start to reduce-scatter its gradients, when
+        those of the layer before have arrived. Until then the sent ones stay in memory."""
+        fsdp = self.fsdp
+        if fsdp.syncing and any(full.grad is not None for full in self.full):
+            fsdp.settle()
+            for full, shard in zip(self.full, self.shards):
+                if not full.requires_grad:
+                    continue
+                grad = torch.zeros_like(full) if full.grad is None else full.grad
+                full.grad, padding = None, self.n * shard.shape[0] - len(full)
+                grad = grad.to(fsdp.reduce_dtype)
+                grad = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
+                out = grad.new_empty(shard.shape)
+                work = reduce_scatter_single(out, grad, group=fsdp.group, async_op=True)
+                fsdp.reducing.append((work, out, shard))
         self.free()
-
-    def reduce(self):
-        """Start the reduce-scatter of the whole gradients, when those of the layer before are done:
-        until then the sent ones stay in memory."""
-        self.fsdp.settle()
-        for full, shard in self.learns:
-            grad = torch.zeros_like(full) if full.grad is None else full.grad
-            full.grad, padding = None, self.n * shard.shape[0] - len(full)
-            grad = grad.to(self.fsdp.reduce_dtype)
-            grad = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
-            out = grad.new_empty(shard.shape)
-            work = reduce_scatter_single(out, grad, group=self.group, async_op=True)
-            self.fsdp.reducing.append((work, out, shard))
 
 
 class FSDP(nn.Module):
@@ -576,12 +538,11 @@ class FSDP(nn.Module):
     is shared by several (embedding, head) stays gathered from the forward pass to its gradient.
     Parameters of other dimensions are small: they stay whole, their gradients are all-reduced.
 
-    Weights travel in compute_dtype (their own if None), gradients in reduce_dtype; the shards that
-    the optimizer sees, and their gradients, keep the weights' own dtype. With W weights, w of them
-    outside the layers, a step sends (N-1)/N of 2 (W - w) + w in compute_dtype and W in
-    reduce_dtype: three halves of DDP's bytes. Layers are prefetched in the order they are
-    registered in, which must be that of their use. A rank may skip some weights of a layer, but not
-    a whole one, nor a table that others use.
+    Weights travel in compute_dtype (their own if None), gradients in reduce_dtype; the optimizer
+    sees shards in the weights' own dtype. With W weights, w of them outside the layers, a step
+    sends (N-1)/N of 2 (W - w) + w in compute_dtype and W in reduce_dtype: three halves of DDP's
+    bytes. Layers must be registered in the order of their use. A rank may skip some weights of a
+    layer, but not a whole one, nor a table that others use.
     """
 
     no_sync = no_sync
@@ -612,6 +573,9 @@ class FSDP(nn.Module):
                 block.register_forward_pre_hook(partial(self.before, layer))
                 block.register_forward_hook(partial(self.after, layer))
         self.root = [ShardedLayer({p: uses}, self) for p, uses in places.items()]
+        for layer in self.root:  # of one weight each: done when that has its gradient
+            if layer.full[0].requires_grad:
+                layer.full[0].register_post_accumulate_grad_hook(layer.done)
 
     def before(self, layer, module, inputs):
         i = self.order.index(layer)
@@ -626,34 +590,31 @@ class FSDP(nn.Module):
         for tensor in (output,) if torch.is_tensor(output) else output:
             if torch.is_tensor(tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self.before_backward, layer))
-        for tensor in inputs if layer is self.order[0] else ():  # after it, tables are reduced
+        for tensor in inputs if layer is self.order[0] else ():  # no layer before it will say so
             if torch.is_tensor(tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda _: layer.done())
+                tensor.register_hook(layer.done)
 
     def before_backward(self, layer, grad):
         self.backward_runs = True
         i = self.order.index(layer)
-        for later in self.order[:i:-1]:  # done, also where a weight is frozen or was not used here:
-            later.done()  # so that all ranks reduce in one order
+        for later in self.order[:i:-1]:  # these have the gradients of all weights that were used
+            later.done()
         for ahead in self.order[max(0, i + 1 - self.prefetch):i + 1][::-1]:
             ahead.gather()
         layer.wait()
 
-    def run(self, function, *args, **kwargs):
+    def forward(self, *args, function=None, **kwargs):
         self.backward_runs = False
         for layer in self.root:
             layer.wait()
-        output = function(*args, **kwargs)
+        output = (function or self.module)(*args, **kwargs)
         for layer in () if torch.is_grad_enabled() else self.root:
             layer.free()
         return output
 
-    def forward(self, *args, **kwargs):
-        return self.run(self.module, *args, **kwargs)
-
     def loss(self, *args, **kwargs):
         """module.loss, for models that have it."""
-        return self.run(self.module.loss, *args, **kwargs)
+        return self(*args, function=self.module.loss, **kwargs)
 
     def settle(self):
         """Wait for the reductions under way; their results join the shards' gradients."""
@@ -664,16 +625,14 @@ class FSDP(nn.Module):
         self.reducing = []
 
     def finish_gradient_synchronization(self):
-        """Reduce what is left, of layers of which not all weights were used; wait for the rest."""
+        """Reduce what is left (the first layer, if its inputs need no gradient); wait for all."""
         for layer in (*self.root, *self.order):
             layer.done()
         self.settle()
         if self.syncing:
             for p in self.small:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(self.scale)
             sum_gradients(self.small, self.group)
-            for p in self.small:
-                p.grad.mul_(self.scale)
         self.backward_runs = False
 
     def clip_grad_norm_(self, max_norm):
@@ -692,14 +651,12 @@ class FSDP(nn.Module):
 
 def gather_sequence(x, group):
     """(B, T/N, D) -> (B, T, D); backwards the sum of all ranks' gradients is split."""
-    return Exchange.apply(x, partial(all_gather, group=group, dim=1),
-                          partial(reduce_scatter, group=group, dim=1))
+    return Exchange.apply(x, all_gather, reduce_scatter, group, 1)
 
 
 def scatter_sequence(x, group):
     """Partial sums (B, T, D) -> (B, T/N, D); backwards the gradients are gathered."""
-    return Exchange.apply(x, partial(reduce_scatter, group=group, dim=1),
-                          partial(all_gather, group=group, dim=1))
+    return Exchange.apply(x, reduce_scatter, all_gather, group, 1)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -707,7 +664,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def __init__(self, embedding, group):
         super().__init__()
-        self.weight, self.group = split_parameter(embedding.weight, 0, group), group
+        self.weight, self.group = split_parameter(embedding.weight, group), group
         self.first = dist.get_rank(group) * len(self.weight)
 
     def forward(self, ids):
@@ -744,15 +701,44 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return dz * grad, None, None, None, None
 
 
+def row_parallel(linear, group, x):
+    """What a linear layer makes of inputs x (B, T, F/N) that the ranks share: sums (B, T/N, D)."""
+    bias = None if linear.bias is None else linear.bias / dist.get_world_size(group)
+    return scatter_sequence(F.linear(x, linear.weight, bias), group)
+
+
+def tensor_parallel_head(model, group, hidden, gather=True):
+    """Transformer.head of a model that is split: logits (B, T, V) in fp32 on every rank. Or this
+    rank's columns of them (B, T, V/N), -inf where the table is padding."""
+    c = model.config
+    weight = (model.embed if c.tie_embeddings else model.lm_head).weight
+    z = F.linear(gather_sequence(hidden, group), weight).float()
+    if c.logit_softcap:
+        z = c.logit_softcap * torch.tanh(z / c.logit_softcap)
+    first = dist.get_rank(group) * len(weight)
+    if first + len(weight) > c.vocab_size:
+        columns = torch.arange(first, first + len(weight), device=z.device)
+        z = z.masked_fill(columns >= c.vocab_size, -math.inf)
+    return Exchange.apply(z, all_gather, cut, group, -1)[..., :c.vocab_size] if gather else z
+
+
+def tensor_parallel_loss(model, group, ids, targets, reduction="mean", ignore_index=-100):
+    """Transformer.loss of a model that is split: the logits are never whole anywhere."""
+    z = tensor_parallel_head(model, group, model.hidden(ids), gather=False)
+    z = z.flatten(0, 1)  # (B T, V/N)
+    first = dist.get_rank(group) * z.shape[-1]
+    total = VocabParallelCrossEntropy.apply(z, targets.flatten(), first, group, ignore_index)
+    return total / (targets != ignore_index).sum() if reduction == "mean" else total
+
+
 def tensor_parallel(model, group):
-    """Split our Transformer's matrices over the group; returns parameters whose gradients are
-    partial: call sum_gradients(them, group) after the backward pass.
+    """Split our Transformer's matrices over the group; returns the parameters that are not cut:
+    these see only some positions or heads, so call sum_gradients(them, group) after backward().
 
     Attention has H/N heads on a rank, the feed-forward network F/N columns: the first matrix of
     each is cut by rows of W (its outputs), the second by columns (its inputs). What lies between
     the parts is split along T, which must be a multiple of N: 4 all-gathers and 4 reduce-scatters
-    a layer, of B T D numbers each, and 1/N of the activations. Whatever is not cut has seen only
-    some positions or heads: its gradient is partial.
+    a layer, of B T D numbers each, and 1/N of the activations.
     """
     n, c = dist.get_world_size(group), model.config
     for name in ("num_heads", "num_kv_heads", "d_ff"):
@@ -768,12 +754,12 @@ def tensor_parallel(model, group):
                 lambda m, args: (gather_sequence(args[0], group), *args[1:]))
         elif part in ("q", "k", "v", "w1", "w3", "lm_head"):  # W (F, D) -> (F/N, D)
             for p_name, p in list(m.named_parameters()):
-                m.register_parameter(p_name, split_parameter(p, 0, group))
+                m.register_parameter(p_name, split_parameter(p, group))
         elif part in ("o", "w2"):  # W (D, F) -> (D, F/N)
-            m.weight = split_parameter(m.weight, 1, group)
+            m.weight = split_parameter(m.weight, group, 1)
             m.forward = partial(row_parallel, m, group)
         elif part == "pos":  # (T, D) -> (T/N, D)
-            m.register_forward_hook(lambda m, x, y: own(y, group, -2))
+            m.register_forward_hook(lambda m, x, y: cut(y, group, -2))
     model.embed = table = VocabParallelEmbedding(model.embed, group)
     partials = [p for p in model.parameters() if not hasattr(p, "splits")]
     for p in partials:
@@ -785,42 +771,6 @@ def tensor_parallel(model, group):
     model.positions = lambda T, device: positions(  # a pipeline's later stages see T/N positions
         T if model.embed is table else T * n, device).clamp(max=length - 1)
     return partials
-
-
-def row_parallel(linear, group, x):
-    """What a linear layer makes of inputs x (B, T, F/N) that the ranks share: sums (B, T/N, D)."""
-    bias = None if linear.bias is None else linear.bias / dist.get_world_size(group)
-    return scatter_sequence(F.linear(x, linear.weight, bias), group)
-
-
-def local_logits(model, group, hidden):
-    """This rank's columns of the logits (B, T, V/N) in fp32; -inf where the table is padding."""
-    c = model.config
-    weight = (model.embed if c.tie_embeddings else model.lm_head).weight
-    z = F.linear(gather_sequence(hidden, group), weight).float()
-    if c.logit_softcap:
-        z = c.logit_softcap * torch.tanh(z / c.logit_softcap)
-    first = dist.get_rank(group) * len(weight)
-    if first + len(weight) > c.vocab_size:
-        columns = torch.arange(first, first + len(weight), device=z.device)
-        z = z.masked_fill(columns >= c.vocab_size, -math.inf)
-    return z
-
-
-def tensor_parallel_head(model, group, hidden):
-    """Transformer.head of a model that is split: logits (B, T, V) on every rank."""
-    logits = Exchange.apply(local_logits(model, group, hidden),
-                            partial(all_gather, group=group, dim=-1),
-                            partial(own, group=group, dim=-1))
-    return logits[..., :model.config.vocab_size]
-
-
-def tensor_parallel_loss(model, group, ids, targets, reduction="mean", ignore_index=-100):
-    """Transformer.loss of a model that is split: the logits are never whole anywhere."""
-    z = local_logits(model, group, model.hidden(ids)).flatten(0, 1)  # (B T, V/N)
-    first = dist.get_rank(group) * z.shape[-1]
-    total = VocabParallelCrossEntropy.apply(z, targets.flatten(), first, group, ignore_index)
-    return total / (targets != ignore_index).sum() if reduction == "mean" else total
 
 
 # ---- context parallel --------------------------------------------------------------------------
@@ -891,13 +841,12 @@ def ring(q, k, v, group):
         if step == 0:
             out, lse = attention_with_lse(q, *kv, causal=True)
         elif step <= rank:  # an earlier rank's: their first half is in the past of all queries
-            new = attention_with_lse(q, *kv[:, :, :half], causal=False)
-            out, lse = merge(out, lse, *new)
+            out, lse = merge(out, lse, *attention_with_lse(q, *kv[:, :, :half], causal=False))
         else:  # a later rank's: all are in the past of the second half
-            new = attention_with_lse(q[:, half:], *kv, causal=False)
-            late_out, late_lse = merge(out[:, half:], lse[..., half:], *new)
-            out = torch.cat((out[:, :half], late_out), 1)
-            lse = torch.cat((lse[..., :half], late_lse), -1)
+            late = merge(out[:, half:], lse[..., half:],
+                         *attention_with_lse(q[:, half:], *kv, causal=False))
+            out = torch.cat((out[:, :half], late[0]), 1)
+            lse = torch.cat((lse[..., :half], late[1]), -1)
     return out
 
 
@@ -914,15 +863,11 @@ def ring_attention(q, k, v, group=None):
 
 def context_parallel(model, group):
     """Let our Transformer run on zigzag()'s shares of its sequences. Every gradient is partial."""
-    c = model.config
+    c, n = model.config, dist.get_world_size(group)
     if c.sliding_window or c.attention_softcap or c.kv_rank:
         raise ValueError("context parallel: no sliding_window, attention_softcap or kv_rank here")
-
-    def positions(T, device):
-        return zigzag(torch.arange(T * dist.get_world_size(group), device=device), group, dim=0)
-
     c.attention = partial(ring_attention, group=group)
-    model.positions = positions
+    model.positions = lambda T, device: zigzag(torch.arange(T * n, device=device), group, dim=0)
 
 
 # ---- pipeline parallel -------------------------------------------------------------------------
@@ -994,21 +939,31 @@ class Pipeline:
         self.most_kept = 0  # micro-batches between their two passes, at the most
 
     def step(self, x, y, backward=True):
-        xs, ys = x.chunk(self.m), y.chunk(self.m)
         if len(x) % self.m:
             raise ValueError(f"a batch of {len(x)} does not make {self.m} equal micro-batches")
-        self.inbox, self.kept = {}, {}  # (kind, micro, stage): (works, tensor); (input, output)
+        xs, ys = x.chunk(self.m), y.chunk(self.m)
+        self.inbox, kept = {}, {}  # (kind, micro, stage): (works, tensor); (micro, stage): ends
         self.message = None  # like what is sent: an empty tensor without storage
         flying, total = [], torch.zeros((), device=x.device)
         for row in self.table:
             row = [e if e and (backward or e[0] == "F") else None for e in row]
             kind, micro, stage = row[self.rank] or (None, None, None)
-            made = None
+            works, came = self.inbox.pop((kind, micro, stage), ([], None))
+            finish(works)
+            made = given = out = None
             if kind == "F":
-                made = self.forward(micro, stage, xs[micro], ys[micro], backward)
+                given = xs[micro] if stage == 0 else came.requires_grad_(backward)
+                targets = (ys[micro],) if stage == self.last else ()
+                out = self.chunks[stage // self.p](given, *targets)
+                made = out.detach().contiguous()
                 total += made if stage == self.last else 0
+                if backward:
+                    kept[micro, stage] = given, out
+                self.most_kept = max(self.most_kept, len(kept))
             elif kind == "B":
-                made = self.backward(micro, stage)
+                given, out = kept.pop((micro, stage))
+                out.backward(came)  # None for a loss
+                made = given.grad.contiguous() if stage else None
             flying.append((self.exchange(row, made, x.device), made))  # made must live on
             if len(flying) > 2 * self.p:  # but not longer than its micro-batch is here
                 finish(flying.pop(0)[0])
@@ -1016,24 +971,6 @@ class Pipeline:
             finish(works)
         dist.all_reduce(total, group=self.group)
         return total
-
-    def forward(self, micro, stage, x, y, backward):
-        given = x if stage == 0 else self.take("F", micro, stage).requires_grad_(backward)
-        out = self.chunks[stage // self.p](given, *((y,) if stage == self.last else ()))
-        if backward:
-            self.kept[micro, stage] = given, out
-        self.most_kept = max(self.most_kept, len(self.kept))
-        return out.detach().contiguous()
-
-    def backward(self, micro, stage):
-        given, out = self.kept.pop((micro, stage))
-        out.backward(None if stage == self.last else self.take("B", micro, stage))
-        return None if stage == 0 else given.grad.contiguous()
-
-    def take(self, *name):
-        works, tensor = self.inbox.pop(name)
-        finish(works)
-        return tensor
 
     def exchange(self, row, made, device):
         """Pass on what this tick made: one batch of sends and receives for all neighbours, so the
@@ -1075,11 +1012,12 @@ class Stage(nn.Module):
         for name, p in named(model):
             p.full_name, p.parts = name, getattr(p, "parts", 1) * count
         self.model, self.last = model, index == count - 1
-        self.tied = c.tie_embeddings and count > 1 and (index == 0 or self.last)
         model.layers = model.layers[n * index // count:n * (index + 1) // count]
-        if self.tied and self.last:  # it has a copy, that counts for nothing in gradients' norm
-            model.lm_head, c.tie_embeddings = model.embed, False
-            model.embed.weight.parts = 0
+        if c.tie_embeddings and count > 1:
+            model.embed.weight.kind = "tied"
+            if self.last:  # it has a copy, that counts for nothing in gradients' norm
+                model.lm_head, c.tie_embeddings = model.embed, False
+                model.embed.weight.parts = 0
         if index:
             model.embed, model.pos = nn.Identity(), None
             c.position = "none" if c.position == "learned" else c.position
@@ -1088,19 +1026,6 @@ class Stage(nn.Module):
 
     def forward(self, x, y=None):
         return self.model.loss(x, y, reduction="sum") if self.last else self.model.hidden(x)
-
-
-def sum_tied(stages, group, ranks=1):
-    """The gradient of a tied table is what the first and the last stage have of it; ranks in
-    between add nothing. `ranks` share its rows, if it is sharded."""
-    c, device = stages[0].model.config, next(stages[0].parameters()).device
-    tables = [(s.model.lm_head if s.last else s.model.embed).weight for s in stages if s.tied]
-    total = torch.zeros(-(-c.vocab_size // ranks), c.d_model, device=device)
-    for p in tables:
-        total += p.grad
-    dist.all_reduce(total, group=group)
-    for p in tables:
-        p.grad.copy_(total)
 
 
 # ---- expert parallel ---------------------------------------------------------------------------
@@ -1176,36 +1101,47 @@ def checkpointed(functions, x, scheme="block"):
     return x
 
 
+def kept_bytes(call):
+    """Bytes of the tensors that a forward pass keeps for its backward pass, each storage once."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return sum(kept.values())
+
+
 # ---- Muon across ranks -------------------------------------------------------------------------
 
 
 def orthogonalize_sharded(orthogonalize, stack, p):
     """Orthogonalise matrices that are cut as the parameter p is: stack (n, rows, columns) of
-    this rank's pieces -> the same pieces of the results. The last cut is undone first."""
-    for dim, group, size in getattr(p, "splits", []):
-        orthogonalize = partial(by_columns if dim else by_rows, orthogonalize, group, size)
-    return orthogonalize(stack)
+    this rank's pieces -> the same pieces of the results. The last cut is undone first.
 
+    An all-to-all gives each rank whole matrices, ceil(n / N) of them, and another one brings their
+    pieces back: so the products are shared out instead of repeated N times.
+    """
+    def undo(stack, splits):
+        if not splits:
+            return orthogonalize(stack)
+        *earlier, (dim, group, size) = splits
+        stack = stack.transpose(1, 1 + dim)  # cut by rows, now
+        n, rows, columns = stack.shape
+        N, rank = dist.get_world_size(group), dist.get_rank(group)
+        each = -(-n // N)
+        padded = torch.cat((stack, stack.new_zeros(each * N - n, rows, columns)))
+        mine = all_to_all(padded, group).view(N, each, rows, columns)  # my matrices' rows, by rank
+        mine = mine.transpose(0, 1).reshape(each, N * rows, columns)
+        if real := max(0, min(each, n - rank * each)):
+            whole = mine[:real, :size].transpose(1, 1 + dim)
+            whole.copy_(undo(whole, earlier))
+        mine = mine.view(each, N, rows, columns).transpose(0, 1).flatten(0, 1)
+        return all_to_all(mine, group)[:n].transpose(1, 1 + dim)
 
-def by_columns(orthogonalize, group, size, stack):
-    """Matrices of which each rank has columns: every rank gathers all of them."""
-    return cut(orthogonalize(all_gather(stack, group, 2).narrow(2, 0, size)), 2, group)
-
-
-def by_rows(orthogonalize, group, size, stack):
-    """Matrices of which each rank has rows: an all-to-all gives each rank whole matrices,
-    ceil(n / N) of them, and another one brings their rows back. So the products are shared out
-    instead of repeated N times."""
-    n, rows, columns = stack.shape
-    N, rank = dist.get_world_size(group), dist.get_rank(group)
-    each = -(-n // N)
-    padded = torch.cat((stack, stack.new_zeros(each * N - n, rows, columns)))
-    mine = all_to_all(padded, group).view(N, each, rows, columns)  # my matrices' rows, by rank
-    mine = mine.transpose(0, 1).reshape(each, N * rows, columns)
-    if real := max(0, min(each, n - rank * each)):
-        mine[:real, :size] = orthogonalize(mine[:real, :size])
-    mine = mine.view(each, N, rows, columns).transpose(0, 1).flatten(0, 1)
-    return all_to_all(mine, group)[:n]
+    return undo(stack, getattr(p, "splits", []))
 
 
 # ---- checkpoints in pieces ---------------------------------------------------------------------
@@ -1226,18 +1162,9 @@ def pieces_here(model, optimizers):
     for key, (tensor, p) in held.items():
         low, high = box(p)
         if (key, *low) not in before and all(a < b for a, b in zip(low, high)):
-            inside = tuple(slice(b - a) for a, b in zip(low, high))  # without padding
+            inside = tuple(map(slice, np.subtract(high, low)))  # without padding
             pieces[key] = whole_shape(p), low, high, tensor[inside].cpu().clone()
     return pieces
-
-
-def by_name(files):
-    """What the ranks' pieces_here gave -> {name: {what: [pieces]}}."""
-    found = {}
-    for file in files:
-        for (name, what), piece in file.items():
-            found.setdefault(name, {}).setdefault(what, []).append(piece)
-    return found
 
 
 def joined(pieces, p=None):
@@ -1248,43 +1175,44 @@ def joined(pieces, p=None):
     else:
         out, low, high = pieces[0][3].new_zeros(shape), [0] * len(shape), shape
     for _, a, b, piece in pieces:
-        start, end = np.maximum(low, a).astype(int), np.minimum(high, b).astype(int)
+        start, end = np.maximum(low, a), np.minimum(high, b)  # of what both boxes have
         if (start < end).all():
-            here = tuple(slice(*ends) for ends in zip(start - low, end - low))
-            there = tuple(slice(*ends) for ends in zip(start - a, end - a))
+            here, there = (tuple(map(slice, start - edge, end - edge)) for edge in (low, a))
             out[here] = piece[there].to(out)
     return out
 
 
 def take_pieces(found, model, optimizers):
-    """Give the optimizers what this rank keeps of the state in by_name's {name: {what: pieces}}."""
+    """Give the optimizers what this rank keeps of the state in {(name, what): [pieces]}."""
+    parameters = dict(named(model))
     for optimizer in optimizers:
         kept = {p for g in optimizer.param_groups for p in g["params"]}
         if isinstance(optimizer, ShardedOptimizer):
             kept = {p for p in kept if optimizer.owns(p)}
-        for name, p in named(model):
-            if p in kept:
-                optimizer.state[p] = {what: joined(pieces, p)
-                                      for what, pieces in found.get(name, {}).items() if what}
+        for (name, what), pieces in found.items():
+            p = parameters.get(name)
+            if what and p in kept:
+                optimizer.state[p][what] = joined(pieces, p)
 
 
 def save_sharded(folder, model, optimizers=(), step=0):
     """Write folder/step-N: a file a rank of pieces_here, so any number of ranks, or one process,
-    can read it. The index comes last: without it a checkpoint does not count."""
-    place, rank = Path(folder) / f"step-{step:06d}", dist.get_rank()
+    can read it, and last an index. It has that name only when it is whole."""
+    rank, work, place = dist.get_rank(), Path(folder, "saving"), Path(folder, f"step-{step:06d}")
     pieces = pieces_here(model, optimizers)
     if rank == 0:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        shutil.rmtree(work, ignore_errors=True)  # what a kill in the middle of a save has left
+        work.mkdir(parents=True)
     dist.barrier()
-    torch.save(pieces, place / f"rank-{rank:05d}.pt")
+    torch.save(pieces, work / f"rank-{rank:05d}.pt")
     dist.barrier()
     if rank == 0:
         groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups]
                   for o in optimizers]
         index = {"step": step, "ranks": dist.get_world_size(), "groups": groups}
-        (place / "index.tmp").write_text(json.dumps(index))
-        os.replace(place / "index.tmp", place / "index.json")
+        (work / "index.json").write_text(json.dumps(index))
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(work, place)
     dist.barrier()
 
 
@@ -1292,18 +1220,20 @@ def save_sharded(folder, model, optimizers=(), step=0):
 def load_sharded(folder, model, optimizers=()):
     """Read the newest complete checkpoint of save_sharded in whatever layout the model has now;
     returns its step."""
-    complete = sorted((p.parent for p in Path(folder).glob("step-*/index.json")),
-                      key=lambda place: int(place.name.removeprefix("step-")))
-    if not complete:
+    newest = max((path.parent for path in Path(folder).glob("step-*/index.json")),
+                 key=lambda place: int(place.name.removeprefix("step-")), default=None)
+    if newest is None:
         raise ValueError(f"{folder}: no complete checkpoint in it")
-    index = json.loads((complete[-1] / "index.json").read_text())
-    found = by_name(torch.load(complete[-1] / f"rank-{r:05d}.pt", mmap=True, weights_only=True)
-                    for r in range(index["ranks"]))
+    index, found = json.loads((newest / "index.json").read_text()), defaultdict(list)
+    for rank in range(index["ranks"]):
+        file = torch.load(newest / f"rank-{rank:05d}.pt", mmap=True, weights_only=True)
+        for key, piece in file.items():
+            found[key].append(piece)
     for name, p in named(model):
-        shape = tuple(found[name][""][0][0]) if name in found else "missing"
+        shape = tuple(found[name, ""][0][0]) if (name, "") in found else "missing"
         if shape != whole_shape(p):
-            raise ValueError(f"{complete[-1]}: {name} is {shape}, the model's {whole_shape(p)}")
-        p.copy_(joined(found[name][""], p))
+            raise ValueError(f"{newest}: {name} is {shape}, the model's {whole_shape(p)}")
+        p.copy_(joined(found[name, ""], p))
     take_pieces(found, model, optimizers)
     for optimizer, groups in zip(optimizers, index["groups"]):
         for group, saved in zip(optimizer.param_groups, groups):
@@ -1324,8 +1254,7 @@ class Parallel:
     """
 
     def __init__(self, model, mesh, kind="ddp", compute_dtype=None):
-        self.mesh, self.kind, self.autocast, size = mesh, kind, nullcontext, mesh.size
-        self.ties = size("pp") > 1 and model.config.tie_embeddings
+        self.mesh, self.autocast, size = mesh, nullcontext, mesh.size
         if model.config.num_experts and size("tp", "pp") > 1:
             raise ValueError("--tp, --pp: not with experts; split those with --ep")
         if size("ep") > 1 and not model.config.num_experts:
@@ -1333,6 +1262,11 @@ class Parallel:
         start_alike(model)
         self.model, self.runner, self.synced = model, model, None  # by DDP or FSDP
         self.train, self.eval = model.train, model.eval
+        copies = size("tp", "cp", "pp", "ep", "fsdp") == 1
+        self.copies_only = copies and (kind != "zero1" or dist.get_world_size() == 1)
+        # which of the ranks that share the data this is, how many, and how many read the same
+        self.data_ranks = (mesh.rank("dp", "fsdp", "ep"), size("dp", "fsdp", "ep"),
+                           size("tp", "cp", "pp"))
         splits = {"ep": expert_parallel, "cp": context_parallel, "tp": tensor_parallel}
         for axis in (a for a in splits if size(a) > 1):
             splits[axis](model, mesh.group(axis))
@@ -1345,20 +1279,12 @@ class Parallel:
         elif size("ep", "pp") == 1 and size("dp", "cp") > 1:
             self.synced = DDP(model, group=mesh.group("dp", "cp"), average=False)
             later = set()
-        self.sums = {"": mesh.group(*later), "expert": mesh.group(*later - {"ep"}),
-                     "partial": mesh.group(*later | {"tp"})}  # .kind of a parameter: the ranks
-
-    @property
-    def copies_only(self):
-        """Whether every rank has the model as one process has it."""
-        return self.mesh.size("tp", "cp", "pp", "ep", "fsdp") == 1 and (
-            self.kind != "zero1" or dist.get_world_size() == 1)
-
-    @property
-    def data_ranks(self):
-        """(which of the ranks that share the data, how many, how many read the same)."""
-        axes = "dp", "fsdp", "ep"
-        return self.mesh.rank(*axes), self.mesh.size(*axes), self.mesh.size("tp", "cp", "pp")
+        self.sums = [(("", "tied"), mesh.group(*later)),  # .kind of parameters, the ranks
+                     (("expert",), mesh.group(*later - {"ep"})),
+                     (("partial",), mesh.group(*later | {"tp"}))]
+        if size("pp") > 1:
+            pairs = mesh.ranks[[0, -1]].reshape(2, -1).T.tolist()  # the pipelines' ends
+            self.sums.append((("tied",), dist.new_subgroups_by_enumeration(pairs)[0]))
 
     def share(self, items):
         """This data rank's part of a list, about equal."""
@@ -1374,27 +1300,24 @@ class Parallel:
             inputs, targets = F.pad(inputs, (0, extra)), F.pad(targets, (0, extra), value=-100)
         if cp > 1:
             inputs, targets = (zigzag(t, self.mesh.group("cp")) for t in (inputs, targets))
-        if pp > 1:
-            return self.pipeline_loss(inputs, targets, backward_scale) / (tp * pp)
-        with record_function("forward"), self.autocast():
-            loss = self.runner.loss(inputs, targets, reduction="sum")
-        if backward_scale is not None:
-            with record_function("backward"):
-                (loss * backward_scale).backward()
-        return loss.detach() / tp
-
-    def pipeline_loss(self, inputs, targets, backward_scale):
-        """The same through the stages, in as many micro-batches as fit up to two a stage."""
-        scale, p = backward_scale or 1, self.mesh.size("pp")
+        scale = backward_scale or 1
+        if pp == 1:
+            with record_function("forward"), self.autocast():
+                loss = self.runner.loss(inputs, targets, reduction="sum")
+            if backward_scale is not None:
+                with record_function("backward"):
+                    (loss * scale).backward()
+            return loss.detach() / tp
 
         def stage(x, *y):
             with self.autocast():
                 out = self.runner(x, *y)
             return out * scale if y else out
 
-        m = next(m for m in range(2 * p, 0, -1) if len(inputs) % m == 0)
+        m = next(m for m in range(2 * pp, 0, -1) if len(inputs) % m == 0)  # up to two a stage
         pipeline = Pipeline(stage, self.mesh.group("pp"), m)
-        return pipeline.step(inputs, targets, backward=backward_scale is not None) / scale
+        total = pipeline.step(inputs, targets, backward=backward_scale is not None)
+        return total / scale / (tp * pp)
 
     def no_sync(self):
         """For all micro-batches but the last, where gradients need not travel with each."""
@@ -1404,46 +1327,39 @@ class Parallel:
         """Sum every gradient over the ranks that have part of it."""
         if self.synced:
             self.synced.finish_gradient_synchronization()
-        if self.ties:
-            sum_tied([getattr(self.runner, "module", self.runner)], self.mesh.group("pp"),
-                     self.mesh.size("fsdp", "tp"))
-        for kind, group in self.sums.items():
-            sum_gradients([p for p in self.model.parameters() if getattr(p, "kind", "") == kind],
+        for kinds, group in self.sums:
+            sum_gradients([p for p in self.model.parameters() if getattr(p, "kind", "") in kinds],
                           group)
 
     def whole_state(self, optimizers=()):
         """On rank 0 {name: weight}, {name: {key: optimizer state}}, whole and on the CPU, as one
         process would have them; (None, None) elsewhere. All ranks must call."""
-        files = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(pieces_here(self.model, optimizers), files)
-        if files is None:
+        mine, states = defaultdict(dict), {}
+        for (name, what), piece in pieces_here(self.model, optimizers).items():
+            mine[name][what] = piece
+        for name in sorted(set().union(*gather_objects(set(mine)))):
+            parts = None if dist.get_rank() else [None] * dist.get_world_size()
+            dist.gather_object(mine[name], parts)  # one at a time: NCCL's go through the GPU
+            if parts:
+                states[name] = {what: joined([part[what] for part in parts if what in part])
+                                for what in set().union(*parts)}
+        if dist.get_rank():
             return None, None
-        states = {name: {what: joined(pieces) for what, pieces in parts.items()}
-                  for name, parts in by_name(files).items()}
         return {name: state.pop("") for name, state in states.items()}, states
 
     def take_state(self, states, optimizers):
         """Give the optimizers this rank's pieces of whole states {name: {key: tensor}}."""
-        take_pieces({name: {what: [(t.shape, [0] * t.ndim, t.shape, t)] for what, t in s.items()}
-                     for name, s in states.items()}, self.model, optimizers)
+        found = {(name, what): [(t.shape, [0] * t.ndim, t.shape, t)]
+                 for name, state in states.items() for what, t in state.items()}
+        take_pieces(found, self.model, optimizers)
 
 
 # ---- plan: what a split costs before anybody has run it ----------------------------------------
 
 
-@dataclass
-class Sizes:
+class Sizes(namedtuple("Sizes", "layers d_model heads kv_heads d_head d_ff vocab experts "
+                                "experts_per_token", defaults=(1, 1))):
     """What the cost of a Transformer depends on."""
-
-    layers: int
-    d_model: int
-    heads: int
-    kv_heads: int
-    d_head: int
-    d_ff: int
-    vocab: int
-    experts: int = 1
-    experts_per_token: int = 1
 
     def layer(self, experts=None):
         """Weights of a layer with so many experts, by default all of them."""
@@ -1457,13 +1373,10 @@ class Sizes:
     def total(self):
         return self.layers * self.layer() + self.tables()
 
-    def attention_flops(self, T):
-        return 6 * self.layers * T * self.heads * self.d_head
-
     def flops(self, T):
         """Of training, a token: 6 a weight it meets, and causal attention's 6 T H E a layer."""
         weights = self.layers * self.layer(self.experts_per_token) + self.tables() / 2
-        return 6 * weights + self.attention_flops(T)
+        return 6 * (weights + self.layers * T * self.heads * self.d_head)
 
 
 MODELS = {  # Llama 3.2 1B, Llama 3.1 (arXiv:2407.21783, table 3), Qwen3-30B-A3B
@@ -1515,17 +1428,13 @@ def plan_bytes(s, a, T, m):
     activations = tokens * s.d_model * 2
     kv = 2 * tokens * s.kv_heads / a.tp * s.d_head * 2
     full = a.recompute == "full"
-
-    def share(n):
-        return (n - 1) / n
-
     return {
-        "fsdp": m * share(a.fsdp) * (weights * (2 * 2 + 4) + tables * (2 + 4)),
-        "dp": 2 * share(a.dp) * 4 * (weights + tables) / a.fsdp,
-        "tp": m * share(a.tp) * activations * ((8 + 3 * full) * L + 4 / a.pp),
+        "fsdp": m * (1 - 1 / a.fsdp) * (weights * (2 * 2 + 4) + tables * (2 + 4)),
+        "dp": 2 * (1 - 1 / a.dp) * 4 * (weights + tables) / a.fsdp,
+        "tp": m * (1 - 1 / a.tp) * activations * ((8 + 3 * full) * L + 4 / a.pp),
         "pp": m * 2 * activations / a.tp * a.chunks * (a.pp > 1),
         "cp": m * L * kv * (a.cp - 1) * (3 + full),
-        "ep": m * L * 4 * s.experts_per_token * activations * share(a.ep),
+        "ep": m * L * 4 * s.experts_per_token * activations * (1 - 1 / a.ep),
     }
 
 
@@ -1577,26 +1486,24 @@ def plan_layout(s, hw, a, T, tokens_per_step, fp8=False):
     gpus = data * a.tp * a.pp * a.cp
     m = max(1, round(tokens_per_step / T / data / a.micro))
     flops = s.flops(T) * tokens_per_step / gpus
-    share = s.attention_flops(T) / s.flops(T)
     bf16 = flops * (1 + RECOMPUTE[a.recompute] / 3) / (hw.tflops * 1e12 * hw.efficiency)
-    attention = bf16 * share
-    compute = attention + bf16 * (1 - share) * ((1 + FP8 / s.d_model) / 2 if fp8 else 1)
-    sent, seconds = plan_bytes(s, a, T, m), {}
+    products = bf16 * s.flops(0) / s.flops(T)
+    attention = bf16 - products
+    compute = attention + products * ((1 + FP8 / s.d_model) / 2 if fp8 else 1)
+    sent, travel = plan_bytes(s, a, T, m), {}
     reach = 1  # ranks between neighbours of an axis, the innermost first
     for axis in ("tp", "cp", "ep", "fsdp", "dp", "pp"):
         reach *= getattr(a, axis)
-        seconds[axis] = sent[axis] / 1e9 / (hw.nvlink if reach <= hw.node else hw.network)
-    exposed = {"tensor parallel": seconds["tp"], "expert parallel": seconds["ep"],
-               "FSDP": max(0.0, seconds["fsdp"] - 0.9 * compute),
-               "DDP": max(0.0, seconds["dp"] - 0.6 * compute / m),
-               "ring attention": max(0.0, seconds["cp"] - attention)}
-    busy = compute + sum(exposed.values())
-    exposed["bubble"] = busy * (a.pp - 1) / (m * a.chunks)
-    step = busy + exposed["bubble"]
-    memory = plan_memory(s, a, T, m)
+        travel[axis] = sent[axis] / 1e9 / (hw.nvlink if reach <= hw.node else hw.network)
+    exposed = {"tensor parallel": travel["tp"], "expert parallel": travel["ep"],
+               "FSDP": max(0.0, travel["fsdp"] - 0.9 * compute),
+               "DDP": max(0.0, travel["dp"] - 0.6 * compute / m),
+               "ring attention": max(0.0, travel["cp"] - attention)}
+    exposed["bubble"] = (compute + sum(exposed.values())) * (a.pp - 1) / (m * a.chunks)
+    step, memory = compute + sum(exposed.values()), plan_memory(s, a, T, m)
     binds = max(exposed, key=exposed.get) if max(exposed.values()) > 0.05 * step else "compute"
-    return dict(layout=a, micro_batches=m, step=step, compute=compute, exposed=exposed, sent=sent,
-                memory=memory, gigabytes=sum(memory.values()) / 1e9, binds=binds,
+    return dict(layout=a, micro_batches=m, step=step, seconds={"compute": compute} | exposed,
+                sent=sent, memory=memory, gigabytes=sum(memory.values()) / 1e9, binds=binds,
                 tokens_per_second=tokens_per_step / step / gpus,
                 mfu=flops / step / (hw.tflops * 1e12))
 
@@ -1621,9 +1528,8 @@ def layouts(s, gpus, T, tokens_per_step, node):
 
 def run_plan(args):
     """Print the ten best layouts; returns the costs of all that fit, best first."""
-    given = {name: getattr(args, name) for name in UNITS}
-    hw = HARDWARE[args.gpu]._replace(**{k: v for k, v in given.items() if v is not None})
-    s, T = MODELS.get(args.model), args.context_length
+    given = {name: getattr(args, name) for name in UNITS if getattr(args, name) is not None}
+    hw, s, T = HARDWARE[args.gpu]._replace(**given), MODELS.get(args.model), args.context_length
     if s is None:
         raise ValueError(f"--model {args.model}: not one of {', '.join(MODELS)}")
     if args.tokens_per_step % T:
@@ -1642,27 +1548,22 @@ def run_plan(args):
     for c in sorted(costs, key=lambda c: c["step"]):
         if c["gigabytes"] <= 0.9 * hw.memory:
             best.setdefault(c["layout"]._replace(micro=1, recompute="none", chunks=1), c)
+    best = list(best.values())
     print(f"{args.model}: {s.total() / 1e9:.2f}B parameters, {s.flops(T) / 1e9:.1f} GFLOP a token "
           f"at T {T}; {args.gpus} x {args.gpu}")
-    print_plan(list(best.values())[:10])
-    return list(best.values())
-
-
-def print_plan(costs):
     print("  dp  fsdp  tp  pp  cp  ep     micro again        GB tok/s/GPU   MFU binds")
-    for c in costs:
+    for c in best[:10]:
         a = c["layout"]
         pp = f"{a.pp}" + "i" * (a.chunks > 1)  # interleaved
         print(f"{a.dp:>4} {a.fsdp:>5} {a.tp:>3} {pp:>3} {a.cp:>3} {a.ep:>3} "
               f"{c['micro_batches']:>5} x {a.micro} {a.recompute:<9} {c['gigabytes']:>5.1f} "
               f"{c['tokens_per_second']:>9,.0f} {c['mfu']:>5.1%} {c['binds']}")
-    top = costs[0]
-    print(f"\nthe first: {top['step']:.2f} s a step")
-    for title, values, unit in (("seconds", {"compute": top["compute"]} | top["exposed"], 1),
-                                ("GB sent by a GPU", top["sent"], 1e9),
-                                ("GB of memory", top["memory"], 1e9)):
-        print(f"{title}: " + ", ".join(f"{name} {value / unit:.2f}" for name, value in
-                                       values.items() if value / unit > 0.005))
+    print(f"\nthe first: {best[0]['step']:.2f} s a step")
+    for title, key, unit in (("seconds", "seconds", 1), ("GB sent by a GPU", "sent", 1e9),
+                             ("GB of memory", "memory", 1e9)):
+        parts = [f"{k} {v / unit:.2f}" for k, v in best[0][key].items() if v / unit > 0.005]
+        print(f"{title}: {', '.join(parts)}")
+    return best
 
 
 # ---- bench -------------------------------------------------------------------------------------
@@ -1673,16 +1574,16 @@ def say(text):
         print(text, flush=True)
 
 
-def median_seconds(call, repeats=9, warmup=2):
+def median_seconds(call):
     times = []
-    for _ in range(repeats + warmup):
+    for _ in range(11):
         dist.barrier()
         start = time.perf_counter()
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return float(np.median(times[warmup:]))
+    return float(np.median(times[2:]))
 
 
 def bench_collectives(device):
@@ -1701,39 +1602,18 @@ def bench_collectives(device):
                 f"{sent / seconds / 1e9:>12.2f}")
 
 
-def bench_checkpointing(n=16, d=256):
-    say(f"\nkept for the backward pass of {n} blocks, d_model {d}, 4 x 256 tokens, checkpointed")
-    blocks = [nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)) for _ in range(n)]
-    x = torch.randn(4, 256, d, requires_grad=True)
-    for scheme in ("none", "block", "sqrt", "nested"):
-        kept = kept_bytes(partial(checkpointed, blocks, x, scheme))
-        say(f"{scheme:<8} {kept / 2**20:>9.1f} MiB")
-
-
-def kept_bytes(call):
-    """Bytes of the tensors that a forward pass keeps for its backward pass, each storage once."""
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call()
-    return sum(kept.values())
-
-
-def torch_fsdp(model):
-    from torch.distributed.fsdp import fully_shard
-    for layer in model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
-
-
 def bench_wrappers(device):
     """One training step under each wrapper: seconds, bytes sent, bytes of state on a rank; the
     ratio is to the time of the torch wrapper above."""
+    from torch.distributed.fsdp import fully_shard
+
     import model as model_py
+
+    def torch_fsdp(model):
+        for layer in model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
     config = model_py.ModelConfig(vocab_size=4096, context_length=256, d_model=256, num_layers=6,
                                   num_heads=4)
     ids = torch.randint(0, 4096, (4, 257), device=device)
@@ -1777,14 +1657,20 @@ def run_bench(args):
     say(f"{dist.get_world_size()} ranks, {dist.get_backend()}, {torch.get_num_threads()} threads "
         f"each, torch {torch.__version__}\n")
     bench_collectives(device)
-    bench_checkpointing()
+    say("\nkept for the backward pass of 16 blocks, d_model 256, 4 x 256 tokens, checkpointed")
+    blocks = [nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+              for _ in range(16)]
+    x = torch.randn(4, 256, 256, requires_grad=True)
+    for scheme in ("none", "block", "sqrt", "nested"):
+        kept = kept_bytes(partial(checkpointed, blocks, x, scheme))
+        say(f"{scheme:<8} {kept / 2**20:>9.1f} MiB")
     bench_wrappers(device)
 
 
 # ---- command line ------------------------------------------------------------------------------
 
 
-def make_parser():
+def main(argv=None):
     shape = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1805,11 +1691,7 @@ def make_parser():
                                 help="collectives and wrappers, timed (under torchrun)")
     bench.set_defaults(run=run_bench)
     bench.add_argument("--device", default="auto", help="cpu or cuda")
-    return parser
-
-
-def main(argv=None):
-    args = make_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
