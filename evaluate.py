@@ -12,12 +12,9 @@ left; log-probabilities are fp32. Shapes: B rows, T tokens, D model width, V voc
 """
 
 import argparse
-import ast
 import csv
-import ctypes
 import gzip
 import html
-import io
 import itertools
 import json
 import math
@@ -31,9 +28,8 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import Counter, defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -45,6 +41,12 @@ import model as model_py
 import tokenizer as tokenizer_py
 
 # ---- the three primitives ----------------------------------------------------------------------
+
+
+def prefix_id(tok):
+    if tok.eot_id is None:
+        raise ValueError("the tokenizer has no <|endoftext|> to begin a text with")
+    return tok.eot_id
 
 
 def encode_pair(tok, context, continuation):
@@ -61,12 +63,6 @@ def encode_pair(tok, context, continuation):
         return left, tok.encode(context + continuation)[len(left):]
     ids = tok.encode(continuation)
     return ([prefix_id(tok)], ids) if ids[:1] != [tok.eot_id] else (ids[:1], ids[1:])
-
-
-def prefix_id(tok):
-    if tok.eot_id is None:
-        raise ValueError("the tokenizer has no <|endoftext|> to begin a text with")
-    return tok.eot_id
 
 
 def extend(model, cache, rows, starts, ids):
@@ -104,7 +100,7 @@ def score_batch(model, groups, cache=None, shared=0):
     rest = iter(extend(model, cache, *zip(*branches))[0] if branches else ())
     states = []
     for i, at, k, d in flat:
-        states.append(hidden[i, at:at + k + 1])
+        states.append(hidden[i, at:at + min(k + 1, len(d))])
         if len(d) - 1 > k:
             states.append(next(rest)[:len(d) - 1 - k])
     targets = torch.tensor([t for *_, d in flat for t in d], device=hidden.device)
@@ -123,16 +119,19 @@ def shared_runs(groups):
     Sixteen tokens that more than three contexts begin with (worked examples) are worth a cache of
     their own. All others are one run that shares nothing; within a run the shortest come first.
     """
-    often = Counter(c[:16] for c, _ in groups)
-
     def beginning(group):
-        return group[0][:16] if len(group[0]) > 16 and often[group[0][:16]] > 3 else ()
+        return group[0][:16]
 
-    ordered = sorted(groups, key=lambda g: (beginning(g), len(g[0])))
-    for begins_alike, run in itertools.groupby(ordered, beginning):
-        run = list(run)
-        common = len(os.path.commonprefix([c for c, _ in run]))
-        yield run, min(common, len(run[0][0]) - 1) if begins_alike else 0
+    others = []
+    for begin, run in itertools.groupby(sorted(groups, key=beginning), beginning):
+        run = sorted(run, key=lambda group: len(group[0]))
+        if len(begin) == 16 and len(run) > 3:
+            common = len(os.path.commonprefix([context for context, _ in run]))
+            yield run, min(common, len(run[0][0]) - 1)
+        else:
+            others += run
+    if others:
+        yield sorted(others, key=lambda group: len(group[0])), 0
 
 
 @torch.inference_mode()
@@ -147,34 +146,33 @@ def score_tokens(model, pairs, batch_tokens=512, progress=None):
     limit, groups = model.config.context_length, {}
     pairs = [(tuple(c), tuple(d[:limit])) for c, d in pairs]
     pairs = [(c[-(limit + 1 - len(d)):], d) for c, d in pairs]
-    done = {pair: (torch.zeros(0), torch.ones(0, dtype=torch.bool)) for pair in pairs}
-    for c, d in filter(lambda pair: pair[1], pairs):  # a short context is not worth sharing
-        groups.setdefault(c if len(c) > len(d) else (c, d), (c, {}))[1][d] = None
-    rate, growing, finished = 0.0, True, 0
+    unique, done = dict.fromkeys(pairs), {}
+    for c, d in unique:  # a short context is not worth sharing
+        groups.setdefault(c if len(c) > len(d) else (c, d), (c, []))[1].append(d)
+    rate, growing = 0.0, True
     for run, shared in shared_runs(groups.values()):
-        begins = run[0][0][:shared]
-        cache = extend(model, None, [0], [0], [begins])[1] if shared else None
-        sizes = [len(c) - shared + sum(map(len, ds)) for c, ds in run]
+        cache = extend(model, None, [0], [0], [run[0][0][:shared]])[1] if shared else None
         while run:
-            count = max(1, sum(total <= batch_tokens for total in itertools.accumulate(sizes)))
-            began, batch = time.perf_counter(), [(c, list(ds)) for c, ds in run[:count]]
+            sizes = itertools.accumulate(len(c) - shared + sum(map(len, ds)) for c, ds in run)
+            fit = list(itertools.takewhile(batch_tokens.__ge__, sizes))
+            batch = run[:len(fit) or 1]
+            began = time.perf_counter()
             try:
                 scores = score_batch(model, batch, cache, shared)
             except torch.cuda.OutOfMemoryError:
-                if count == 1:
+                if len(batch) == 1:
                     raise ValueError("one item does not fit the GPU's memory") from None
-                batch_tokens, growing = sum(sizes[:count]) // 2, False
+                batch_tokens, growing = fit[-1] // 2, False
                 torch.cuda.empty_cache()
                 continue
             done |= zip(((c, d) for c, ds in batch for d in ds), scores)
-            if growing and count < len(run):  # a full batch
-                now = sum(sizes[:count]) / (time.perf_counter() - began)
+            if growing and len(batch) < len(run) and fit:  # a full batch
+                now = fit[-1] / (time.perf_counter() - began)
                 growing, rate = now > 1.1 * rate, now
                 batch_tokens = batch_tokens * 2 if growing else batch_tokens // 2
-            del run[:count], sizes[:count]
-            finished += count
+            del run[:len(batch)]
             if progress:
-                progress(finished, len(groups))
+                progress(len(done), len(unique))
     return [done[pair] for pair in pairs]
 
 
@@ -207,20 +205,18 @@ def loglikelihood_rolling(model, tokenizer, texts, **options):
 
 def generate_until(model, tokenizer, requests, max_new_tokens=256, progress=None, **options):
     """[(context, stop strings)] -> texts, greedy by default, cut before the first stop string."""
-    room = model.config.context_length - max_new_tokens
+    room, texts = model.config.context_length - max_new_tokens, {}
     if room < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: leaves no room for a prompt in a "
                          f"context of {model.config.context_length}")
-    texts, by_stop = {}, defaultdict(list)
-    for i, (_, until) in enumerate(requests):
-        by_stop[tuple(until)].append(i)
-    for until, numbers in by_stop.items():
+    for until in dict.fromkeys(tuple(until) for _, until in requests):
+        numbers = [i for i, (_, strings) in enumerate(requests) if tuple(strings) == until]
         prompts = [tokenizer.encode(requests[i][0])[-room:] or [prefix_id(tokenizer)]
                    for i in numbers]
         stop = [*until, *([tokenizer.eot_id] if tokenizer.eot_id is not None else [])]
         settings = {"temperature": 0.0, "stop": stop, "tokenizer": tokenizer} | options
         for row, _ in model.stream(prompts, max_new_tokens, **settings):
-            if row.reason:
+            if row.reason:  # it has ended
                 text = tokenizer.decode([t for t in row.tokens if t != tokenizer.eot_id])
                 ends = [text.find(s) for s in until if s in text]
                 texts[numbers[row.prompt]] = text[:min(ends, default=len(text))]
@@ -236,25 +232,20 @@ def standard_error(values):
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def wilson_interval(successes, n, z=1.96):
-    """95 % interval of a share (Wilson 1927), right for small n and shares near 0 and 1."""
-    p, width = successes / n, z * z / n
-    center = (p + width / 2) / (1 + width)
-    half = z * math.sqrt(p * (1 - p) / n + width / (4 * n)) / (1 + width)
-    return center - half, center + half
-
-
 def confidence_interval(values, samples=2000, seed=0):
-    """(low, high), 95 %, of the mean: Wilson's for zeros and ones, else the bootstrap-t interval.
+    """(low, high), 95 %, of the mean.
 
-    Bootstrap-t divides each resample's error by its own standard error, which keeps the promised
-    coverage for skewed values where plain percentiles are too narrow (Efron & Tibshirani 1993).
+    Of zeros and ones Wilson's (1927), right for few values and shares near 0 and 1. Others get
+    bootstrap-t (Efron & Tibshirani 1993): each resample's error divided by its own standard error
+    keeps the promised coverage for skewed values, where plain percentiles are too narrow.
     """
     x = np.asarray(values, float)
     if len(x) < 2:
         return math.nan, math.nan
     if np.isin(x, (0, 1)).all():
-        return wilson_interval(x.sum(), len(x))
+        p, width = x.mean(), 1.96 ** 2 / len(x)
+        half = math.sqrt(width * p * (1 - p) + width * width / 4)
+        return (p + width / 2 - half) / (1 + width), (p + width / 2 + half) / (1 + width)
     rng, t = np.random.default_rng(seed), []
     for _ in range(samples):
         s = x[rng.integers(0, len(x), len(x))]
@@ -270,10 +261,9 @@ def pass_at_k(n, c, k):
 
 def calibration_error(confidences, correct, bins=10):
     """Expected calibration error: mean |accuracy - confidence| over equal bins of confidence."""
-    confidences, correct = np.asarray(confidences, float), np.asarray(correct, float)
+    confidences = np.asarray(confidences, float)
     which = np.minimum((confidences * bins).astype(int), bins - 1)
-    return float(sum(abs((correct - confidences)[which == b].sum()) for b in range(bins))
-                 / len(correct))
+    return float(np.abs(np.bincount(which, correct - confidences)).sum() / len(confidences))
 
 
 def paired_test(a, b, samples=10_000, seed=0):
@@ -286,7 +276,7 @@ def paired_test(a, b, samples=10_000, seed=0):
     return float(d.mean()), float((extreme + 1) / (samples // 100 * 100 + 1))
 
 
-# ---- tasks -------------------------------------------------------------------------------------
+# ---- tasks: a row of a public data set's file -> an Item -----------------------------------------
 
 
 @dataclass
@@ -299,7 +289,7 @@ class Item:
     contexts: list = None  # where every choice has its own (Winogrande)
     delimiter: str = " "
     group: str = ""  # subject
-    until: tuple = ("\n\n",)
+    until: tuple = ()
     extra: dict = field(default_factory=dict)
     shot: str = ""  # the answer that it shows as a worked example, if not the right choice
 
@@ -315,17 +305,17 @@ class Item:
 
 def rows_of(path):
     """The rows, dicts, of a .jsonl, .json or .csv file, also .gz, or of a folder of them."""
-    for file in tokenizer_py.list_files([str(path)]):
-        data, kind = Path(file).read_bytes(), file.removesuffix(".gz")
+    for file in tokenizer_py.list_files(path):
+        kind, opened = file.removesuffix(".gz"), gzip.open if file.endswith(".gz") else open
         try:
-            text = (gzip.decompress(data) if kind != file else data).decode()
-            if kind.endswith(".csv"):
-                yield from csv.DictReader(io.StringIO(text, newline=""))
-            elif kind.endswith(".json"):
-                yield from json.loads(text)
-            else:  # not splitlines: U+2028 may stand in a string
-                yield from map(json.loads, filter(str.strip, text.split("\n")))
-        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            with opened(file, "rt", encoding="utf-8", newline="") as lines:
+                if kind.endswith(".json"):
+                    yield from json.load(lines)
+                elif kind.endswith(".csv"):
+                    yield from csv.DictReader(lines)
+                else:
+                    yield from map(json.loads, filter(str.strip, lines))
+        except (ValueError, EOFError, csv.Error, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{file}: {error}") from None
 
 
@@ -337,19 +327,8 @@ def mmlu_rows(path):
             if len(row) != 6 or row[5] not in list("ABCD"):
                 raise ValueError(f"{file}: row {i} has {len(row)} columns, not a question, "
                                  "four choices and a letter")
-            yield dict(question=row[0].strip(), choices=row[1:5], answer=row[5], subject=subject)
-
-
-def lettered(row):
-    return "\n".join([row["question"], *map("{}. {}".format, "ABCD", row["choices"]), "Answer:"])
-
-
-def mmlu_zero(row):
-    """The course's zero-shot baseline: the answer is written, then parsed."""
-    return Item("Answer the following multiple choice question about {}. Respond with a single "
-                'sentence of the form "The correct answer is _", filling the blank with the letter '
-                "of the correct answer (i.e., A, B, C or D).\n\nQuestion: {}".format(
-                    row["subject"], lettered(row)), row["answer"], until=("# Query:", "\n\n"))
+            question = "{}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(row[0].strip(), *row[1:5])
+            yield dict(question=question, answer=row[5], subject=subject)
 
 
 def arc(row):
@@ -400,17 +379,16 @@ def gsm8k(row):
                 until=("Question:", "</s>", "<|im_end|>"), shot=row["answer"])
 
 
-def gsm8k_zero(row):
-    """The course's zero-shot baseline: the last number of what is written counts."""
-    item = gsm8k(row)
-    item.context, item.until = f"{row['question']}\nAnswer:", ("# Query:",)
-    return item
+def judge_gsm8k(item, text):
+    """Strict: the number after ####; flexible: the last number; as the harness finds them."""
+    strict = re.findall(r"#### (\-?[0-9\.\,]+)", text)[:1]
+    flexible = ["".join(m) for m in re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)][-1:]
 
+    def tidy(number):
+        return re.sub(r"[,$]", "", number).removesuffix(".")
 
-def instructions(row):
-    """AlpacaEval ("instruction") and SimpleSafetyTests ("prompts_final") prompts."""
-    key = "instruction" if "instruction" in row else "prompts_final"
-    return Item(row[key], until=("# Query:",), extra=row)
+    return {name: float(any(tidy(number) == tidy(item.gold) for number in found))
+            for name, found in (("strict", strict), ("flexible", flexible))}
 
 
 def parse_mmlu_response(choices, response):
@@ -424,6 +402,10 @@ def parse_gsm8k_response(response):
     """The last number of a response as a string, without commas; None without one."""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
     return numbers[-1].replace(",", "") if numbers else None
+
+
+def judge_parsed(item, answer):
+    return dict(correct=float(grade(answer, item.gold)), parsed=float(answer is not None))
 
 
 # ---- scoring a task: results are dicts, whose "metrics" are averaged -----------------------------
@@ -457,14 +439,13 @@ def score_last(model, tok, items, args):
 
 
 def score_rolling(model, tok, items, args):
-    texts = [(i.context, i.extra["file"]) for i in items]
-    totals = loglikelihood_rolling(model, tok, [t for t, _ in texts], progress=args.progress)
-    return [dict(metrics={}, loglikelihood=s, tokens=len(tok.encode(text)),
-                 words=len(re.split(r"\s+", file)), bytes=len(file.encode()))
-            for (text, file), s in zip(texts, totals)]
+    totals = loglikelihood_rolling(model, tok, [i.context for i in items], progress=args.progress)
+    return [dict(metrics={}, loglikelihood=s, tokens=len(tok.encode(item.context)),
+                 words=len(re.split(r"\s+", item.extra["file"])),
+                 bytes=len(item.extra["file"].encode())) for item, s in zip(items, totals)]
 
 
-def score_generated(model, tok, items, args, judge):
+def score_written(model, tok, items, args, judge):
     """Answers written by the model: judge(item, text) -> metrics, averaged over --samples."""
     n, requests = args.samples, [(i.context, i.until) for i in items for _ in range(args.samples)]
     texts = generate_until(model, tok, requests, args.max_new_tokens, args.progress,
@@ -480,64 +461,53 @@ def score_generated(model, tok, items, args, judge):
     return results
 
 
-def judge_gsm8k(item, text):
-    """Strict: the number after ####; flexible: the last number; as the harness finds them."""
-    strict = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
-    found = dict(strict=strict.group(1) if strict else "[invalid]",
-                 flexible=(numbers[-1][0] or numbers[-1][1]) if numbers else "[invalid]")
-
-    def tidy(number):
-        return re.sub(r"[,$]", "", number).removesuffix(".")
-
-    return {name: float(tidy(number) == tidy(item.gold)) for name, number in found.items()}
-
-
-def judge_parsed(item, text, parse):
-    answer = parse(text)
-    return dict(correct=float(grade(answer, item.gold)), parsed=float(answer is not None))
-
-
-def generated(judge, **options):
-    return partial(score_generated, judge=partial(judge, **options))
-
-
 @dataclass
 class Task:
     item: object  # row -> Item
-    score: object  # (model, tok, items, args) -> results
     metric: str  # the one to look at
+    score: object = score_choices  # (model, tok, items, args) -> results
+    judge: object = None  # (item, text) -> metrics of what the model wrote, instead of score
     rows: object = rows_of  # path -> rows
 
 
-TASKS = {
-    "mmlu": Task(lambda row: Item(lettered(row), "ABCD".index(row["answer"]), list("ABCD"),
-                                  group=row["subject"]), score_choices, "acc", mmlu_rows),
-    "arc": Task(arc, score_choices, "acc_norm"),
-    "hellaswag": Task(hellaswag, score_choices, "acc_norm"),
+TASKS = {  # _zero: the course's zero-shot baselines, where the answer is written, then parsed
+    "mmlu": Task(lambda row: Item(row["question"], "ABCD".index(row["answer"]), list("ABCD"),
+                                  group=row["subject"]), "acc", rows=mmlu_rows),
+    "mmlu_zero": Task(
+        lambda row: Item("Answer the following multiple choice question about {subject}. Respond "
+                         'with a single sentence of the form "The correct answer is _", filling '
+                         "the blank with the letter of the correct answer (i.e., A, B, C or D).\n\n"
+                         "Question: {question}".format(**row), row["answer"],
+                         until=("# Query:", "\n\n")),
+        "correct", rows=mmlu_rows,
+        judge=lambda item, text: judge_parsed(item, parse_mmlu_response((), text))),
+    "arc": Task(arc, "acc_norm"),
+    "hellaswag": Task(hellaswag, "acc_norm"),
     "piqa": Task(lambda row: Item(f"Question: {row['goal']}\nAnswer:", int(row["label"]),
-                                  [row["sol1"], row["sol2"]]), score_choices, "acc_norm"),
-    "winogrande": Task(winogrande, score_choices, "acc"),
+                                  [row["sol1"], row["sol2"]]), "acc_norm"),
+    "winogrande": Task(winogrande, "acc"),
     "lambada": Task(lambda row: Item(row["text"].rsplit(" ", 1)[0], 0,
-                                     [row["text"].rsplit(" ", 1)[1]]), score_last, "acc"),
-    "wikitext": Task(wikitext, score_rolling, "bits_per_byte",
-                     lambda path: tokenizer_py.read_documents([str(path)])),
-    "gsm8k": Task(gsm8k, generated(judge_gsm8k), "strict"),
+                                     [row["text"].rsplit(" ", 1)[1]]), "acc", score_last),
+    "wikitext": Task(wikitext, "bits_per_byte", score_rolling, rows=tokenizer_py.read_documents),
+    "gsm8k": Task(gsm8k, "strict", judge=judge_gsm8k),
+    "gsm8k_zero": Task(
+        lambda row: replace(gsm8k(row), context=f"{row['question']}\nAnswer:", until=("# Query:",)),
+        "correct", judge=lambda item, text: judge_parsed(item, parse_gsm8k_response(text))),
     "math": Task(
         lambda row: Item(f"Problem:\n{row['problem']}\n\nSolution:", extract_boxed(row["solution"]),
-                         until=("Problem:",), shot=row["solution"]),
-        generated(lambda item, text: dict(
-            correct=float(grade(extract_boxed(text) or text.strip(), item.gold)))), "correct"),
+                         until=("Problem:",), shot=row["solution"]), "correct",
+        judge=lambda item, text: dict(
+            correct=float(grade(extract_boxed(text) or text.strip(), item.gold)))),
     "humaneval": Task(
         lambda row: Item(row["prompt"], until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
-                         extra={"test": f"{row['test']}\ncheck({row['entry_point']})"}),
-        generated(lambda item, text: {"pass@1": float(
-            run_program(f"{item.context}{text}\n{item.extra['test']}")[0])}), "pass@1"),
-    "mmlu_zero": Task(mmlu_zero, generated(judge_parsed, parse=partial(parse_mmlu_response, ())),
-                      "correct", mmlu_rows),
-    "gsm8k_zero": Task(gsm8k_zero, generated(judge_parsed, parse=parse_gsm8k_response), "correct"),
-    "instructions": Task(instructions, generated(
-        lambda item, text: dict(length=float(len(text)))), "length"),  # see write_outputs
+                         extra=dict(before=row["prompt"],
+                                    after=f"\n{row['test']}\ncheck({row['entry_point']})")),
+        "pass@1", judge=lambda item, text: {"pass@1": float(
+            run_program(item.extra["before"] + text + item.extra["after"])[0])}),
+    "instructions": Task(  # AlpacaEval and SimpleSafetyTests, for a judge to read
+        lambda row: Item(row["instruction" if "instruction" in row else "prompts_final"],
+                         until=("# Query:",), extra=row),
+        "length", judge=lambda item, text: dict(length=float(len(text)))),
 }
 
 
@@ -572,18 +542,6 @@ def add_shots(items, shots, count=None):
         item.reword(before.__add__)
 
 
-def add_turns(items, tok, template=""):
-    """Wrap every context into a user's turn of a chat, or a template that holds {instruction}."""
-    def wrap(text):
-        if template:
-            return template.replace("{instruction}", text)
-        return tok.apply_chat_template([dict(role="user", content=text)], True)
-
-    for item in items:
-        item.reword(wrap)
-        item.delimiter = "" if item.choices else item.delimiter
-
-
 def summarise(results):
     """{metric: (value, standard error, low, high)} of a task's results."""
     table = {}
@@ -612,18 +570,17 @@ def summarise(results):
 # ---- the grader --------------------------------------------------------------------------------
 
 MAX_CHARS, MAX_TOKENS, MAX_BITS = 500, 120, 4000  # they bound the time of every answer
-COMMANDS = {command: plain for plain, commands in (
-    (" ", "left right big Big bigg displaystyle quad qquad ldots"), ("*", "cdot times"),
-    ("/", "div"), (" pi ", "pi"), ("inf", "infty"), ("∪", "cup"), ("≤", "le leq leqslant"),
-    ("≥", "ge geq geqslant"), ("<", "lt"), (">", "gt"), ("±", "pm"), (" in ", "in colon"),
-    ("\\frac", "dfrac tfrac cfrac"), (" degree ", "degree")) for command in commands.split()}
-CHARACTERS = str.maketrans({
-    "×": "*", "·": "*", "÷": "/", "π": " pi ", "−": "-", "–": "-", "—": "-", "∞": "inf", "²": "^2",
-    "³": "^3", "√": "\\sqrt", "∈": " in ", "°": " degree ", "~": " "})
+PLAIN = {spelling: plain for plain, spellings in (  # one spelling of every sign
+    (" ", r"\left \right \big \Big \bigg \displaystyle \quad \qquad \ldots \! \, \: \; ~"),
+    ("*", r"\cdot \times × ·"), ("/", r"\div ÷"), ("-", "− – —"), ("±", r"\pm"), ("^", "**"),
+    ("^2", "²"), ("^3", "³"), ("\\sqrt", "√"), ("\\frac", r"\dfrac \tfrac \cfrac"), (",", "{,}"),
+    ("<", r"\lt"), (">", r"\gt"), ("≤", r"\le \leq \leqslant <="), ("≥", r"\ge \geq \geqslant >="),
+    (" in ", r"\in \colon ∈"), ("∪", r"\cup"), ("inf", r"\infty ∞"), (" pi ", r"\pi π"),
+    ("⟨", r"\{"), ("⟩", r"\}"), ("%", r"\%"), ("$", r"\$"), (" degree ", r"\degree °"))
+    for spelling in spellings.split()} | {"\\ ": " "}
 LATEX = [(re.compile(pattern), plain) for pattern, plain in (
-    (r"\{,\}", ","), (r"(?<!\\)\\[!,;: ]", " "), (r"\\\{", "⟨"), (r"\\\}", "⟩"), (r"\\%", "%"),
-    (r"\^\s*\{?\s*\\circ\s*\}?", " degree "), (r"^\s*(-?)\s*\\?\$\s*(.*)$", r"\1\2 dollar"),
-    (r"\\?\$", " dollar "), (r"<=", "≤"), (r">=", "≥"), (r"\+\s*inf\b", "inf"),
+    (r"\^\s*\{?\s*\\circ\s*\}?", " degree "), (r"^\s*(-?)\s*\$\s*(.*)$", r"\1\2 dollar"),
+    (r"\$", " dollar "), (r"\+\s*inf\b", "inf"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\?\bsqrt\s*(\w)", r"\\sqrt{\1}"),
     (r"\\?\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<![\d.^/)}])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"),  # mixed numbers
@@ -634,9 +591,11 @@ BRACES = [(re.compile(pattern), plain) for pattern, plain in (  # inner ones fir
     (r"\\sqrt\s*\[([^][{}]*)\]\s*\{([^{}]*)\}", r"((\2)^(1/(\1)))"),
     (r"\\sqrt\s*\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
     (r"_\s*\{([^{}]*)\}", r"_\1"))]
-TIMES = {"dozen": "12", "hundred": "100", "thousand": "10^3", "million": "10^6", "billion": "10^9",
-         "trillion": "10^12"}
-THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+WORDS = [(re.compile(pattern, re.I), plain) for pattern, plain in (
+    (r"(?<![a-z])(?:square|sq) ([a-z]+)", r"\1^2"), (r"(?<![a-z])cubic ([a-z]+)", r"\1^3"),
+    *((rf"(?<=\d)\s*{word}s?\b", f"*{times}") for word, times in (
+        ("dozen", 12), ("hundred", 100), ("thousand", 10**3), ("million", 10**6),
+        ("billion", 10**9), ("trillion", 10**12))))]
 
 
 def extract_boxed(text):
@@ -649,56 +608,27 @@ def extract_boxed(text):
     return None
 
 
-def bracketed(matrix):
-    """\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix} -> [(1,2),(3,4)], from a match."""
-    rows = matrix.group(1).strip(" \\").split("\\\\")
-    return "[" + ",".join("(" + row.replace("&", ",") + ")" for row in rows) + "]"
-
-
 def clean(text):
     """LaTeX and typography to plain characters: "\\frac{1}{2}^\\circ" -> "((1)/(2)) degree"."""
-    boxed = extract_boxed(text)
-    text, before = (text if boxed is None else boxed).translate(CHARACTERS), ""
+    def matrix(match):  # 1 & 2 \\ 3 & 4 -> [(1,2),(3,4)]
+        rows = match.group(1).replace("&", ",").strip(" \\").split("\\\\")
+        return "[" + ",".join(f"({row})" for row in rows) + "]"
+
+    text, before = extract_boxed(text) or text, ""
     text = re.sub(r"\\begin ?\{.?(?:matrix|array)\}(?:\{[clr|]*\})?(.*?)"
-                  r"\\end ?\{.?(?:matrix|array)\}", bracketed, text, flags=re.S)
-    text = re.sub(r"\\([A-Za-z]+)", lambda m: COMMANDS.get(m.group(1), m.group()), text)
+                  r"\\end ?\{.?(?:matrix|array)\}", matrix, text, flags=re.S)
+    text = re.sub(r"\\[A-Za-z]+|\\.|\{,\}|\*\*|[<>]=|.",
+                  lambda m: PLAIN.get(m.group(), m.group()), text)
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
     while text != before and len(text) < 4 * MAX_CHARS:
         before = text
         for pattern, plain in BRACES:
             text = pattern.sub(plain, text)
-    text = re.sub(rf"(?<=\d)\s*({'|'.join(TIMES)})s?\b",
-                  lambda m: "*" + TIMES[m.group(1).lower()], text, flags=re.I)
-    return " ".join(text.split()).rstrip(".").strip()
-
-
-POINTS = [{c: Fraction(ord(c) * k % 1009 % 89 + 7, 13) for c in string.ascii_letters} |
-          {"pi": math.pi} for k in (131, 457, 769)]
-
-
-def parse(text):
-    """The syntax tree of an expression as people write it; nothing of it is ever run.
-
-    Python's parser reads it after some translation: numbers become strings, which stay exact,
-    products get their sign and |x| becomes ~(x), so 2x^2|y| is '2'*x**'2'*~(y).
-    """
-    text = re.sub(r"(?<![\d.])\d\d?!", lambda m: str(math.factorial(int(m.group()[:-1]))), text)
-    text = re.sub(r"\|([^|]*)\|", r"~(\1)", text.translate(str.maketrans("{}[]", "()()")))
-    tokens, source = re.findall(  # numbers, names and signs
-        r"(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![A-Za-z\d]))?|\.\d+)|"
-        r"([abcxyz](?=[abcxyz]{0,2}(?![A-Za-z]))|[A-Za-z]+)|(\S)", text), ""
-    if len(tokens) > MAX_TOKENS:
-        raise ValueError("too long")
-    for number, name, sign in tokens:
-        if name and name not in POINTS[0] or sign not in "+-*/^()~":
-            raise ValueError(f"no expression: {name or sign}")
-        if (number or name or sign in "(~") and re.search(r"[\w')]$", source):
-            if number and source[-1] != ")":
-                raise ValueError("4 5 and x 5 are no products")
-            source += "*"
-        source += f"'{number}'" if number else name or sign.replace("^", "**")
-    return ast.parse(source, mode="eval").body
+    text = " ".join(text.split()).rstrip(".").strip()
+    for pattern, plain in WORDS:
+        text = pattern.sub(plain, text)
+    return text
 
 
 def bits(value):
@@ -714,35 +644,67 @@ def power(base, exponent):
     return base ** exponent
 
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg,
-             ast.Invert: abs, ast.Pow: power}
+# sign: how tightly it binds, what its right side may hold (2^3^2 = 2^9), what it does
+OPERATORS = {")": (0, 0, None), "+": (1, 1, operator.add), "-": (1, 1, operator.sub),
+             "*": (2, 2, operator.mul), "/": (2, 2, operator.truediv), "^": (4, 3, power)}
+POINTS = [{c: Fraction(ord(c) * k % 1009 % 89 + 7, 13) for c in string.ascii_letters} |
+          {"pi": math.pi} for k in (131, 457, 769)]
 
 
-def value_at(node, letters):
-    """The value of a syntax tree: a Fraction as long as it is exact, a float after a root or pi."""
-    if isinstance(node, ast.Constant):
-        value = Fraction(node.value)
-    elif isinstance(node, ast.Name):
-        value = letters[node.id]
+def value_of(tokens, letters, level=0):
+    """The value of the expression that a list of tokens (the next one last) begins with.
+
+    It ends before a sign that binds no tighter than level. Exact, a Fraction, until a root or pi.
+    """
+    token = tokens.pop()
+    if token in ("+", "-"):  # -x^2 is -(x^2)
+        value = value_of(tokens, letters, 3)
+        value = -value if token == "-" else value
+    elif token in ("(", "~("):
+        value = value_of(tokens, letters)
+        if tokens.pop() != ")":
+            raise ValueError("a bracket is not closed")
+        value = abs(value) if token == "~(" else value
     else:
-        operands = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)]
-        value = OPERATORS[type(node.op)](*(value_at(n, letters) for n in operands))
-    if bits(value) > MAX_BITS:
-        raise OverflowError("too large")
+        value = letters[token] if token in letters else Fraction(token)
+    while tokens and OPERATORS[tokens[-1]][0] > level:
+        _, right, apply = OPERATORS[tokens.pop()]
+        value = apply(value, value_of(tokens, letters, right))
+        if bits(value) > MAX_BITS:
+            raise OverflowError("too large")
     return value
 
 
 def evaluate_at(text):
     """The values of an expression at three points, where its letters stand for fixed fractions.
 
-    So two polynomials are the same if their values are. ValueError if it is no expression.
+    So two polynomials are the same if their values are. 2x|y| is 2 * x * |y|, but neither 4 5 nor
+    x 5 is a product. ValueError if it is no expression.
     """
+    text = re.sub(r"(?<![\d.])\d\d?!", lambda m: str(math.factorial(int(m.group()[:-1]))), text)
+    text = text.translate(str.maketrans("{}[]", "()()"))
+    found = re.findall(r"\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![A-Za-z\d]))?|\.\d+|"  # numbers
+                       r"[abcxyz](?=[abcxyz]{0,2}(?![A-Za-z]))|[A-Za-z]+|"  # names
+                       r"~\(|\S", re.sub(r"\|([^|]*)\|", r"~(\1)", text))  # signs; |x| is ~(x)
+    if len(found) > MAX_TOKENS:
+        raise ValueError("too long")
+    tokens = []
+    for token in found:
+        if tokens and tokens[-1] not in "+-*/^~(" and token not in "+-*/^)":
+            if tokens[-1] != ")" and re.match(r"[\d.]", token):
+                raise ValueError(f"no expression: {text}")
+            tokens.append("*")
+        tokens.append(token)
+    values = []
     try:
-        tree = parse(text)
-        return [value_at(tree, point) for point in POINTS]
-    except (SyntaxError, ArithmeticError, LookupError, AttributeError, MemoryError):
+        for point in POINTS:
+            rest = tokens[::-1]
+            values.append(value_of(rest, point))
+            if rest:
+                raise ValueError("a bracket too many")
+    except (ArithmeticError, LookupError, AttributeError):
         raise ValueError(f"no expression: {text}") from None
+    return values
 
 
 UNITS = {name: names.split()[0] for names in (
@@ -750,6 +712,7 @@ UNITS = {name: names.split()[0] for names in (
     "in inch inche", "s second sec", "min minute", "h hour hr", "am", "pm", "g gram",
     "mg milligram", "kg kilogram", "lb pound", "oz ounce", "l liter litre", "ml milliliter",
     "degree deg", "dollar usd buck", "% percent") for name in names.split()}
+
 
 def split_unit(text):
     """"12.5 square cm" -> ("12.5", "cm^2"); "x + 2" -> ("x + 2", "")."""
@@ -764,8 +727,6 @@ def split_unit(text):
     first = re.match("%|[a-z]*", unit).group()
     if first in ("", "sqrt", "inf", "and") or len(first) < 3 and first not in UNITS:
         return text, ""
-    unit = re.sub(r"\b(?:square|sq) ([a-z]+)", r"\1^2", unit)
-    unit = re.sub(r"\bcubic ([a-z]+)", r"\1^3", unit)
     return m.group(1), re.sub(r"[a-z]+", name, re.sub(r"[() ]", "", unit.replace(" per ", "/")))
 
 
@@ -783,19 +744,6 @@ def split_top(text):
     return parts
 
 
-def interval(text):
-    """2 < x <= 5 -> "(2,5]", x > 3 and 3 < x -> "(3,inf)"; other texts as they are."""
-    text = re.sub(r"^[a-z] in ", "", text)
-    if ">" in text or "≥" in text:
-        text = "".join(reversed(re.split("([>≥])", text))).translate(str.maketrans(">≥", "<≤"))
-    m = re.fullmatch(r"(?:([^<≤]+)([<≤]))? ?([a-z]) ?(?:([<≤])([^<≤]+))?", text)
-    if not m or len(text) == 1:
-        return text
-    low, opening, _, closing, high = m.groups()
-    return f"{'[' if opening == '≤' else '('}{low or '-inf'},{high or 'inf'}" + (
-        "]" if closing == "≤" else ")")
-
-
 def structure(text, depth=0):
     """A cleaned answer as (kind, parts): what two ways of writing the same thing share.
 
@@ -804,12 +752,20 @@ def structure(text, depth=0):
     """
     if depth > 4:
         raise ValueError("too deep")
-    text = interval(text.strip())
+    text = re.sub(r"^[a-z] in ", "", text.strip())
+    if re.search("[>≥]", text):  # x > 3 is 3 < x
+        text = "".join(reversed(re.split("([>≥])", text))).translate(str.maketrans(">≥", "<≤"))
+    inequality = re.fullmatch(r"(?:([^<≤]+)([<≤]))? ?[a-z] ?(?:([<≤])([^<≤]+))?", text)
     inner = split_top(text[1:-1])
-    plain = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
+    plain = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])",  # 1,000 is 1000
+                   lambda m: m.group().replace(",", ""), text)
     listed = split_top(re.sub(r",? and ", ",", plain))
-    if "∪" in text:
-        kind, parts = "union", text.split("∪")
+    if inequality and len(text) > 1:  # 2 < x ≤ 5 is (2, 5]
+        low, opening, closing, high = inequality.groups()
+        kind = ("[" if opening == "≤" else "(") + ("]" if closing == "≤" else ")")
+        parts = [low or "-inf", high or "inf"]
+    elif "∪" in text:
+        kind, parts = "union", split_top(text.replace("∪", ","))
     elif len(inner) > 1 and re.fullmatch(r"[(\[].*[)\]]", text):
         kind, parts = text[0] + text[-1], inner
     elif re.fullmatch(r"⟨.*⟩|\{.*,.*\}", text):
@@ -839,35 +795,27 @@ def same_values(v, w):
                math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-18) for x, y in zip(v, w))
 
 
-def same_number(a, b):
-    """Values with their units, which may lack on one side; 50% is 50, and 0.5 too."""
-    (v, unit), (w, other) = a, b
-    if unit and other and unit != other:
-        return False
-    x, y = ([q / 100 for q in values] if unit == "%" else values for values, unit in (a, b))
-    return same_values(v, w) or same_values(x, y)
-
-
-def same_equation(a, b):
-    """Left minus right of one is a multiple of that of the other, the same at every point."""
-    x, y = ([p - q for p, q in zip(*map(evaluate_at, text.split("=")))] for text in (a, b))
-    return all(x) and all(y) and same_values([x[0] * d for d in y], [y[0] * c for c in x])
-
-
 def same(a, b):
     """Whether two structures mean the same; x = 5 is also 5, but not y = 5."""
     (kind, x), (other, y) = a, b
     if kind == other == "equation":
         (name, value), (named, _) = (text.split("=") for text in (x[0], y[0]))
         alike = name.strip() == named.strip() or re.search("[a-z]", value)  # f(x) = 2x is y = 2x
-        return alike and same(x[1], y[1]) or same_equation(x[0], y[0])
+        if alike and same(x[1], y[1]):
+            return True
+        # left minus right of one is a multiple of that of the other, the same at every point
+        v, w = ([p - q for p, q in zip(*map(evaluate_at, text.split("=")))] for text, _ in (x, y))
+        return all(v) and all(w) and same_values([v[0] * q for q in w], [w[0] * p for p in v])
     if "equation" in (kind, other):
         return same(x[1], b) if kind == "equation" else same(a, y[1])
     if kind != other or kind == "text":
         return a == b
-    if kind == "number":
-        return same_number(x, y)
-    if kind not in ("set", "list", "union"):
+    if kind == "number":  # a unit may lack on one side; 50% is 50, and 0.5 too
+        if x[1] and y[1] and x[1] != y[1]:
+            return False
+        shares = ([v / 100 for v in values] if unit == "%" else values for values, unit in (x, y))
+        return same_values(x[0], y[0]) or same_values(*shares)
+    if len(x) != len(y) or kind not in ("set", "list", "union"):  # the others have an order
         return len(x) == len(y) and all(map(same, x, y))
     left = list(y)
     for part in x:
@@ -875,7 +823,7 @@ def same(a, b):
         if match is None:
             return False
         left.remove(match)
-    return not left
+    return True
 
 
 def grade(given, gold):
@@ -906,7 +854,15 @@ def grade(given, gold):
 # ---- running what a model wrote ----------------------------------------------------------------
 
 GUARD = '''
-import os, sys
+import ctypes, os, resource, sys
+seconds, megabytes = int(sys.argv[1]), int(sys.argv[2])
+for name, value in (("CPU", seconds + 1), ("AS", megabytes << 20), ("FSIZE", 16 << 20),
+                    ("NOFILE", 64), ("CORE", 0), ("NPROC", 64)):
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+try:  # no network, where the kernel allows it
+    ctypes.CDLL(None).unshare(0x40000000 | 0x10000000)
+except (OSError, AttributeError):
+    pass
 home = os.path.realpath(os.getcwd()) + os.sep
 def guard(event, args):
     if event.startswith(("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn",
@@ -918,22 +874,12 @@ def guard(event, args):
             args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
         if not (os.path.realpath(os.fsdecode(args[0])) + os.sep).startswith(home):
             raise PermissionError("not allowed here: changing " + os.fsdecode(args[0]))
+program = compile(open("program.py", encoding="utf-8").read(), "program.py", "exec")
+kept, sys.modules["__main__"] = sys.modules["__main__"], type(sys)("__main__")
 sys.addaudithook(guard)
+exec(program, sys.modules["__main__"].__dict__)  # whose names are not the guard's
+raise SystemExit(77)  # it ran to its end: an exit(0) before the tests is no success
 '''
-
-
-ENDED = 77  # exit code of a program that ran to its end
-
-
-def limit_process(seconds, megabytes):
-    """In the child, before it runs: own session, bounded time, memory, files, processes."""
-    import resource
-    os.setsid()
-    for name, value in (("CPU", seconds + 1), ("AS", megabytes << 20), ("FSIZE", 16 << 20),
-                        ("NOFILE", 64), ("CORE", 0), ("NPROC", 64)):
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    with suppress(OSError, AttributeError):  # no network, where the kernel allows it
-        ctypes.CDLL(None).unshare(0x40000000 | 0x10000000)
 
 
 def run_program(source, seconds=5, megabytes=1024):
@@ -944,14 +890,13 @@ def run_program(source, seconds=5, megabytes=1024):
     refuses sockets, other processes, and writing elsewhere. That stops accidents and lazy attacks.
     It is no jail: run models you distrust in a container or a virtual machine.
     """
-    at_end = f"\nraise SystemExit({ENDED})\n"  # an exit(0) before the tests is no success
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
-        (Path(folder) / "program.py").write_text(GUARD + source + at_end, encoding="utf-8")
-        child = subprocess.Popen([sys.executable, "-I", "-S", "program.py"], cwd=folder,
-                                 env={"PATH": "/usr/bin:/bin", "HOME": folder},
-                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                 stderr=errors,  # a file, whose size is limited, unlike a pipe's
-                                 preexec_fn=lambda: limit_process(seconds, megabytes))
+        (Path(folder) / "program.py").write_text(source, encoding="utf-8")
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", GUARD, str(seconds), str(megabytes)], cwd=folder,
+            env={"PATH": "/usr/bin:/bin", "HOME": folder}, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=errors)  # a file, whose size is limited, unlike a pipe's
         try:
             code = child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -962,37 +907,41 @@ def run_program(source, seconds=5, megabytes=1024):
             child.wait()
         errors.seek(0)
         words = errors.read().decode(errors="replace").strip().splitlines()
-        return code == ENDED, (words or [f"exit code {code}"])[-1][:200]
+        return code == 77, (words or [f"exit code {code}"])[-1][:200]
 
 
 # ---- train.py's own checkpoint: against chance and an n-gram model -----------------------------
+
+
+def ngrams(ids, n, base):
+    """Every n-gram of ids as one integer, its ids the digits to a base, modulo 2^64."""
+    ids = np.asarray(ids, np.int64)
+    grams = np.zeros(max(0, len(ids) - n + 1), np.int64)
+    for j in range(n):
+        grams = grams * base + ids[j:len(grams) + j]
+    return grams
 
 
 class NGram:
     """Trigram model of token ids, interpolated down to uniform (Witten & Bell 1991).
 
     P(c | h) = (count(h c) + kinds(h) P(c | shorter h)) / (count(h) + kinds(h)), where kinds(h) is
-    how many different tokens followed h. An n-gram is one integer, its ids the digits to base V:
-    the n-grams that begin with h are neighbours in a sorted array.
+    how many different tokens followed h. To base V the n-grams that begin with h are neighbours
+    in a sorted array.
     """
 
     def __init__(self, ids, vocab_size):
         self.V, self.tables = vocab_size, []
         for n in (1, 2, 3):
-            grams, counts = np.unique(self.pack(ids, n), return_counts=True)
+            grams, counts = np.unique(ngrams(ids, n, vocab_size), return_counts=True)
             by_count = grams[np.lexsort((counts, grams // vocab_size))]  # within each history
             self.tables.append((grams, np.append(0, counts.cumsum()), by_count % vocab_size))
-
-    def pack(self, ids, n):
-        """The n-grams that end at places n - 1 ..: (len - n + 1,)."""
-        ids = np.asarray(ids, np.int64)
-        return sum(ids[j:len(ids) - n + 1 + j] * self.V ** (n - 1 - j) for j in range(n))
 
     def score(self, ids):
         """(log-probability, is it the likeliest) of every id but the first two."""
         p, guess = np.full(len(ids) - 2, 1 / self.V), np.full(len(ids) - 2, -1)
         for n, (grams, before, by_count) in enumerate(self.tables, 1):
-            gram = self.pack(ids, n)[3 - n:]
+            gram = ngrams(ids, n, self.V)[3 - n:]
             history = gram // self.V * self.V
             first, end, at, after = (np.searchsorted(grams, g) for g in (
                 history, history + self.V, gram, gram + 1))
@@ -1003,27 +952,13 @@ class NGram:
         return np.log(p), guess == np.asarray(ids)[2:]
 
 
-def continuation_pairs(ids, T, count, seed=0):
-    """(context, continuation) four by four: the true next 64 ids, then three from elsewhere."""
-    rng, n = np.random.default_rng(seed), min(64, T // 4)
-    starts = rng.integers(0, len(ids) - T, (count, 4))
-    starts[:, 0] += T - n  # from here on the truth
-    return [(ids[row[0] - T + n:row[0]].tolist(), ids[s:s + n].tolist())
-            for row in starts for s in row]
-
-
 def ngram_overlap(ids, train, n=13):
     """Share of the n-grams of ids that also occur in train: contamination, or common phrases."""
-    def keys(a):
-        a, key = np.asarray(a).astype(np.uint64), np.zeros(max(0, len(a) - n + 1), np.uint64)
-        for j in range(n):  # a polynomial hash mod 2^64
-            key = key * np.uint64(0x9E3779B97F4A7C15) + a[j:len(key) + j] + np.uint64(1)
-        return key
-
-    wanted = keys(ids)
+    base = 0x5851F42D4C957F2D  # odd and large: grams modulo 2^64 are as good as different
+    wanted = ngrams(ids, n, base)
     found = np.zeros(len(wanted), bool)
     for i in range(0, len(train), 1 << 22):
-        found |= np.isin(wanted, keys(train[i:i + (1 << 22) + n - 1]))
+        found |= np.isin(wanted, ngrams(train[i:i + (1 << 22) + n - 1], n, base))
     return float(found.mean()) if len(found) else 0.0
 
 
@@ -1047,9 +982,8 @@ def data_name(folder):
     return settings.get("data_name") or data_name(settings.get("model") or "")
 
 
-def evaluate_checkpoint(args):
+def evaluate_checkpoint(model, tok, args):
     """Bits per byte, next-token accuracy and choosing the true continuation, on held-out text."""
-    model, tok = load_model(args)
     T, V, folder = model.config.context_length, tok.vocab_size, Path(args.cache)
     train, val = (np.load(folder / data_name(args.model) / f"{split}.npy", mmap_mode="r")
                   for split in ("train", "val"))
@@ -1058,19 +992,27 @@ def evaluate_checkpoint(args):
     lengths = np.array([0 if i in special else len(tok.vocab.get(i, b"")) for i in range(V)])
     say(f"model       {args.model}: {model.num_parameters() / 1e6:.2f}M parameters\n"
         f"text        {len(val):,} validation tokens, {lengths[val].sum():,} bytes")
+    ngram = NGram(train[:20_000_000], V)
 
     def score(pairs):
-        return spread(partial(score_tokens, model, progress=show_progress("scoring")), pairs)
+        progress = partial(show_progress, "scoring", time.time())
+        return spread(partial(score_tokens, model, progress=progress), pairs)
 
-    ngram = NGram(train[:20_000_000], V)
     windows = score([(val[s:s + 1].tolist(), val[s + 1:s + T + 1].tolist())
                      for s in range(0, len(val) - T, T)])
     logprobs, hits = (torch.stack(x).double().numpy() for x in zip(*windows))  # (windows, T)
     ngram_logprobs, ngram_hits = ngram.score(val)
-    pairs = continuation_pairs(val, T, args.items)
+    per_byte = 1 / math.log(2) / lengths[val[1:hits.size + 1]].mean()  # bits, of one nat a token
+
+    # four continuations of a context: the true next n ids, then three from elsewhere
+    n = min(64, T // 4)
+    starts = np.random.default_rng(0).integers(0, len(val) - T, (args.items, 4))
+    starts[:, 0] += T - n  # where the context ends
+    pairs = [(val[row[0] - T + n:row[0]].tolist(), val[s:s + n].tolist())
+             for row in starts for s in row]
     right = torch.stack([x.sum() for x, _ in score(pairs)]).view(-1, 4).argmax(1) == 0
     ngram_choice = np.array([ngram.score(c[-2:] + d)[0].sum() for c, d in pairs]).reshape(-1, 4)
-    per_byte = 1 / math.log(2) / lengths[val[1:hits.size + 1]].mean()  # bits, of one nat a token
+
     rows = [("bits per byte", -per_byte * logprobs.mean(1), -ngram_logprobs.mean() * per_byte,
              math.log(V) * per_byte),
             ("next-token accuracy", hits.mean(1), ngram_hits.mean(), 1 / V),
@@ -1098,6 +1040,20 @@ def say(*words):
         print(*words, flush=True)
 
 
+def write_whole(path, text):
+    if RANK == 0:
+        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+        os.replace(f"{path}.tmp", path)
+
+
+def show_progress(label, start, done, total):
+    """Count on one line of a terminal, with the time left."""
+    if RANK == 0 and sys.stderr.isatty():
+        left = (time.time() - start) * (total - done) / done
+        end = "\n" if done == total else ""
+        print(f"\r{label}: {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr)
+
+
 def spread(function, items):
     """function(items), a list as long as items; under torchrun every rank does a share of it."""
     mine = function(items[RANK::WORLD_SIZE])
@@ -1108,30 +1064,9 @@ def spread(function, items):
     return [parts[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(items))]
 
 
-def show_progress(label):
-    """A function(done, total) that counts on one line, with the time left, on a terminal."""
-    start = time.time()
-
-    def show(done, total):
-        if RANK == 0 and sys.stderr.isatty():
-            left = (time.time() - start) * (total - done) / done
-            end = "\n" if done == total else ""
-            print(f"\r{label}: {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr)
-
-    return show
-
-
-def load_model(args):
-    device = args.device if args.device != "auto" else (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    model = model_py.Transformer.from_pretrained(args.model, dtype=dtype).to(device).eval()
-    return model, tokenizer_py.Tokenizer.load(args.model)
-
-
 def run_task(name, path, model, tok, args):
     """Score one task; returns its results, one dict an item, the same on every rank."""
-    items, overlaps = read_items(name, path, args.limit), []
+    task, items = TASKS[name], read_items(name, path, args.limit)
     if args.train_tokens:
         train = np.load(args.train_tokens, mmap_mode="r")
         overlaps = [ngram_overlap(tok.encode_numpy(i.context), train) for i in items]
@@ -1139,39 +1074,46 @@ def run_task(name, path, model, tok, args):
     if args.few_shot and not shots.exists():
         raise ValueError(f"--few-shot {args.few_shot}: give --shots, a file of worked examples")
     add_shots(items, read_items(name, shots) if args.few_shot else [], args.few_shot)
-    if args.chat is not None:
-        add_turns(items, tok, args.chat and Path(args.chat).read_text(encoding="utf-8"))
-    args.progress, limit = show_progress(name), model.config.context_length
+    if args.chat is not None:  # each context becomes a user's turn
+        template = args.chat and Path(args.chat).read_text(encoding="utf-8")
+        for item in items:
+            item.delimiter = "" if item.choices else item.delimiter
+            item.reword(lambda text: template.replace("{instruction}", text) if template else
+                        tok.apply_chat_template([dict(role="user", content=text)], True))
+
+    limit = model.config.context_length
+    args.progress = partial(show_progress, name, time.time())
     args.max_new_tokens = min(args.max_new_tokens, limit // 2)
-    results = spread(lambda mine: TASKS[name].score(model, tok, mine, args), items)
+    score = partial(score_written, judge=task.judge) if task.judge else task.score
+    results = spread(lambda mine: score(model, tok, mine, args), items)
     room, cut = limit + 1 if items[0].choices else limit - args.max_new_tokens, 0
     for i, (item, result) in enumerate(zip(items, results)):
         texts = ["".join(r) for r in item.requests()] or [item.context]
         cut += "tokens" not in result and max(len(tok.encode(t)) for t in texts) > room
         result |= dict(task=name, index=i, group=item.group, prompt=texts[0])
-        result["metrics"] |= dict(overlap=overlaps[i]) if overlaps else {}
+        if args.train_tokens:
+            result["metrics"]["overlap"] = overlaps[i]
     if cut:
         say(f"{name}: {cut} of {len(items)} items are longer than the context of {limit}; their "
             "left was cut off")
-    if name == "instructions" and args.results:
-        write_outputs(f"{args.results}.outputs.json", items, results, Path(args.model).name)
+    if name == "instructions" and args.results:  # what a judge reads
+        rows = [i.extra | dict(output=r["output"]) for i, r in zip(items, results)]
+        if "instruction" in rows[0]:  # AlpacaEval: a list that names the generator
+            rows = [row | dict(generator=Path(args.model).name) for row in rows]
+            write_whole(f"{args.results}.outputs.json", json.dumps(rows, indent=1))
+        else:  # SimpleSafetyTests: a line for each prompt
+            write_whole(f"{args.results}.outputs.jsonl",
+                        "".join(json.dumps(row) + "\n" for row in rows))
     return results
 
 
-def write_outputs(path, items, results, generator):
-    """What a judge reads: AlpacaEval a JSON list that names the generator, SimpleSafetyTests a
-    line of JSON for each prompt."""
-    rows = [i.extra | dict(output=r["output"]) for i, r in zip(items, results)]
-    if "instruction" in rows[0]:
-        write_whole(path, json.dumps([r | dict(generator=generator) for r in rows], indent=1))
-    else:
-        write_whole(path + "l", "".join(json.dumps(r) + "\n" for r in rows))
-
-
 def report(results, path=None):
-    """Print every task's metrics, with a report card at path; returns {(task, metric): value}."""
-    rows = [("task", "metric", "value", "std. error", "95 %", "items")]
-    table, failures = {}, []
+    """Print every task's metrics; returns {(task, metric): value}.
+
+    At path.md and path.html a report card: the same table, and a few failures to look at.
+    """
+    rows, table = [("task", "metric", "value", "std. error", "95 %", "items")], {}
+    samples = []
     for task in dict.fromkeys(r["task"] for r in results):
         mine = [r for r in results if r["task"] == task]
         for metric, values in summarise(mine).items():
@@ -1179,33 +1121,21 @@ def report(results, path=None):
                                        f"{v:.4g}" for v in values)
             rows.append((task, metric, value, error, low and f"{low} - {high}", str(len(mine))))
             table[task, metric] = values[0]
-        failures += [r for r in mine if r["metrics"].get(TASKS[task].metric) == 0.0][:3]
+        samples += [(f"{task}, wrong", r["prompt"][-600:],
+                     f"said {str(r.get('output'))[:400]!r}, right: {r['gold']}")
+                    for r in mine if r["metrics"].get(TASKS[task].metric) == 0.0][:3]
     for row in rows:
         say("{:<14}{:<18}{:>10}{:>12}{:>23}{:>8}".format(*row))
     if path:
-        write_card(path, rows, failures)
+        md = ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * 6, *rows[1:])]
+        md += ["\n**{}**\n\n```\n{}\n```\n{}".format(*sample) for sample in samples]
+        page = ["<!doctype html><meta charset=utf-8><title>evaluation</title><style>td{padding:2px "
+                "12px}pre{background:#eee;padding:8px;white-space:pre-wrap}</style><table>"]
+        page += ["<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows] + ["</table>"]
+        page += ["<h3>{}</h3><pre>{}</pre><p>{}".format(*map(html.escape, s)) for s in samples]
+        write_whole(f"{path}.md", "\n".join(md) + "\n")
+        write_whole(f"{path}.html", "\n".join(page) + "\n")
     return table
-
-
-def write_card(path, rows, failures):
-    """A report card beside the results: the table and a few failures, as PATH.md and PATH.html."""
-    samples = [(f"{r['task']}, wrong", r["prompt"][-600:],
-                f"said {str(r.get('output'))[:400]!r}, right: {r['gold']}") for r in failures]
-    md = ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-    md += ["\n**{}**\n\n```\n{}\n```\n{}".format(*sample) for sample in samples]
-    page = ["<!doctype html><meta charset=utf-8><title>evaluation</title><style>body{font:15px "
-            "sans-serif;max-width:60em;margin:2em auto}td{padding:2px 12px}pre{background:#eee;"
-            "padding:8px;white-space:pre-wrap}</style><table>"]
-    page += ["<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows] + ["</table>"]
-    page += ["<h3>{}</h3><pre>{}</pre><p>{}".format(*map(html.escape, s)) for s in samples]
-    write_whole(f"{path}.md", "\n".join(md) + "\n")
-    write_whole(f"{path}.html", "\n".join(page) + "\n")
-
-
-def write_whole(path, text):
-    if RANK == 0:
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-        os.replace(f"{path}.tmp", path)
 
 
 def compare(paths):
@@ -1229,12 +1159,24 @@ def compare(paths):
 # ---- command line ------------------------------------------------------------------------------
 
 
-def task_flag(text):
-    name, _, path = text.partition("=")
-    if name not in TASKS or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with NAME one of "
-                                         f"{', '.join(TASKS)}")
-    return name, path
+def evaluate(args):
+    if args.compare:
+        return compare(args.compare)
+    tasks = [task.partition("=") for task in args.task]
+    for name, _, path in tasks:
+        if name not in TASKS or not path:
+            raise ValueError(f"--task {name}: not NAME=PATH with NAME one of {', '.join(TASKS)}")
+    device = args.device if args.device != "auto" else (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    model = model_py.Transformer.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    tok = tokenizer_py.Tokenizer.load(args.model)
+    if not tasks:
+        return evaluate_checkpoint(model, tok, args)
+    results = [r for name, _, path in tasks for r in run_task(name, path, model, tok, args)]
+    if args.results:
+        write_whole(args.results, "".join(json.dumps(r) + "\n" for r in results))
+    return report(results, args.results)
 
 
 def make_parser():
@@ -1242,7 +1184,7 @@ def make_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="out", help="folder of a checkpoint (default: %(default)s)")
-    add("--task", action="append", default=[], type=task_flag, metavar="NAME=PATH",
+    add("--task", action="append", default=[], metavar="NAME=PATH",
         help=f"a task and its file or folder, any number of times: {', '.join(TASKS)}")
     add("--few-shot", type=int, default=0, help="worked examples before each (default: 0)")
     add("--shots", help="file of the worked examples (default: the task's dev folder)")
@@ -1259,18 +1201,6 @@ def make_parser():
     add("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="(default: fp32)")
     return parser
-
-
-def evaluate(args):
-    if args.compare:
-        return compare(args.compare)
-    if not args.task:
-        return evaluate_checkpoint(args)
-    model, tok = load_model(args)
-    results = [r for name, path in args.task for r in run_task(name, path, model, tok, args)]
-    if args.results:
-        write_whole(args.results, "".join(json.dumps(r) + "\n" for r in results))
-    return report(results, args.results)
 
 
 def main(argv=None):

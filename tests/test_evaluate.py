@@ -80,7 +80,7 @@ def test_scores_equal_one_token_at_a_time(model, tok, shared):
     V = model.config.vocab_size
     pairs = [(prefix + rng.integers(0, V, rng.integers(1, 12)).tolist(),
               rng.integers(0, V, rng.integers(1, 9)).tolist()) for _ in range(23)]
-    pairs += [pairs[0], (pairs[0][0], pairs[1][1])]
+    pairs += [pairs[0], (pairs[0][0], pairs[1][1]), (pairs[0][0], [])]
     for size in (40, 200, 16384):
         for ours, (c, d) in zip(evaluate.score_tokens(model, pairs, batch_tokens=size), pairs):
             score, greedy = slow_score(model, c, d)
@@ -135,9 +135,10 @@ def test_pass_at_k_by_enumeration():
             sum(min(d) < c for d in draws) / len(draws))
 
 
-def test_wilson_interval_is_the_textbooks():
-    assert evaluate.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=2e-4)
-    assert evaluate.wilson_interval(0, 20)[1] == pytest.approx(0.1611, abs=2e-4)
+def test_the_interval_of_a_share_is_the_textbooks():
+    interval = evaluate.confidence_interval
+    assert interval([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=2e-4)
+    assert interval([0] * 20)[1] == pytest.approx(0.1611, abs=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["share", "skewed"])
@@ -359,7 +360,8 @@ def test_the_grader_accepts_and_refuses_what_a_teacher_would():
     "9^{9^{9^9}}", "99999999!", "(" * 10_000, "(" * 400 + "1" + ")" * 400, "1" * 10**6,
     "\\frac{" * 300 + "1" + "}{2}" * 300, "2^" * 240 + "2", "1," * 240 + "1", "-" * 490 + "1",
     "1/" * 240 + "1", ".5" * 240, "$" * 400, "((((((2)^9)^9)^9)^9)^9)^9", "x^999", "10^1000",
-    "1e999", "\\boxed{" * 70, "5 cm " * 90, "square " * 60 + "m", "!" * 400, "\\{" + "x," * 240])
+    "1e999", "\\boxed{" * 70, "5 cm " * 90, "square " * 60 + "m", "!" * 400, "\\{" + "x," * 240,
+    "∪" * 400, "_{" * 160 + "}" * 160, "x^{" * 120 + "1" + "}" * 120, "|x|" * 160])
 def test_no_input_takes_the_grader_long(text):
     for other in ("5", text + "1"):
         times = []
@@ -408,12 +410,27 @@ def test_boxed_is_the_last_with_balanced_braces():
     ("import sys\nsys.exit(0)", False, "exit code 0"),  # before any test has run
     ("import sys\nwhile True: sys.stderr.write('x' * 1000000)", False, ""),  # the disk is bounded
     ("open('here.txt', 'w').write('x')\nassert open('here.txt').read() == 'x'", True, ""),
+    ("from __future__ import annotations\ndef f(x: unknown): return x\nassert f(1)", True, ""),
+    ("home = os = sys = None\nopen('/tmp/escaped-by-a-test', 'w')", False, "not allowed"),
+    ("import ctypes\nctypes.CDLL(None).getpid()", False, "not allowed"),
+    ("import typing\nclass A: x: 'B'\nclass B: pass\n"
+     "assert typing.get_type_hints(A)['x'] is B and __name__ == '__main__'", True, ""),
 ])
 def test_programs_are_contained(source, ok, word):
     start = time.time()
     passed, why = evaluate.run_program(source, seconds=2)
     assert (passed, word in why) == (ok, True), why
     assert time.time() - start < 6
+
+
+def test_humaneval_runs_the_problem_and_the_answer_without_the_chat_around_them(tmp_path):
+    path = write(tmp_path / "h.jsonl", [dict(
+        prompt="from __future__ import annotations\ndef double(x: number):\n", entry_point="double",
+        test="def check(f): assert f(2) == 4")])
+    item, judge = evaluate.read_items("humaneval", path)[0], evaluate.TASKS["humaneval"].judge
+    item.reword("Complete this, please: {}".format)
+    assert judge(item, "    return 2 * x\n") == {"pass@1": 1.0}
+    assert judge(item, "    return 3 * x\n") == {"pass@1": 0.0}
 
 
 # ---- train.py's checkpoint -----------------------------------------------------------------------
