@@ -1184,6 +1184,9 @@ def main(argv=None):
     if not args.task and (rl or not (args.model and args.data)):
         args.task = "gsm8k" if rl and args.data else "sort"
     try:
+        for name in ("eval_every", "save_every", "prompts", "group_size", "batch_size"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: must be at least 1")
         s = open_session(args)
         if s.held_out and args.algorithm != "rm" and not s.step:
             say(f"held-out accuracy before: {held_out_accuracy(s):.3f}")

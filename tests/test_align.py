@@ -565,6 +565,8 @@ def test_two_ranks_count_tokens_together(tmp_path):
     ([dict(prompt="a", chosen="b")], ["dpo", "--data", "D"], ["rejected"]),
     ([], ["grpo", "--model", "nowhere"], ["nowhere"]),
     ([], ["grpo", "--steps", "0"], ["--steps", "nothing was saved"]),
+    ([], ["grpo", "--eval-every", "0"], ["--eval-every: must be at least 1"]),
+    ([], ["sft", "--batch-size", "-1"], ["--batch-size: must be at least 1"]),
     ([dict(prompt="a", response="b")], ["sft", "--data", "D", "--epochs", "0"], ["--epochs"]),
 ])
 def test_mistakes_end_in_one_line(rows, flags, words, tmp_path, capsys):
