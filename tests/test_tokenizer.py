@@ -281,11 +281,11 @@ def test_cache_is_bounded(small, monkeypatch):
         text = " ".join(f"{i}0{j}".translate(letters) for j in range(300))
         small.encode(text[:900])
         assert small.encode(text) == tk.encode_plain(small, text)
-        assert small._bpe.known <= 600
+        assert len(small._bpe.count) <= 600
     for i in range(30):  # few words, but long ones
         text = " ".join(random.Random(i * 9 + j).randbytes(300).hex() for j in range(9))
         assert small.decode(small.encode(text)) == text
-        assert small._bpe.pooled <= 800 + len(text)
+        assert len(small._bpe.pool) <= 800 + len(text)
     for i in range(30):  # short texts alone, which have a cache of their own
         small.encode(" ".join(f"{i}1{j}".translate(letters) for j in range(150)))
         assert len(small._short) <= 400
