@@ -688,8 +688,9 @@ class BPE:
         new = list(islice(reversed(self.words.numbers), size))[::-1]
         lengths = np.array(list(map(len, new)), np.int64)
         first, count = np.zeros((2, size), np.int64)
-        for some, bpe in ((lengths <= 64, self.merge_rounds), (lengths > 64, self.merge_long)):
-            if some.any():
+        for low, high, bpe in ((0, 15, self.merge_rounds), (15, 64, self.merge_rounds),
+                               (64, 1 << 62, self.merge_long)):  # like lengths share a matrix
+            if (some := (low < lengths) & (lengths <= high)).any():
                 raw = np.frombuffer(b"".join(compress(new, some)), np.uint8)
                 ids, count[some] = bpe(raw, lengths[some])
                 first[some] = len(self.pool) + np.cumsum(count[some]) - count[some]

@@ -110,6 +110,16 @@ def test_merges_do_not_depend_on_processes_or_chunks(processes, chunk, monkeypat
     assert tk.train_bpe(texts, 330, [tk.EOT], num_processes=processes)[1] == expected
 
 
+@pytest.mark.parametrize("few", [-1, 10**9])
+def test_merging_by_arrays_and_place_by_place_agree(few, monkeypatch):
+    monkeypatch.setattr(tk, "FEW", few)
+    for seed in range(6):
+        rng = random.Random(seed)
+        texts = [random_text(rng, 300, ["a", "b", "aa", " ", "é"]) for _ in range(3)]
+        expected = brute_force(texts, 300, [], tk.GPT2_PATTERN)
+        assert tk.train_bpe(texts, 300, num_processes=1)[1] == expected
+
+
 def test_sennrich_example():
     """The words of Sennrich et al. 2016, counts as in CS336's handout: merges worked by hand."""
     text = "low low low low low lower lower widest widest widest " + "newest " * 6
@@ -245,6 +255,14 @@ def test_long_words_equal_short_ones_and_plain(small):
             word = "".join(rng.choice(letters) for _ in range(length))
             small.reset_cache()
             assert small.encode_numpy(word).tolist() == tk.encode_plain(small, word), word
+
+
+def test_words_whose_slot_is_taken(small, monkeypatch):
+    monkeypatch.setattr(tk.Words, "BITS", 3)
+    tok = tk.Tokenizer(small.vocab, small.merges, SPECIAL)
+    for seed in range(20):
+        text = random_text(random.Random(seed), 300)
+        assert tok.encode_numpy(text).tolist() == tk.encode_plain(tok, text)
 
 
 @pytest.mark.parametrize("make", [
