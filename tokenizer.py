@@ -35,7 +35,7 @@ import unicodedata
 import zlib
 from array import array
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, compress, islice
 
 import numpy as np
 import regex
@@ -150,414 +150,119 @@ def encode_plain(tokenizer, text):
     return ids
 
 
-# ---- Where words start, with array operations ---------------------------------------------------
-# The patterns only ask of what class a character is. So give every byte the class of its character
-# and compare the array with itself, shifted by one. EDGE stands around the text and on the special
-# tokens: no word goes across it.
+# ---- Text in, files out -------------------------------------------------------------------------
 
-LETTER, DIGIT, OTHER, SPACE, EDGE = range(5)
+CHUNK = 1 << 17  # bytes handled by one round of array operations: they fit in the L2 cache
+CUT = regex.compile(rb"(?r)(?<=[!-~]) ")  # all named patterns start a word here; the last is found
 
 
-@lru_cache
-def class_table():
-    """(0x110000,) uint8: the class of every code point, as the regex module sees it."""
-    everything = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
-    classes = np.full(0x110000, OTHER, np.uint8)
-    for pattern, kind in ((r"\p{L}+", LETTER), (r"\p{N}+", DIGIT), (r"\s+", SPACE)):
-        for match in regex.finditer(pattern, everything):
-            classes[match.start() : match.end()] = kind
-    return classes
+def list_files(spec):
+    """Sorted paths of a file, a directory, a glob pattern, or a list of those."""
+    if not isinstance(spec, (str, os.PathLike)):
+        return sorted({path for one in spec for path in list_files(one)})
+    spec = os.fspath(spec)
+    pattern = os.path.join(globbing.escape(spec), "**") if os.path.isdir(spec) else spec
+    found = [spec] if os.path.isfile(spec) else globbing.glob(pattern, recursive=True)
+    found = sorted(path for path in found if os.path.isfile(path))
+    if not found:
+        raise ValueError(f"{spec}: no file, directory or glob pattern with files in it")
+    return found
 
 
-def classify(data):
-    """(bytes,) uint8: the class of the character that each byte of UTF-8 belongs to."""
-    table = class_table()
-    classes = np.frombuffer(bytearray(data.translate(table[:256].tobytes())), np.uint8)
-    if not data.isascii():
-        raw = np.frombuffer(data, np.uint8)
-        at = np.flatnonzero(raw >= 0x80)  # the bytes of the other characters, UTF-8 by themselves
-        points = np.frombuffer(raw[at].tobytes().decode().encode("utf-32-le"), np.uint32)
-        width = 2 + (points >= 0x800) + (points >= 0x10000)  # bytes of the character in UTF-8
-        classes[at] = np.repeat(table[points], width)
-    return classes
+def read_pieces(path):
+    """Yield a file in pieces of about a megabyte of UTF-8, and None where a document ends.
 
-
-def gpt2_starts(raw, classes):
-    """(bytes,) bool: where GPT2_PATTERN starts a word. raw, classes: (bytes,) uint8."""
-    start = np.ones(len(raw), bool)
-    start[1:] = classes[1:] != classes[:-1]
-    start[1:] &= raw[:-1] != ord(" ")  # " ?": a blank belongs to the word behind it, and so
-    start[:-1] |= (classes[:-1] == SPACE) & (classes[1:] < SPACE)  # \s+(?!\S) leaves the last one
-    inside = (raw & 0xC0) == 0x80  # not the first byte of a character
-    last = np.flatnonzero(start & inside)  # a space of several bytes was marked at its last one
-    while last.size:
-        start[last] = False
-        last = last - 1
-        start[last] = True
-        last = last[inside[last]]
-    split_contractions(raw, start)
-    return start
-
-
-# By the two bytes behind a quote: how many of them make 's 't 'd 'm 'll 've 're of it.
-CONTRACTED = np.zeros((256, 256), np.int64)
-CONTRACTED[list(b"sdmt")] = 1
-CONTRACTED[list(b"lvr"), list(b"lee")] = 2
-
-
-def split_contractions(raw, start):
-    """Behind a word 's and the like are a word: none starts after the quote, one after the rest."""
-    quote = np.flatnonzero(start & (raw == ord("'")))
-    behind = np.append(raw[1:], np.zeros(2, np.uint8))
-    letters = CONTRACTED[behind[quote], behind[quote + 1]]
-    quote, end = quote[letters > 0], (quote + letters + 1)[letters > 0]
-    start[quote + 1] = False
-    start[end[end < len(start)]] = True
-
-
-def whole(words, text):
-    """The words that a pattern found in a text; ValueError if they leave some of it out."""
-    if sum(map(len, words)) != len(text):
-        raise ValueError(r"--pattern must match every character (append |[\s\S] to it) and have no "
-                         "group that captures (write (?:...) for it)")
-    return words
-
-
-def regex_starts(parts, pattern, size):
-    """(bytes,) bool: where any other pattern starts a word, found by the regex module."""
-    words = []
-    for data, special in parts:
-        text = data.decode()
-        words += [text] if special is not None else whole(regex.findall(pattern, text), text)
-    lengths = np.array([len(word.encode()) for word in words])
-    start = np.zeros(size, bool)
-    start[np.cumsum(lengths) - lengths] = True
-    return start
-
-
-def find_words(parts, pattern):
-    """Cut a chunk into words. -> (data, starts, lengths, special)
-
-    parts: [(bytes, None) or (b"\\0", special id)], as `split_text` makes them. data: their bytes.
-    starts, lengths: (words,) int64. special: indices of the words that stand for special tokens.
+    Documents end at <|endoftext|>; in .jsonl each line is one. Line ends stay as they are. What is
+    not UTF-8 becomes U+FFFD; that, and lines without a "text", are counted and reported.
     """
-    data = b"".join([part for part, _ in parts])
-    at = np.cumsum([len(part) for part, _ in parts]) - 1
-    at = at[[i is not None for _, i in parts]]  # the bytes that stand for special tokens
-    if pattern == GPT2_PATTERN:
-        classes = classify(data)
-        classes[at] = EDGE
-        start = gpt2_starts(np.frombuffer(data, np.uint8), classes)
-    else:
-        start = regex_starts(parts, pattern, len(data))
-    start[at] = True
-    starts = np.flatnonzero(start)
-    return data, starts, np.diff(starts, append=len(data)), np.searchsorted(starts, at)
+    jsonl, bad = path.removesuffix(".gz").endswith(".jsonl"), 0
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        try:
+            # blocks end where a line does, so within no character and no <|endoftext|>
+            while block := file.readline() if jsonl else file.read(1 << 20) + file.readline():
+                if jsonl:
+                    try:
+                        text = json.loads(block.decode(errors="replace"))["text"]
+                        yield from (text.encode(), None)
+                    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                        bad += bool(block.strip())
+                    continue
+                if b"\0" in block:
+                    raise ValueError("has a NUL byte, so it is no text; leave it out")
+                try:
+                    block.decode()
+                except UnicodeDecodeError:
+                    text = block.decode(errors="replace")
+                    bad += text.count("\ufffd") - block.count("\ufffd".encode())
+                    block = text.encode()
+                *documents, last = block.split(EOT.encode())
+                for text in documents:
+                    yield from (text, None)
+                yield last
+        except (ValueError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: {error}") from None
+    yield None
+    if bad:
+        what = 'lines without a "text" skipped' if jsonl else "invalid characters read as U+FFFD"
+        print(f"{path}: {bad} {what}", file=sys.stderr)
 
 
-# ---- Numbering distinct words -------------------------------------------------------------------
-# numpy's array.take(index) does what array[index] does, in a third of the time.
+def read_documents(files):
+    """Yield the documents of the files: split at <|endoftext|>, one a line of .jsonl."""
+    for path in list_files(files):
+        parts = []
+        for piece in read_pieces(path):
+            if piece is None and any(parts):
+                yield b"".join(parts).decode()
+            parts = [] if piece is None else [*parts, piece]
 
 
-class Numbers:
-    """Numbers distinct keys 1, 2, 3, ... and looks up whole arrays of keys at once.
+def split_text(pieces, special_ids, pattern, separator=None):
+    """Yield chunks of about CHUNK bytes: lists of parts (bytes, None) or (b"\\0", special id).
 
-    A key is two uint64, not both 0. A hash table with open addressing and linear probing: the
-    number of a key lies in the slot its hash names, or in the next one that was free, where 0 means
-    free. Whole keys are compared, so no answer rests on a hash.
+    pieces: UTF-8, which may end anywhere, within a special token too: what could still change is
+    held back; and None where a document ends, for which comes (b"\\0", separator). Chunks end where
+    a word surely does.
     """
+    special = regex.compile(special_regex(special_ids).encode())
+    special_ids = {token.encode(): i for token, i in special_ids.items()}
+    longest = max(map(len, special_ids), default=1)
 
-    def __init__(self, slots=1 << 18):
-        self.count, self.slots = 0, np.zeros(slots, np.int64)
-        self.keys = np.zeros((2, slots // 4), np.uint64)  # (half, number); of number 0 it is 0, 0
+    def split(data):  # the regex is slow, and most texts have no special tokens
+        return special.split(data) if any(token in data for token in special_ids) else [data]
 
-    def find(self, first, second, insert=False):
-        """(n,) int64 numbers of n keys; an unknown key has 0, or with `insert` the next number."""
-        while insert and self.count + len(first) >= self.keys.shape[1]:
-            self._grow()  # a quarter full at most: searches stay short
-        mixed = first * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= second * np.uint64(0xC2B2AE3D27D4EB4F)
-        mixed ^= mixed >> np.uint64(29)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)  # the best mixed bits are the highest ones
-        slot = (mixed >> np.uint64(65 - len(self.slots).bit_length())).astype(np.int64)
-        number = self.slots.take(slot)
-        todo = self._differs(number, first, second)
-        todo = np.flatnonzero(todo if insert else todo & (number > 0))
-        while todo.size:
-            at, key = slot[todo], (first[todo], second[todo])
-            if insert:
-                self._fill(at, key)
-            number[todo] = found = self.slots[at]
-            todo = todo[self._differs(found, *key) & (found > 0)]
-            slot[todo] = (slot[todo] + 1) % len(self.slots)
-        return number
-
-    def _differs(self, number, first, second):
-        return (self.keys[0].take(number) != first) | (self.keys[1].take(number) != second)
-
-    def _fill(self, at, key):
-        """Number those of the keys whose slots are free."""
-        free = np.flatnonzero(self.slots[at] == 0)
-        self.slots[at[free]] = free  # of several for one slot the last stays
-        slot, begin = np.unique(at[free]), self.count + 1
-        self.count += len(slot)
-        self.keys[:, begin : self.count + 1] = np.array(key)[:, self.slots[slot]]
-        self.slots[slot] = np.arange(begin, self.count + 1)
-
-    def _grow(self):
-        """Take twice the slots; every key keeps its number."""
-        keys = self.keys[:, 1 : self.count + 1]
-        self.__init__(2 * len(self.slots))
-        number = self.find(*keys, insert=True)
-        old = np.zeros(len(number) + 1, np.int64)
-        old[number] = np.arange(1, len(number) + 1)
-        self.slots = old[self.slots]
-        self.keys[:, 1 : len(number) + 1] = keys
-
-
-class Words:
-    """Numbers distinct words 1, 2, 3, ...
-
-    A word of up to 15 bytes and its length are exactly two 64-bit integers, its key; a longer one
-    is numbered by a dict, and that number is the first half of its key.
-    """
-
-    # What counts of the first and of the last 8 bytes by length, and the length as the last byte.
-    MASK = np.where(np.arange(16) < np.arange(17)[:, None] % 16, 255, 0).astype(np.uint8)
-    LOW, HIGH = MASK.view("<u8").T.copy()
-    LENGTH = np.array([*range(16), 255], np.uint64) << np.uint64(56)
-
-    def __init__(self):
-        self.numbers, self.long = Numbers(), {}
-
-    def find(self, data, starts, lengths):
-        """(n,) int64 numbers of the words at `starts` of the bytes `data`."""
-        raw = np.frombuffer(data + bytes(16), np.uint8)
-        eight = np.ndarray(len(raw) - 7, "<u8", raw, strides=(1,)).copy()  # read at every byte
-        first = eight.take(starts) & self.LOW.take(lengths, mode="clip")  # of 16 and more the last
-        second = eight.take(starts + 8) & self.HIGH.take(lengths, mode="clip")
-        second |= self.LENGTH.take(lengths, mode="clip")
-        at = np.flatnonzero(lengths > 15)
-        for i, begin, size in zip(at.tolist(), starts[at].tolist(), lengths[at].tolist()):
-            first[i] = self.long.setdefault(data[begin : begin + size], len(self.long))
-        return self.numbers.find(first, second, insert=True)
-
-    def spell(self, begin=0):
-        """The words numbered begin + 1 and up: (numbers, lengths, raw) of the short, of the long.
-
-        numbers, lengths: (n,) int64. raw: (bytes,) uint8, all bytes of these words in a row.
-        """
-        number = np.arange(begin + 1, self.numbers.count + 1)
-        keys = self.numbers.keys[:, number].T
-        is_long = keys[:, 1] == self.LENGTH[16]
-        short, every = keys[~is_long].astype("<u8"), list(self.long)
-        long = [every[i] for i in keys[is_long, 0].tolist()]
-        lengths = (short[:, 1] >> np.uint64(56)).astype(np.int64)
-        raw = short.view(np.uint8)[np.arange(16) < lengths[:, None]]
-        return ((number[~is_long], lengths, raw),
-                (number[is_long], np.array([len(word) for word in long], np.int64),
-                 np.frombuffer(b"".join(long), np.uint8)))
-
-
-def ranges(starts, lengths):
-    """Places starts[0], starts[0] + 1, ..., starts[1], ...: `lengths` of them from each start.
-
-    >>> ranges(np.array([5, 9]), np.array([2, 3]))
-    array([ 5,  6,  9, 10, 11])
-    """
-    ends = np.cumsum(lengths)
-    return np.repeat(starts + lengths - ends, lengths) + np.arange(ends[-1] if len(ends) else 0)
-
-
-def cut(raw, lengths):
-    """[bytes]: pieces of these lengths."""
-    data, ends = raw.tobytes(), np.cumsum(lengths)
-    return [data[i:j] for i, j in zip((ends - lengths).tolist(), ends.tolist())]
-
-
-# ---- Merging a pair everywhere at once ----------------------------------------------------------
-
-FEW = 24  # places up to which a Python loop is faster than numpy's calls
-
-
-class Tape:
-    """Many words in one array of ids, a boundary of -1 around each.
-
-    A token of n bytes covers n places and writes its id on the first and on the last of them. So
-    the token left of a place is read at place - 1, the next token starts n further on, and nothing
-    ever has to move. Pairs of neighbours are known by their key left << 32 | right.
-    """
-
-    def __init__(self, ids, lengths, sizes, counts=None):
-        """ids: (bytes,) of the words in a row. lengths, counts: (words,). sizes: (V,) bytes of
-        each token, shared with the caller, who makes the tokens."""
-        place = np.arange(1, len(ids) + 1) + np.repeat(np.arange(len(lengths)), lengths)
-        self.ids = np.full(len(ids) + len(lengths) + 1, -1)
-        self.ids[place] = ids
-        self.is_start = self.ids >= 0
-        self.sizes = sizes
-        self.weight = np.ones(len(self.ids), np.int64)  # how often the word of a place occurs
-        if counts is not None:
-            self.weight[place] = np.repeat(counts, lengths)
-        # The same memory again: a loop reads single numbers faster from a memoryview.
-        self.views = list(map(memoryview, (self.ids, self.sizes, self.is_start, self.weight)))
-
-    def pairs(self):
-        """(keys, places) of all pairs."""
-        at = np.flatnonzero(self.is_start)
-        left = self.ids[at]
-        right = self.ids[at + self.sizes[left]]
-        return (left << 32 | right)[right >= 0], at[right >= 0]
-
-    def places(self, left, right, at):
-        """(those of the places `at` where the pair still stands, how often it occurs there)."""
-        if len(at) <= FEW:
-            ids, sizes, _, weight = self.views
-            size = sizes[left]
-            at = [i for i in at if ids[i] == left and ids[i + size] == right]
-            return at, sum([weight[i] for i in at])
-        at = np.asarray(at)
-        at = at[(self.ids[at] == left) & (self.ids[at + self.sizes[left]] == right)]
-        return at, int(self.weight[at].sum())
-
-    def merge(self, left, right, at, new):
-        """Merge a pair. -> (keys, places) of the pairs the new token makes; keys < 0 are none."""
-        if left == right:  # of the overlapping places in "aaaa" the first, third, ... of each row
-            at = np.sort(at)
-            index, size = np.arange(len(at)), self.sizes[left]
-            row = np.where(np.diff(at, prepend=-size - 1) == size, 0, index)
-            at = at[(index - np.maximum.accumulate(row)) % 2 == 0]
-        middle, end = at + self.sizes[left], at + self.sizes[new]
-        self.is_start[middle] = False
-        self.ids[middle] = -2  # no token starts here now; a short one also ends here:
-        self.ids[at] = self.ids[end - 1] = new
-        before, after = self.ids[at - 1], self.ids[end]
-        after[after == new] = -1  # counted as this one's `before`
-        keys = np.concatenate((before << 32 | new, after + (new << 32)))
-        keys[len(at):][after < 0] = -1
-        return keys, np.concatenate((at - self.sizes[before], at))
-
-    def merge_few(self, left, right, at, new):
-        """`merge`, place by place: yields (key, places, how often the pair occurs there)."""
-        ids, sizes, is_start, weight = self.views
-        skip, size, found = sizes[left], sizes[new], collections.defaultdict(list)
-        for i in sorted(at):
-            if ids[i] != left or ids[i + skip] != right:
-                continue  # the middle of "aaa", whose first two are merged
-            end = i + size
-            is_start[i + skip], ids[i + skip] = False, -2
-            ids[i] = ids[end - 1] = new
-            before, after = ids[i - 1], ids[end]
-            if before >= 0:
-                found[before << 32 | new].append(i - sizes[before])
-            if after >= 0:
-                found[new << 32 | after].append(i)
-        for key, at in found.items():
-            yield key, at, sum([weight[i] for i in at])
-
-
-def group(keys, at):
-    """Sort places by key. -> (distinct keys, places, first place of each key and their end)"""
-    order = keys.argsort()
-    keys, at = keys[order], at[order]
-    edge = np.ones(len(keys) + 1, bool)
-    np.not_equal(keys[1:], keys[:-1], out=edge[1:-1])
-    first = edge.nonzero()[0]
-    return keys[first[:-1]], at, first
-
-
-# ---- Training -----------------------------------------------------------------------------------
-
-WAITING = 1500  # pairs put into the heap when it is empty
-
-
-def learn_merges(words, number):
-    """The `number` most frequent merges of words {word: count}, as pairs of bytes.
-
-    A heap holds the frequent pairs. Counts only ever fall: all pairs with a new token appear when
-    the token does, later merges can but take some away. So a heap entry is an upper bound; recount
-    when it comes up, and put it back if it was too high. Of all pairs only the most frequent are
-    put in; those rarer than `floor` stay out until the heap is empty: most never come up.
-    """
-    tokens = [bytes([byte]) for byte in range(256)]
-    # A heap pops the smallest, ties go to the greatest bytes: turn byte b into character 255 - b,
-    # and end with one greater than all to have "ab" before "a".
-    reverse = [chr(255 - byte) + chr(256) for byte in range(256)]
-    sizes = np.ones(256 + number + 2, np.int64)
-    lengths, counts = list(map(len, words)), list(words.values())
-    tape = Tape(np.frombuffer(b"".join(words), np.uint8), lengths, sizes, counts)
-    merges, heap, where, floor = [], [], {}, 1 << 62
-
-    def push(key, at, count):
-        if count >= floor:
-            where[key] = at
-            heapq.heappush(heap, (-count, reverse[key >> 32], reverse[key & 0xFFFFFFFF], key))
-
-    def push_all(keys, at, most=None):
-        nonlocal floor
-        keys, at, first = group(keys, at)
-        count = np.add.reduceat(tape.weight[at], first[:-1])
-        floor, at = np.sort(count)[-most:][0] if most else floor, memoryview(at)
-        for i in np.flatnonzero((count >= floor) & (keys >= 0)).tolist():
-            push(int(keys[i]), at[first[i] : first[i + 1]], int(count[i]))
-
-    while len(merges) < number:
-        if not heap:
-            keys, at = tape.pairs()
-            if not len(keys):
-                break
-            push_all(keys, at, most=WAITING)
+    blocks = (piece and piece[i : i + CHUNK]
+              for piece in pieces for i in range(0, 1 if piece is None else len(piece), CHUNK))
+    chunk, size, rest, limit = [], 0, b"", CHUNK
+    for block in chain(blocks, [b""]):
+        rest += block or b""
+        if block and len(rest) < limit:
             continue
-        bound, *_, key = heapq.heappop(heap)
-        left, right, new = key >> 32, key & 0xFFFFFFFF, len(tokens)
-        at, count = tape.places(left, right, where.pop(key))
-        if count < -bound:
-            push(key, at, count)
-            continue
-        merges.append((tokens[left], tokens[right]))
-        tokens.append(tokens[left] + tokens[right])
-        reverse.append(reverse[left][:-1] + reverse[right])
-        sizes[new] = len(tokens[new])
-        if isinstance(at, list):
-            for pair in tape.merge_few(left, right, at, new):
-                push(*pair)
-        else:
-            push_all(*tape.merge(left, right, at, new))
-    return merges
+        *parts, tail = split(rest)
+        end = len(tail)
+        if block:  # not the end of a document (None) or of everything: more follows
+            sure = pattern in PATTERNS.values() and CUT.search(tail, 0, max(0, end - longest))
+            if not sure:
+                limit = 2 * len(rest)
+                continue
+            end = sure.start()
+        parts, rest = [*parts, tail[:end]], tail[end:]
+        limit = max(CHUNK, 2 * len(rest))
+        chunk += [(b"\0", special_ids[part]) if i % 2 else (part, None)
+                  for i, part in enumerate(parts) if part]
+        if block is None and any(parts):
+            chunk.append((b"\0", separator))
+        size += sum(map(len, parts))
+        if chunk and (size >= CHUNK or block == b""):
+            yield chunk
+            chunk, size = [], 0
 
 
-def count_words(batch, pattern):
-    """{word: how often it occurs} in a batch of chunks."""
-    words, numbers, counts = Words(), [], {}
-    for parts in batch:
-        data, starts, lengths, special = find_words(parts, pattern)
-        numbers.append(words.find(data, np.delete(starts, special), np.delete(lengths, special)))
-    times = np.bincount(np.concatenate(numbers), minlength=words.numbers.count + 1)
-    for number, lengths, raw in words.spell():
-        counts.update(zip(cut(raw, lengths), times[number].tolist()))
-    return counts
-
-
-def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN,
-              num_processes=None):
-    """Learn a vocabulary: -> ({id: bytes}, [(bytes, bytes)] merges in the order learned).
-
-    input_path: what `list_files` takes, or an iterable of texts (a list of strings is taken as
-    texts if the first is no file). Merges the most frequent pair, of equals the one with the
-    greatest byte strings, until there are `vocab_size` tokens or no pairs. ValueError if vocab_size
-    has no room for the bytes and special tokens.
-    """
-    special_tokens = list(dict.fromkeys(special_tokens))
-    if vocab_size < 256 + len(special_tokens):
-        raise ValueError(f"--vocab-size {vocab_size}: must be at least {256 + len(special_tokens)}"
-                         f", for 256 bytes and {len(special_tokens)} special tokens")
-    chunks = split_text(read_input(input_path), dict.fromkeys(special_tokens, 0), pattern, 0)
-    words = collections.Counter()
-    for counts in parallel_map(partial(count_words, pattern=pattern), batches(chunks, 64),
-                               num_processes):
-        words.update(counts)
-    merges = learn_merges(words, vocab_size - 256 - len(special_tokens))
-    return build_vocab(special_tokens, merges), merges
+def batches(chunks, size=32):
+    """Lists of up to `size` chunks."""
+    chunks = iter(chunks)
+    while batch := list(islice(chunks, size)):
+        yield batch
 
 
 def keep(function):
@@ -596,163 +301,6 @@ def parallel_map(function, items, processes):
         pool.shutdown(cancel_futures=True)
 
 
-# ---- Text in ------------------------------------------------------------------------------------
-
-CHUNK = 1 << 17  # bytes handled by one round of array operations: they fit in the L2 cache
-CUT = regex.compile(rb"(?r)(?<=[!-~]) ")  # all named patterns start a word here; the last is found
-
-
-def list_files(spec):
-    """Sorted paths of a file, a directory, a glob pattern, or a list of those."""
-    if not isinstance(spec, (str, os.PathLike)):
-        return sorted({path for one in spec for path in list_files(one)})
-    spec = os.fspath(spec)
-    pattern = os.path.join(globbing.escape(spec), "**") if os.path.isdir(spec) else spec
-    found = [spec] if os.path.isfile(spec) else globbing.glob(pattern, recursive=True)
-    found = sorted(path for path in found if os.path.isfile(path))
-    if not found:
-        raise ValueError(f"{spec}: no file, directory or glob pattern with files in it")
-    return found
-
-
-def read_pieces(path):
-    """Yield a file in pieces of about a megabyte of UTF-8, and None where a document ends.
-
-    Documents end at <|endoftext|>; in .jsonl each line is one. Line ends stay as they are. What is
-    not UTF-8 becomes U+FFFD; that, and lines without a "text", are counted and reported.
-    """
-    jsonl, bad = path.removesuffix(".gz").endswith(".jsonl"), [0]
-    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-        try:
-            yield from (jsonl_pieces if jsonl else text_pieces)(file, bad)
-        except (ValueError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: {error}") from None
-    if bad[0]:
-        what = 'lines without a "text" skipped' if jsonl else "invalid characters read as U+FFFD"
-        print(f"{path}: {bad[0]} {what}", file=sys.stderr)
-
-
-def jsonl_pieces(file, bad):
-    for line in file:
-        try:
-            text = json.loads(line.decode(errors="replace"))["text"].encode()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            bad[0] += bool(line.strip())
-        else:
-            yield from (text, None)
-
-
-def text_pieces(file, bad):
-    rest, end = b"", EOT.encode()
-    while data := rest + (block := file.read(1 << 20)):
-        if b"\0" in block:
-            raise ValueError("has a NUL byte, so it is no text; leave it out")
-        data, rest = utf8_part(data, bad, final=not block)
-        *documents, last = data.split(end)
-        for document in documents:
-            yield from (document, None)
-        begun = last.rfind(b"<", max(0, len(last) - len(end) + 1))  # EOT across two blocks?
-        begun = begun if block and begun >= 0 else len(last)
-        yield last[:begun]
-        rest = last[begun:] + rest
-    yield None
-
-
-def utf8_part(data, bad, final):
-    """(the text of bytes as valid UTF-8, a character's first bytes at their end if not final)."""
-    try:
-        return data[: (used := codecs.utf_8_decode(data, "strict", final)[1])], data[used:]
-    except UnicodeDecodeError:
-        text, used = codecs.utf_8_decode(data, "replace", final)
-        bad[0] += text.count("\ufffd") - data.count("\ufffd".encode())
-        return text.encode(), data[used:]
-
-
-def read_documents(files):
-    """Yield the documents of the files: split at <|endoftext|>, one a line of .jsonl."""
-    for path in list_files(files):
-        parts = []
-        for text in read_pieces(path):
-            if text is None and any(parts):
-                yield b"".join(parts).decode()
-            parts = [] if text is None else [*parts, text]
-
-
-def read_input(source):
-    """Pieces as `read_pieces` gives them, of files or of an iterable of texts."""
-    first = source[0] if isinstance(source, (list, tuple)) and source else source
-    if isinstance(source, str) or isinstance(first, os.PathLike) or (
-            isinstance(first, str) and os.path.exists(first[:4096])):
-        return chain.from_iterable(map(read_pieces, list_files(source)))
-    return (piece for text in source for piece in (to_utf8(text), None))
-
-
-def cut_parts(pieces, special_ids, pattern, separator=None):
-    """Yield parts (bytes, None) or (b"\\0", special id) of text that comes in pieces.
-
-    pieces: UTF-8, which may end anywhere, within a special token too: what could still change is
-    held back; and None where a document ends, for which comes (b"\\0", separator). Parts have about
-    CHUNK bytes at most, and end where a word surely does.
-    """
-    special = regex.compile(special_regex(special_ids).encode())
-    special_ids = {token.encode(): i for token, i in special_ids.items()}
-    longest = max(map(len, special_ids), default=1)
-    rest, limit = b"", CHUNK
-
-    def split(data):  # the regex is slow, and most texts have no special tokens
-        return special.split(data) if any(token in data for token in special_ids) else [data]
-
-    def numbered(parts):
-        for i, part in enumerate(parts):
-            if part:
-                yield (b"\0", special_ids[part]) if i % 2 else (part, None)
-
-    for piece in pieces:
-        for i in range(0, len(piece or b""), CHUNK):
-            rest += piece[i : i + CHUNK]
-            if len(rest) < limit:
-                continue
-            *before, tail = split(rest)
-            sure = pattern in PATTERNS.values() and CUT.search(tail, 0, max(0, len(tail) - longest))
-            if sure:
-                yield from numbered([*before, tail[: sure.start()]])
-                rest = tail[sure.start() :]
-            limit = max(CHUNK, 2 * len(rest))
-        if piece is None and rest:
-            yield from numbered(split(rest))
-            yield b"\0", separator
-            rest, limit = b"", CHUNK
-    yield from numbered(split(rest))
-
-
-def to_utf8(text):
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds {error.object[error.start]!r}, half a surrogate pair: no "
-                         "valid Unicode; read the file with errors='replace'") from None
-
-
-def split_text(pieces, special_ids, pattern, separator=None):
-    """Yield chunks: lists of parts, of about CHUNK bytes together."""
-    chunk, size = [], 0
-    for part in cut_parts(pieces, special_ids, pattern, separator):
-        chunk.append(part)
-        size += len(part[0])
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def batches(chunks, size=32):
-    """Lists of up to `size` chunks."""
-    chunks = iter(chunks)
-    while batch := list(islice(chunks, size)):
-        yield batch
-
-
 def write_header(file, dtype, length):
     """The first 128 bytes of a .npy file of one dimension."""
     np.lib.format.write_array_header_1_0(
@@ -764,6 +312,335 @@ def write_json(path, content):
     with open(f"{path}.part", "w", encoding="utf-8") as file:
         json.dump(content, file, ensure_ascii=False, indent=1)
     os.replace(f"{path}.part", path)
+
+
+# ---- Where words start, with array operations ---------------------------------------------------
+# The patterns only ask of what class a character is. So give every byte the class of its character
+# and compare the array with itself, shifted by one. EDGE stands around the text and on the special
+# tokens: no word goes across it.
+
+LETTER, DIGIT, OTHER, SPACE, EDGE = range(5)
+
+
+@lru_cache
+def class_table():
+    """(0x110000,) uint8: the class of every code point, as the regex module sees it."""
+    everything = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    classes = np.full(0x110000, OTHER, np.uint8)
+    for pattern, kind in ((r"\p{L}+", LETTER), (r"\p{N}+", DIGIT), (r"\s+", SPACE)):
+        for match in regex.finditer(pattern, everything):
+            classes[match.start() : match.end()] = kind
+    return classes
+
+
+def classify(data):
+    """(bytes,) uint8: the class of the character that each byte of UTF-8 belongs to."""
+    table = class_table()
+    classes = np.frombuffer(bytearray(data.translate(table[:256].tobytes())), np.uint8)
+    if not data.isascii():
+        raw = np.frombuffer(data, np.uint8)
+        at = np.flatnonzero(raw >= 0x80)  # the bytes of the other characters, UTF-8 by themselves
+        points = np.frombuffer(raw[at].tobytes().decode().encode("utf-32-le"), np.uint32)
+        width = 2 + (points >= 0x800) + (points >= 0x10000)  # bytes of the character in UTF-8
+        classes[at] = np.repeat(table[points], width)
+    return classes
+
+
+# By the two bytes behind a quote: how many of them make 's 't 'd 'm 'll 've 're of it.
+CONTRACTED = np.zeros((256, 256), np.int64)
+CONTRACTED[list(b"sdmt")] = 1
+CONTRACTED[list(b"lvr"), list(b"lee")] = 2
+
+
+def gpt2_starts(raw, classes):
+    """(bytes,) bool: where GPT2_PATTERN starts a word. raw, classes: (bytes,) uint8."""
+    start = np.ones(len(raw), bool)
+    start[1:] = classes[1:] != classes[:-1]
+    start[1:] &= raw[:-1] != ord(" ")  # " ?": a blank belongs to the word behind it, and so
+    start[:-1] |= (classes[:-1] == SPACE) & (classes[1:] < SPACE)  # \s+(?!\S) leaves the last one
+    start |= classes == EDGE
+    inside = (raw & 0xC0) == 0x80  # not the first byte of a character
+    last = np.flatnonzero(start & inside)  # a space of several bytes was marked at its last one
+    while last.size:
+        start[last] = False
+        last = last - 1
+        start[last] = True
+        last = last[inside[last]]
+    # Behind a word 's and the like are a word: none starts after the quote, one after the rest.
+    quote = np.flatnonzero(start & (raw == ord("'")))
+    behind = np.append(raw[1:], np.zeros(2, np.uint8))
+    letters = CONTRACTED[behind[quote], behind[quote + 1]]
+    quote, end = quote[letters > 0], (quote + letters + 1)[letters > 0]
+    start[quote + 1] = False
+    start[end[end < len(start)]] = True
+    return start
+
+
+def whole(words, text):
+    """The words that a pattern found in a text; ValueError if they leave some of it out."""
+    if sum(map(len, words)) != len(text):
+        raise ValueError(r"--pattern must match every character (append |[\s\S] to it) and have no "
+                         "group that captures (write (?:...) for it)")
+    return words
+
+
+def find_words(parts, pattern):
+    """Cut a chunk into words. -> (data, starts, lengths, special)
+
+    parts: [(bytes, None) or (b"\0", special id)], as `split_text` makes them. data: their bytes.
+    starts, lengths: (words,) int64. special: indices of the words that stand for special tokens.
+    """
+    data = b"".join([part for part, _ in parts])
+    at = np.cumsum([len(part) for part, _ in parts]) - 1
+    at = at[[i is not None for _, i in parts]]  # the bytes that stand for special tokens
+    if pattern == GPT2_PATTERN:
+        classes = classify(data)
+        classes[at] = EDGE
+        starts = np.flatnonzero(gpt2_starts(np.frombuffer(data, np.uint8), classes))
+    else:  # any other is left to the regex module
+        words = []
+        for text, i in ((part.decode(), i) for part, i in parts):
+            words += whole(regex.findall(pattern, text), text) if i is None else [text]
+        lengths = np.array([len(word.encode()) for word in words])
+        starts = np.cumsum(lengths) - lengths
+    return data, starts, np.diff(starts, append=len(data)), np.searchsorted(starts, at)
+
+
+# ---- Numbering distinct words -------------------------------------------------------------------
+# numpy's array.take(index) does what array[index] does, in a third of the time.
+
+
+class Words:
+    """Numbers distinct words 1, 2, 3, ..., a whole array of them at a time.
+
+    The dict `numbers` knows every word, but to ask it word by word would take most of the time
+    there is. So a table stands before it. A word of up to 15 bytes and its length are exactly two
+    64-bit integers, its key; the slot that a hash of the key names holds the number of the first
+    word that came there. If that word has the same key, this is the number: nothing rests on the
+    hash. Only the others are looked up in the dict: words that are new, long, or lost their slot.
+    """
+
+    # What counts of the first and of the last 8 bytes by length, and the length as the last byte.
+    MASK = np.where(np.arange(16) < np.arange(17)[:, None] % 16, 255, 0).astype(np.uint8)
+    LOW, HIGH = MASK.view("<u8").T.copy()
+    LENGTH = np.array([*range(16), 255], np.uint64) << np.uint64(56)  # of 16 bytes and more: 255
+    BITS = 18  # 2^18 slots, and as many words that can have one
+
+    def __init__(self):
+        self.numbers, self.slots = {}, np.zeros(1 << self.BITS, np.int64)  # 0: no word yet
+        self.first, self.second = np.zeros((2, 1 << self.BITS), np.uint64)  # keys by number
+
+    def find(self, data, starts, lengths):
+        """(n,) int64 numbers of the words at `starts` of the bytes `data`."""
+        raw = np.frombuffer(data + bytes(16), np.uint8)
+        eight = np.ndarray(len(raw) - 7, "<u8", raw, strides=(1,)).copy()  # read at every byte
+        first = eight.take(starts) & self.LOW.take(lengths, mode="clip")
+        second = eight.take(starts + 8) & self.HIGH.take(lengths, mode="clip")
+        second |= self.LENGTH.take(lengths, mode="clip")
+        mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ second * np.uint64(0xC2B2AE3D27D4EB4F)
+        slot = (mixed >> np.uint64(64 - self.BITS)).astype(np.int64)  # the best mixed bits
+
+        def wrong(number, first, second):
+            return np.flatnonzero((self.first.take(number) != first)
+                                  | (self.second.take(number) != second))
+
+        number, known = self.slots.take(slot), self.numbers
+        todo = wrong(number, first, second)
+        while todo.size:  # a part of them: in the table it answers for many of the rest
+            some, todo = todo[:4096], todo[4096:]
+            ends = starts[some] + lengths[some]
+            number[some] = [known.setdefault(data[i:j], len(known) + 1)
+                            for i, j in zip(starts[some].tolist(), ends.tolist())]
+            fits = (lengths[some] < 16) & (number[some] >> self.BITS == 0)
+            fits = some[fits & (self.slots[slot[some]] == 0)]
+            self.slots[slot[fits]] = number[fits]
+            self.first[number[fits]], self.second[number[fits]] = first[fits], second[fits]
+            number[todo] = self.slots[slot[todo]]
+            todo = todo[wrong(number[todo], first[todo], second[todo])]
+        return number
+
+
+# ---- Merging a pair everywhere at once ----------------------------------------------------------
+
+FEW = 24  # places up to which a Python loop is faster than numpy's calls
+
+
+class Tape:
+    """Many words in one array of ids, a boundary of -1 around each.
+
+    A token of n bytes covers n places and writes its id on the first and on the last of them. So
+    the token left of a place is read at place - 1, the next token starts n further on, and nothing
+    ever has to move. Pairs of neighbours are known by their key left << 32 | right. Methods that
+    find pairs return [(key, places, how often it occurs there)].
+    """
+
+    def __init__(self, ids, lengths, sizes, counts=1):
+        """ids: (bytes,) of the words in a row. lengths, counts: (words,) bytes of each and how
+        often it occurs. sizes: (V,) bytes of each token, shared with the caller, who makes them."""
+        place = np.arange(1, len(ids) + 1) + np.repeat(np.arange(len(lengths)), lengths)
+        self.ids = np.full(len(ids) + len(lengths) + 1, -1)
+        self.ids[place] = ids
+        self.is_start = self.ids >= 0
+        self.sizes = sizes
+        self.weight = np.zeros(len(self.ids), np.int64)  # count of the word of a place
+        self.weight[place] = np.repeat(np.broadcast_to(counts, len(lengths)), lengths)
+        # The same memory again: a loop reads single numbers faster from a memoryview.
+        self.views = list(map(memoryview, (self.ids, self.sizes, self.is_start, self.weight)))
+
+    def pairs(self, most=None):
+        """All pairs, or the `most` most frequent and those as frequent as the last of them."""
+        at = np.flatnonzero(self.is_start)
+        left = self.ids[at]
+        right = self.ids[at + self.sizes[left]]
+        return self._group((left << 32 | right)[right >= 0], at[right >= 0], 1, most)
+
+    def _group(self, keys, at, least, most=None):
+        """Sort places by key. Leaves out keys < 0 and what occurs less often than `least`."""
+        order = keys.argsort()
+        keys, at = keys[order], at[order]
+        edge = np.ones(len(keys) + 1, bool)
+        np.not_equal(keys[1:], keys[:-1], out=edge[1:-1])
+        first = np.flatnonzero(edge)  # place of each distinct key, and the end
+        keys, count = keys[first[:-1]], np.add.reduceat(self.weight[at], first[:-1])
+        if most and len(count) > most:
+            least = np.sort(count)[-most]
+        some, at = np.flatnonzero((count >= least) & (keys >= 0)), memoryview(at)
+        ranges = zip(first[some].tolist(), first[some + 1].tolist())
+        return list(zip(keys[some].tolist(), [at[i:j] for i, j in ranges], count[some].tolist()))
+
+    def places(self, left, right, at):
+        """(those of the places `at` where the pair still stands, how often it occurs there)."""
+        if len(at) <= FEW:
+            ids, sizes, _, weight = self.views
+            size = sizes[left]
+            at = [i for i in at if ids[i] == left and ids[i + size] == right]
+            return at, sum([weight[i] for i in at])
+        at = np.asarray(at)
+        at = at[(self.ids[at] == left) & (self.ids[at + self.sizes[left]] == right)]
+        return at, int(self.weight[at].sum())
+
+    def merge(self, left, right, at, new, least=1):
+        """Merge a pair at its `places`. -> the pairs that the new token makes (those that occur
+        less often than `least` may be missing)."""
+        if len(at) <= FEW:
+            return self._merge_few(left, right, at, new)
+        if left == right:  # of the overlapping places in "aaaa" the first, third, ... of each row
+            at = np.sort(at)
+            index, size = np.arange(len(at)), self.sizes[left]
+            row = np.where(np.diff(at, prepend=-size - 1) == size, 0, index)
+            at = at[(index - np.maximum.accumulate(row)) % 2 == 0]
+        middle, end = at + self.sizes[left], at + self.sizes[new]
+        self.is_start[middle] = False
+        self.ids[middle] = -2  # no token starts here now; a short one also ends here:
+        self.ids[at] = self.ids[end - 1] = new
+        before, after = self.ids[at - 1], self.ids[end]
+        after[after == new] = -1  # counted as this one's `before`
+        keys = np.concatenate((before << 32 | new, after + (new << 32)))
+        keys[len(at):][after < 0] = -1
+        return self._group(keys, np.concatenate((at - self.sizes[before], at)), least)
+
+    def _merge_few(self, left, right, at, new):
+        """`merge`, place by place."""
+        ids, sizes, is_start, weight = self.views
+        skip, size, found = sizes[left], sizes[new], collections.defaultdict(list)
+        for i in sorted(at):
+            if ids[i] != left or ids[i + skip] != right:
+                continue  # the middle of "aaa", whose first two are merged
+            end = i + size
+            is_start[i + skip], ids[i + skip] = False, -2
+            ids[i] = ids[end - 1] = new
+            before, after = ids[i - 1], ids[end]
+            if before >= 0:
+                found[before << 32 | new].append(i - sizes[before])
+            if after >= 0:
+                found[new << 32 | after].append(i)
+        return [(key, at, sum([weight[i] for i in at])) for key, at in found.items()]
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+WAITING = 1500  # pairs put into the heap when it is empty
+
+
+def learn_merges(words, number):
+    """The `number` most frequent merges of words {word: count}, as pairs of bytes.
+
+    A heap holds the frequent pairs. Counts only ever fall: all pairs with a new token appear when
+    the token does, later merges can but take some away. So a heap entry is an upper bound; recount
+    when it comes up, and put it back if it was too high. Of all pairs only the most frequent are
+    put in; those rarer than `floor` stay out until the heap is empty: most never come up.
+    """
+    tokens = [bytes([byte]) for byte in range(256)]
+    # A heap pops the smallest, ties go to the greatest bytes: turn byte b into character 255 - b,
+    # and end with one greater than all to have "ab" before "a".
+    reverse = [chr(255 - byte) + chr(256) for byte in range(256)]
+    sizes = np.ones(256 + number + 2, np.int64)
+    lengths, counts = list(map(len, words)), list(words.values())
+    tape = Tape(np.frombuffer(b"".join(words), np.uint8), lengths, sizes, counts)
+    merges, heap, floor = [], [], 0
+
+    def push(found):
+        for key, at, count in found:
+            if count >= floor:
+                pair = reverse[key >> 32], reverse[key & 0xFFFFFFFF]
+                heapq.heappush(heap, (-count, *pair, key, at))
+
+    while len(merges) < number:
+        if not heap:
+            found = tape.pairs(WAITING)
+            if not found:
+                break
+            floor = min(count for _, _, count in found)
+            push(found)
+        bound, *_, key, at = heapq.heappop(heap)
+        left, right, new = key >> 32, key & 0xFFFFFFFF, len(tokens)
+        at, count = tape.places(left, right, at)
+        if count < -bound:
+            push([(key, at, count)])
+            continue
+        merges.append((tokens[left], tokens[right]))
+        tokens.append(tokens[left] + tokens[right])
+        reverse.append(reverse[left][:-1] + reverse[right])
+        sizes[new] = len(tokens[new])
+        push(tape.merge(left, right, at, new, floor))
+    return merges
+
+
+def count_words(batch, pattern):
+    """{word: how often it occurs} in a batch of chunks."""
+    words, numbers = Words(), []
+    for parts in batch:
+        data, starts, lengths, special = find_words(parts, pattern)
+        numbers.append(words.find(data, np.delete(starts, special), np.delete(lengths, special)))
+    return dict(zip(words.numbers, np.bincount(np.concatenate(numbers))[1:].tolist()))
+
+
+def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN,
+              num_processes=None):
+    """Learn a vocabulary: -> ({id: bytes}, [(bytes, bytes)] merges in the order learned).
+
+    input_path: what `list_files` takes, or an iterable of texts (a list of strings is taken as
+    texts if the first is no file). Merges the most frequent pair, of equals the one with the
+    greatest byte strings, until there are `vocab_size` tokens or no pairs. ValueError if vocab_size
+    has no room for the bytes and special tokens.
+    """
+    special_tokens = list(dict.fromkeys(special_tokens))
+    if vocab_size < 256 + len(special_tokens):
+        raise ValueError(f"--vocab-size {vocab_size}: must be at least {256 + len(special_tokens)}"
+                         f", for 256 bytes and {len(special_tokens)} special tokens")
+    first = input_path[0] if isinstance(input_path, (list, tuple)) and input_path else input_path
+    if isinstance(input_path, str) or isinstance(first, os.PathLike) or (
+            isinstance(first, str) and os.path.exists(first[:4096])):
+        pieces = chain.from_iterable(map(read_pieces, list_files(input_path)))
+    else:
+        pieces = (piece for text in input_path for piece in (text.encode(), None))
+    chunks = split_text(pieces, dict.fromkeys(special_tokens, 0), pattern, 0)
+    words = collections.Counter()
+    for counts in parallel_map(partial(count_words, pattern=pattern), batches(chunks, 64),
+                               num_processes):
+        words.update(counts)
+    merges = learn_merges(words, vocab_size - 256 - len(special_tokens))
+    return build_vocab(special_tokens, merges), merges
 
 
 # ---- BPE of many words at once ------------------------------------------------------------------
@@ -783,52 +660,53 @@ class BPE:
         self.byte_ids = np.array([token_ids[bytes([byte])] for byte in range(256)], np.int32)
         merged = [(token_ids[a], token_ids[b], token_ids[a + b]) for a, b in merges]
         self.left, self.right, self.joined = np.array(merged, np.int64).reshape(-1, 3).T
-        self.pairs = Numbers()
-        number = self.find_pairs(self.left, self.right, insert=True)
-        self.rank_of = np.full(len(merged) + 1, NO_MERGE, np.int32)  # by number of the pair
-        self.rank_of[number] = np.arange(len(merged))
+        keys = self.left << 32 | self.right  # by rank
+        self.rank_of = {key: rank for rank, key in enumerate(keys.tolist())}
+        # the same for arrays: keys in order, and one behind them that is greater than all
+        self.keys = np.append(np.sort(keys), 1 << 62)
+        self.rank_at = np.append(np.argsort(keys), NO_MERGE).astype(np.int32)
         byte = np.arange(1 << 16)
         self.byte_ranks = self.ranks(self.byte_ids[byte >> 8], self.byte_ids[byte & 255])
         self.sizes = np.ones(max(token_ids.values()) + 3, np.int64)  # 1 for the marks -1 and -2
         self.sizes[list(token_ids.values())] = list(map(len, token_ids))  # bytes of each token
         self.forget()
 
-    def find_pairs(self, left, right, insert=False):
-        return self.pairs.find((left + 1).astype(np.uint64), (right + 1).astype(np.uint64), insert)
-
     def ranks(self, left, right):
         """(n,) int32 ranks of pairs of ids, NO_MERGE for pairs that never merge (-1 is in none)."""
-        return self.rank_of.take(self.find_pairs(left, right))
+        key = left.astype(np.int64) << 32 | right
+        at = np.searchsorted(self.keys, key)
+        return np.where(self.keys.take(at) == key, self.rank_at.take(at), np.int32(NO_MERGE))
 
     def forget(self):
         """Start with no words. Word n has the ids pool[first[n] : first[n] + count[n]]."""
-        self.words, self.known, self.pooled = Words(), 0, 0
-        self.first, self.count = np.zeros((2, 1), np.int64)
-        self.pool = np.zeros(0, np.int32)
+        self.words = Words()
+        self.first, self.count, self.pool = array("q", [0]), array("q", [0]), array("i")
 
     def learn(self):
         """Put the ids of the words that are new into the pool."""
-        begin, self.known = self.known, self.words.numbers.count
-        first, count = np.zeros((2, self.known - begin), np.int64)
-        for number, lengths, raw in self.words.spell(begin) if len(first) else ():
-            index, is_long = number - begin - 1, lengths > 64
-            for some, bpe in ((~is_long, self.merge_rounds), (is_long, self.merge_long)):
-                if some.any():
-                    ids, size = bpe(raw[np.repeat(some, lengths)], lengths[some])
-                    first[index[some]] = self.pooled + np.cumsum(size) - size
-                    count[index[some]] = size
-                    self.pool = append(self.pool, self.pooled, ids)
-                    self.pooled += len(ids)
-            for i, word in zip(index, cut(raw, lengths)) if self.ignore_merges else ():
-                if word in self.token_ids:
-                    self.pool[first[i]], count[i] = self.token_ids[word], 1
-        self.first = append(self.first, begin + 1, first)
-        self.count = append(self.count, begin + 1, count)
+        size = len(self.words.numbers) + 1 - len(self.count)
+        new = list(islice(reversed(self.words.numbers), size))[::-1]
+        lengths = np.array(list(map(len, new)), np.int64)
+        first, count = np.zeros((2, size), np.int64)
+        for low, high, bpe in ((0, 15, self.merge_rounds), (15, 64, self.merge_rounds),
+                               (64, 1 << 62, self.merge_long)):  # like lengths share a matrix
+            if (some := (low < lengths) & (lengths <= high)).any():
+                raw = np.frombuffer(b"".join(compress(new, some)), np.uint8)
+                ids, count[some] = bpe(raw, lengths[some])
+                first[some] = len(self.pool) + np.cumsum(count[some]) - count[some]
+                self.pool.frombytes(ids.astype(np.int32).tobytes())
+        for i, word in enumerate(new) if self.ignore_merges else ():
+            if word in self.token_ids:
+                self.pool[first[i]], count[i] = self.token_ids[word], 1
+        self.first.frombytes(first.tobytes())
+        self.count.frombytes(count.tobytes())
 
     def look_up(self, number):
         """(int32 ids of the words with these numbers in a row, int64 how many of each)."""
-        count = self.count.take(number)
-        return self.pool.take(ranges(self.first.take(number), count)), count
+        first, count = (np.asarray(each).take(number) for each in (self.first, self.count))
+        ends = np.cumsum(count)  # the places of a word in the pool are first, first + 1, ...
+        place = np.repeat(first + count - ends, count) + np.arange(ends[-1])
+        return np.asarray(self.pool).take(place), count
 
     def merge_rounds(self, raw, lengths):
         """BPE of W words of at most 64 bytes: raw (bytes,), lengths (W,) -> ids, counts (W,).
@@ -870,38 +748,27 @@ class BPE:
         comes up once, for all words together.
         """
         tape = Tape(self.byte_ids[raw], lengths, self.sizes)
-        where, heap = {}, []
-
-        def push(keys, at):
-            rank = self.ranks(keys >> 32, keys & 0xFFFFFFFF)
-            rank, at, first = group(rank[rank < NO_MERGE], at[rank < NO_MERGE])
-            for r, places in zip(rank.tolist(), np.split(at, first[1:-1])):
-                if r not in where:
-                    heapq.heappush(heap, r)
-                where.setdefault(r, []).append(places)
-
-        push(*tape.pairs())
-        while heap:
+        heap, where, found = [], collections.defaultdict(list), tape.pairs()
+        while True:
+            for key, at, _ in found:
+                if (rank := self.rank_of.get(key)) is None:
+                    continue
+                if rank not in where:
+                    heapq.heappush(heap, rank)
+                where[rank].append(at)
+            if not heap:
+                break
             rank = heapq.heappop(heap)
             left, right = int(self.left[rank]), int(self.right[rank])
             at, _ = tape.places(left, right, np.concatenate(where.pop(rank)))
-            if len(at):
-                push(*tape.merge(left, right, np.asarray(at), int(self.joined[rank])))
+            found = tape.merge(left, right, at, int(self.joined[rank]))
         words = np.cumsum(lengths + 1) - lengths  # first place of each
         return tape.ids[tape.is_start], np.add.reduceat(tape.is_start, words, dtype=np.int64)
 
 
-def append(array, size, values):
-    """array[:size] and the values behind it, in twice the room where they do not fit."""
-    if size + len(values) > len(array):
-        array = np.concatenate((array[:size], np.zeros(size + 2 * len(values), array.dtype)))
-    array[size : size + len(values)] = values
-    return array
-
-
 # ---- The tokenizer ------------------------------------------------------------------------------
 
-MAX_WORDS = 1 << 19  # distinct words remembered
+MAX_WORDS = 1 << 18  # distinct words remembered
 SHORT = 1000  # characters up to which array operations do not pay
 
 
@@ -951,45 +818,38 @@ class Tokenizer:
 
     # -- encode
 
-    def _allowed(self, allowed_special):
-        every = allowed_special == "all"
-        return {t: i for t, i in self.special_tokens.items() if every or t in allowed_special}
-
     def encode_numpy(self, text, allowed_special="all"):
         """Ids of a text: (tokens,) uint16, or uint32 for a vocabulary of more than 65,536 ids.
 
         allowed_special: the special tokens that count as such. Give () for text from users, in
         which "<|endoftext|>" should be nothing but these 13 characters.
         """
-        chunks = split_text([to_utf8(text)], self._allowed(allowed_special), self.pattern)
-        return self._join(map(self._encode_batch, batches(chunks)))
+        arrays = self._encode_pieces([text.encode()], allowed_special)
+        return np.concatenate([np.zeros(0, self.dtype), *arrays])
 
-    def _join(self, arrays):
-        return np.concatenate([np.zeros(0, self.dtype), *arrays], dtype=self.dtype,
-                              casting="unsafe")
+    def _encode_pieces(self, pieces, allowed_special, size=32):
+        """Yield the ids of text that comes in pieces of UTF-8, of `size` chunks at a time."""
+        special = {token: i for token, i in self.special_tokens.items()
+                   if allowed_special == "all" or token in allowed_special}
+        yield from map(self._encode_batch, batches(split_text(pieces, special, self.pattern), size))
 
     def _encode_batch(self, batch):
-        """Ids of a batch of chunks: number all words, learn the new ones, look up all ids."""
-        if self._bpe.known > MAX_WORDS or self._bpe.pooled > 8 * MAX_WORDS:  # many, or long ones
-            self._bpe.forget()
-        chunks = []
+        """Ids of a batch of chunks: number all words, work out the new ones, look up all ids."""
+        bpe, chunks, out = self._bpe, [], []
+        if len(bpe.count) > MAX_WORDS or len(bpe.pool) > 8 * MAX_WORDS:  # many, or long ones
+            bpe.forget()
         for parts in batch:
             if self.normalizer:
                 parts = [(self.normalize(part.decode()).encode(), i) for part, i in parts]
             data, starts, lengths, special = find_words(parts, self.pattern)
             special_ids = [i for _, i in parts if i is not None]
-            chunks.append((self._bpe.words.find(data, starts, lengths), special, special_ids))
-        self._bpe.learn()
-        return self._join(self._look_up(*chunk) for chunk in chunks)
-
-    def _look_up(self, number, special, special_ids):
-        """Ids of a chunk's words; special: indices of those that stand for special tokens.
-
-        The word "\\0" in a special token's place is one id, which gives way to that of the token.
-        """
-        ids, count = self._bpe.look_up(number)
-        ids[np.cumsum(count)[special] - 1] = special_ids
-        return ids
+            chunks.append((bpe.words.find(data, starts, lengths), special, special_ids))
+        bpe.learn()
+        for number, special, special_ids in chunks:
+            ids, count = bpe.look_up(number)
+            ids[np.cumsum(count)[special] - 1] = special_ids  # for the one id of each word "\0"
+            out.append(ids.astype(self.dtype))
+        return np.concatenate(out)
 
     def encode(self, text, allowed_special="all"):
         """List of the ids of a text; see `encode_numpy`."""
@@ -1014,9 +874,8 @@ class Tokenizer:
 
     def encode_iterable(self, texts, allowed_special="all"):
         """Yield the ids of the joined texts, holding a few megabytes of them at a time."""
-        chunks = split_text(map(to_utf8, texts), self._allowed(allowed_special), self.pattern)
-        for batch in batches(chunks, 8):
-            yield from self._encode_batch(batch).tolist()
+        for ids in self._encode_pieces(map(str.encode, texts), allowed_special, 8):
+            yield from ids.tolist()
 
     def encode_file(self, path, out, num_processes=None):
         """Write the ids of files, EOT behind every document, to a .npy file; -> number of ids.
@@ -1075,12 +934,8 @@ class Tokenizer:
 
     def decode_stream(self, ids):
         """Yield text as ids arrive, holding back a character until all its bytes are there."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in ids:
-            if text := decoder.decode(self.decode_bytes([int(i)])):
-                yield text
-        if text := decoder.decode(b"", final=True):
-            yield text
+        pieces = (self.decode_bytes([int(i)]) for i in ids)
+        return codecs.iterdecode(pieces, "utf-8", errors="replace")
 
     def apply_chat_template(self, messages, add_generation_prompt=False):
         """The text of a conversation [{"role", "content"}, ...], in ChatML or Llama 3's form.
@@ -1190,25 +1045,14 @@ def to_json(tokenizer):
 
 
 def from_json(data):
-    """The Tokenizer of the dict of a tokenizer.json."""
-    model, before = data["model"], data.get("pre_tokenizer") or {}
+    """The Tokenizer of the dict of a tokenizer.json.
+
+    ValueError for what it may ask for, would change ids, and is not known here.
+    """
+    model, added = data["model"], data.get("added_tokens", [])
+    before = data.get("pre_tokenizer") or {}
     *splits, byte_level = before.get("pretokenizers", [before])
-    normalizer, pattern = data.get("normalizer") or {}, GPT2_PATTERN
-    if splits == [{"type": "Digits", "individual_digits": True}]:
-        splits, pattern = [], SMOLLM_PATTERN
-    refuse_unknown(data, splits, byte_level, normalizer)
-    special = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
-    vocab = {i: text_to_bytes(token) for token, i in model["vocab"].items() if token not in special}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return Tokenizer(vocab, [tuple(map(text_to_bytes, merge)) for merge in merges], special,
-                     splits[0]["pattern"]["Regex"] if splits else pattern,
-                     normalizer=normalizer.get("type"),
-                     ignore_merges=bool(model.get("ignore_merges")))
-
-
-def refuse_unknown(data, splits, byte_level, normalizer):
-    """ValueError for what a tokenizer.json may ask for, would change ids, and is not known here."""
-    model = data["model"]
+    normalizer, pattern = (data.get("normalizer") or {}).get("type"), GPT2_PATTERN
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise ValueError(f"a {model.get('type')} tokenizer; only byte-level BPE can be read")
     if byte_level.get("type") != "ByteLevel":
@@ -1216,21 +1060,30 @@ def refuse_unknown(data, splits, byte_level, normalizer):
     unknown = [name for name in ("continuing_subword_prefix", "end_of_word_suffix")
                if model.get(name)]
     unknown += ["add_prefix_space"] * byte_level.get("add_prefix_space", True)
+    if splits == [{"type": "Digits", "individual_digits": True}]:
+        splits, pattern = [], SMOLLM_PATTERN
     for step in splits:  # unmatched text is a word too, or what is matched is all that is kept
-        if "Regex" not in step.get("pattern", ()) or (step["behavior"], step["invert"]) not in (
+        pattern = step.get("pattern", {}).get("Regex")
+        if pattern is None or (step["behavior"], step["invert"]) not in (
                 ("Isolated", False), ("Isolated", True), ("Removed", True)):
             unknown.append(f"pre_tokenizer {step['type']}")
     if len(splits) > 1 or byte_level.get("use_regex", True) != (not splits):
         unknown.append("words cut by other than one pattern")
-    if normalizer.get("type", "NFC") not in ("NFC", "NFD", "NFKC", "NFKD"):
-        unknown.append(f"normalizer {normalizer['type']}")
-    unknown += [f"{flag} of {token['content']}" for token in data.get("added_tokens", [])
+    if normalizer not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        unknown.append(f"normalizer {normalizer}")
+    unknown += [f"{flag} of {token['content']}" for token in added
                 for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
     if unknown:
         raise ValueError("not known here: " + ", ".join(unknown))
+    special = {token["content"]: token["id"] for token in added}
+    vocab = {i: text_to_bytes(token) for token, i in model["vocab"].items() if token not in special}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merges = [tuple(map(text_to_bytes, merge)) for merge in merges]
+    return Tokenizer(vocab, merges, special, pattern, normalizer=normalizer,
+                     ignore_merges=bool(model.get("ignore_merges")))
 
 
-def from_tiktoken(path, pattern=CL100K_PATTERN):
+def from_tiktoken(path):
     """The Tokenizer of a .tiktoken file: a line "base64 of the token, rank" each.
 
     The merge of a token is what BPE with the merges before it leaves of it: two parts.
@@ -1242,8 +1095,8 @@ def from_tiktoken(path, pattern=CL100K_PATTERN):
         parts = merge_word(token, merges)
         if len(parts) == 2:
             merges[tuple(parts)] = len(merges)
-    return Tokenizer({i: token for token, i in ranks.items()}, merges, None, pattern,
-                     ignore_merges=True)
+    vocab = {i: token for token, i in ranks.items()}
+    return Tokenizer(vocab, merges, None, CL100K_PATTERN, ignore_merges=True)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -1307,7 +1160,8 @@ def run_bench(args):
     for path in list_files(args.data):
         text, times = "".join(read_documents([path])), collections.defaultdict(list)
         with tempfile.TemporaryDirectory() as folder:
-            jobs = bench_jobs(text, args.vocab_size, args.processes, folder)
+            out = os.path.join(folder, "out.npy")
+            jobs = bench_jobs(text, args.vocab_size, args.processes, path, out)
             for key, job in [*jobs.items()] * args.repeats:  # in turns: noise hits all alike
                 begin = time.perf_counter()
                 job()
@@ -1319,23 +1173,19 @@ def run_bench(args):
                   f"ours is {median / ours:.2f} x |", flush=True)
 
 
-def bench_jobs(text, vocab_size, processes, folder):
+def bench_jobs(text, vocab_size, processes, file, out):
     """{(work, who): function} of the work both we and the installed libraries do."""
     ours = Tokenizer(*train_bpe([text[:2_000_000]], vocab_size, [EOT], num_processes=1), [EOT])
     warm = Tokenizer(ours.vocab, ours.merges, [EOT])  # its cache is never emptied
     pieces = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
     short, ids = [text[i : i + 100] for i in range(0, 1_000_000, 100)], warm.encode(text)
-    file = os.path.join(folder, "text.txt")
-    with open(file, "w", encoding="utf-8", newline="") as out:
-        out.write(text)
     warm.encode_batch(short)
     work = f"encode_file, {processes} processes"
     jobs = {
         ("train", "ours"): lambda: train_bpe([text], vocab_size, num_processes=processes),
         ("encode to numpy", "ours"): lambda: (ours.reset_cache(), ours.encode_numpy(text)),
         ("encode to list", "ours"): lambda: (ours.reset_cache(), ours.encode(text)),
-        (work, "ours"): lambda: (
-            ours.reset_cache(), ours.encode_file(file, file + ".npy", processes)),
+        (work, "ours"): lambda: (ours.reset_cache(), ours.encode_file(file, out, processes)),
         ("encode 100 characters", "ours"): lambda: warm.encode_batch(short),
         ("decode", "ours"): lambda: ours.decode(ids)}
     with contextlib.suppress(ImportError):
@@ -1388,7 +1238,8 @@ COMMANDS = {
                 "data --vocab-size --processes --repeats")}
 
 
-def build_parser():
+def main(argv=None):
+    """Run a command; 0, or 2 and one line on stderr for a user's mistake, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for run, (what, flags) in COMMANDS.items():
@@ -1399,12 +1250,7 @@ def build_parser():
             command.add_argument(flag, **FLAGS[flag])
     commands.choices["encode"].set_defaults(out="tokens.npy")
     commands.choices["bench"].set_defaults(processes=1, vocab_size=10000)
-    return parser
-
-
-def main(argv=None):
-    """Run a command; 0, or 2 and one line on stderr for a user's mistake, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         args.run(args)
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough

@@ -110,6 +110,16 @@ def test_merges_do_not_depend_on_processes_or_chunks(processes, chunk, monkeypat
     assert tk.train_bpe(texts, 330, [tk.EOT], num_processes=processes)[1] == expected
 
 
+@pytest.mark.parametrize("few", [-1, 10**9])
+def test_merging_by_arrays_and_place_by_place_agree(few, monkeypatch):
+    monkeypatch.setattr(tk, "FEW", few)
+    for seed in range(6):
+        rng = random.Random(seed)
+        texts = [random_text(rng, 300, ["a", "b", "aa", " ", "é"]) for _ in range(3)]
+        expected = brute_force(texts, 300, [], tk.GPT2_PATTERN)
+        assert tk.train_bpe(texts, 300, num_processes=1)[1] == expected
+
+
 def test_sennrich_example():
     """The words of Sennrich et al. 2016, counts as in CS336's handout: merges worked by hand."""
     text = "low low low low low lower lower widest widest widest " + "newest " * 6
@@ -247,6 +257,14 @@ def test_long_words_equal_short_ones_and_plain(small):
             assert small.encode_numpy(word).tolist() == tk.encode_plain(small, word), word
 
 
+def test_words_whose_slot_is_taken(small, monkeypatch):
+    monkeypatch.setattr(tk.Words, "BITS", 3)
+    tok = tk.Tokenizer(small.vocab, small.merges, SPECIAL)
+    for seed in range(20):
+        text = random_text(random.Random(seed), 300)
+        assert tok.encode_numpy(text).tolist() == tk.encode_plain(tok, text)
+
+
 @pytest.mark.parametrize("make", [
     lambda: "a" * 1_000_000, lambda: " " * 1_000_000, lambda: "the" * 300_000,
     lambda: "".join(random.Random(0).choices("abcdefgh", k=1_000_000)),
@@ -281,11 +299,11 @@ def test_cache_is_bounded(small, monkeypatch):
         text = " ".join(f"{i}0{j}".translate(letters) for j in range(300))
         small.encode(text[:900])
         assert small.encode(text) == tk.encode_plain(small, text)
-        assert small._bpe.known <= 600
+        assert len(small._bpe.count) <= 600
     for i in range(30):  # few words, but long ones
         text = " ".join(random.Random(i * 9 + j).randbytes(300).hex() for j in range(9))
         assert small.decode(small.encode(text)) == text
-        assert small._bpe.pooled <= 800 + len(text)
+        assert len(small._bpe.pool) <= 800 + len(text)
     for i in range(30):  # short texts alone, which have a cache of their own
         small.encode(" ".join(f"{i}1{j}".translate(letters) for j in range(150)))
         assert len(small._short) <= 400
