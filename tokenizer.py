@@ -169,6 +169,18 @@ def list_files(spec):
     return found
 
 
+def text_blocks(file):
+    """About a megabyte at a time; each ends behind a blank, so within no character or special."""
+    rest = b""
+    while block := file.read(1 << 20):
+        cut = max(block.rfind(b" "), block.rfind(b"\n")) + 1
+        rest += block[:cut] if cut else block
+        if cut:
+            yield rest
+            rest = block[cut:]
+    yield rest
+
+
 def read_pieces(path):
     """Yield a file in pieces of about a megabyte of UTF-8, and None where a document ends.
 
@@ -178,8 +190,7 @@ def read_pieces(path):
     jsonl, bad = path.removesuffix(".gz").endswith(".jsonl"), 0
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
         try:
-            # blocks end where a line does, so within no character and no <|endoftext|>
-            while block := file.readline() if jsonl else file.read(1 << 20) + file.readline():
+            for block in file if jsonl else text_blocks(file):
                 if jsonl:
                     try:
                         text = json.loads(block.decode(errors="replace"))["text"]

@@ -237,6 +237,16 @@ def test_special_token_that_a_merge_also_makes():
     assert tok.encode("themx", allowed_special=()) == [258, 120]
 
 
+def test_one_endless_line_is_read_in_pieces(tmp_path):
+    """text8 is 100 MB without a line end. Characters and specials lie across the megabytes."""
+    text = "é" * 1000 + " <|endoftext|>" + "wörd " * 600_000
+    (tmp_path / "line.txt").write_text(text)
+    pieces = list(tk.read_pieces(str(tmp_path / "line.txt")))
+    assert max(len(p) for p in pieces if p) < 2.1e6
+    joined = b"".join(b"|" if p is None else p for p in pieces).decode()
+    assert joined == text.replace("<|endoftext|>", "|") + "|"
+
+
 def test_special_token_with_blanks_across_pieces(monkeypatch):
     monkeypatch.setattr(tk, "CHUNK", 4)
     tok = tk.Tokenizer(tk.build_vocab([], []), [], ["ab cd ef", "ab"])
