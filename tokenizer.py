@@ -421,11 +421,11 @@ def find_words(parts, pattern):
 # numpy's array.take(index) does what array[index] does, in a third of the time.
 
 
-class Words:
-    """Numbers distinct words 1, 2, 3, ..., a whole array of them at a time.
+class Words(dict):
+    """Numbers distinct words 1, 2, 3, ..., a whole array of them at a time: {bytes: number}.
 
-    The dict `numbers` knows every word, but to ask it word by word would take most of the time
-    there is. So a table stands before it. A word of up to 15 bytes and its length are exactly two
+    A dict knows every word, but to ask it word by word would take most of the time there is. So a
+    table stands before it. A word of up to 15 bytes and its length are exactly two
     64-bit integers, its key; the slot that a hash of the key names holds the number of the first
     word that came there. If that word has the same key, this is the number: nothing rests on the
     hash. Only the others are looked up in the dict: words that are new, long, or lost their slot.
@@ -435,10 +435,10 @@ class Words:
     MASK = np.where(np.arange(16) < np.arange(17)[:, None] % 16, 255, 0).astype(np.uint8)
     LOW, HIGH = MASK.view("<u8").T.copy()
     LENGTH = np.array([*range(16), 255], np.uint64) << np.uint64(56)  # of 16 bytes and more: 255
-    BITS = 18  # 2^18 slots, and as many words that can have one
+    BITS = 20  # 2^20 slots, and as many words that can have one
 
     def __init__(self):
-        self.numbers, self.slots = {}, np.zeros(1 << self.BITS, np.int64)  # 0: no word yet
+        self.slots = np.zeros(1 << self.BITS, np.int64)  # 0: no word yet
         self.first, self.second = np.zeros((2, 1 << self.BITS), np.uint64)  # keys by number
 
     def find(self, data, starts, lengths):
@@ -455,12 +455,12 @@ class Words:
             return np.flatnonzero((self.first.take(number) != first)
                                   | (self.second.take(number) != second))
 
-        number, known = self.slots.take(slot), self.numbers
+        number = self.slots.take(slot)
         todo = wrong(number, first, second)
         while todo.size:  # a part of them: in the table it answers for many of the rest
-            some, todo = todo[:4096], todo[4096:]
+            some, todo = todo[:2048], todo[2048:]
             ends = starts[some] + lengths[some]
-            number[some] = [known.setdefault(data[i:j], len(known) + 1)
+            number[some] = [self.setdefault(data[i:j], len(self) + 1)
                             for i, j in zip(starts[some].tolist(), ends.tolist())]
             fits = (lengths[some] < 16) & (number[some] >> self.BITS == 0)
             fits = some[fits & (self.slots[slot[some]] == 0)]
@@ -623,7 +623,7 @@ def count_words(batch, pattern):
     for parts in batch:
         data, starts, lengths, special = find_words(parts, pattern)
         numbers.append(words.find(data, np.delete(starts, special), np.delete(lengths, special)))
-    return dict(zip(words.numbers, np.bincount(np.concatenate(numbers))[1:].tolist()))
+    return dict(zip(words, np.bincount(np.concatenate(numbers))[1:].tolist()))
 
 
 def train_bpe(input_path, vocab_size, special_tokens=(), *, pattern=GPT2_PATTERN,
@@ -695,8 +695,8 @@ class BPE:
 
     def learn(self):
         """Put the ids of the words that are new into the pool."""
-        size = len(self.words.numbers) + 1 - len(self.count)
-        new = list(islice(reversed(self.words.numbers), size))[::-1]
+        size = len(self.words) + 1 - len(self.count)
+        new = list(islice(reversed(self.words), size))[::-1]
         lengths = np.array(list(map(len, new)), np.int64)
         first, count = np.zeros((2, size), np.int64)
         for low, high, bpe in ((0, 15, self.merge_rounds), (15, 64, self.merge_rounds),
