@@ -614,12 +614,20 @@ def compile_for_hopper():
 
     triton.runtime.driver.set_active(Elsewhere())
     run, compiled, triton.JITFunction.run = triton.JITFunction.run, {}, compile_only
-    x, w, t, angle = randn(33, 24), randn(50, 24), torch.arange(33), torch.zeros(33, 12)
-    calls = [
-        *(case for case in every_function("triton") if case[0] != "varlen"),  # flash again
-        ("loss", lambda x, w: kernels.linear_cross_entropy(x, w, t, impl="chunked"), (x, w)),
+    again = "varlen", "loss", "experts", "symmetric"  # the kernel of flash, or larger below
+    calls = [case for case in every_function("triton") if case[0] not in again]
+    # Sizes of a model: 16-byte loads and several steps of a matmul, which take the most memory.
+    x, w, t, ends = randn(64, 512), randn(256, 512), torch.arange(64), torch.tensor([9, 64])
+    angle = torch.zeros(64, 32)
+    for impl in ("triton", "chunked"):
+        loss = functools.partial(kernels.linear_cross_entropy, targets=t, impl=impl)
+        calls.append(("loss", loss, (x, w)))
+    calls += [
+        ("experts", functools.partial(kernels.grouped_mm, offsets=ends, impl="triton"),
+         (x, randn(2, 512, 128))),
+        ("symmetric", functools.partial(kernels.symmetric_mm, impl="triton"), (x,)),
         ("rope", lambda q: kernels.apply_rope(q, q, angle, angle, interleaved=True, impl="triton"),
-         (randn(1, 33, 2, 24),)),
+         (randn(1, 64, 2, 64),)),
     ]
     for E in (64, 128, 256):  # the tiles differ
         capped = functools.partial(kernels.flash_attention, softcap=30.0 * (E == 64), impl="triton")
