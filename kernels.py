@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
 
@@ -763,24 +764,22 @@ def _swiglu_kernel(GATE, UP, DY, OUT, DUP, s_gate, s_up, D, BD: constexpr, BACKW
 
 
 class _SwiGLU(torch.autograd.Function):
+    """gate, up (N, F) with any row stride -> y or, given dy, (dgate, dup); contiguous."""
+
     @staticmethod
-    def launch(gate, up, dy=None):
-        """gate, up (N, F) with any row stride -> y or, given dy, (dgate, dup); contiguous."""
+    def forward(ctx, gate, up, dy):
         out, BD = _like(gate), 32 if INTERPRETED else 2048
         dup = out if dy is None else _like(up)
         _swiglu_kernel[len(gate), triton.cdiv(gate.shape[1], BD)](
             gate, up, out if dy is None else dy, out, dup, gate.stride(0), up.stride(0),
             gate.shape[1], BD=BD, BACKWARD=dy is not None)
+        ctx.save_for_backward(gate, up)
         return out if dy is None else (out, dup)
 
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return _SwiGLU.launch(gate, up)
-
-    @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
-        return _SwiGLU.launch(*ctx.saved_tensors, dy.contiguous())
+        return *_SwiGLU.apply(*ctx.saved_tensors, dy.contiguous()), None
 
 
 def swiglu(gate, up, *, impl=None):
@@ -790,7 +789,7 @@ def swiglu(gate, up, *, impl=None):
     if not _use_triton(gate, impl):
         return swiglu_reference(gate, up)
     rows = (_rows_whole(x.reshape(-1, x.shape[-1])) for x in (gate, up))  # (..., F) -> (N, F)
-    return _SwiGLU.apply(*rows).view(gate.shape)
+    return _SwiGLU.apply(*rows, None).view(gate.shape)
 
 
 # ---- RoPE ----------------------------------------------------------------------------------------
@@ -1154,17 +1153,14 @@ def _address(ROW, i: constexpr, LIKE, ALIGN: constexpr):
 
 
 @triton.jit
-def _adamw_kernel(TABLE, P, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, correct2, seed,
+def _adamw_kernel(TABLE, P, W, GRAD_SCALE, decay, lr, beta1, beta2, eps, unbias1, unbias2, seed,
                   MASTER: constexpr, STOCHASTIC: constexpr, ALIGN: constexpr, BLOCK: constexpr):
     """Program (i, t) updates every S-th block of tensor t, from the i-th on, of S programs. TABLE
-    (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master, and the length."""
+    (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master or p, and the length."""
     row = TABLE + 6 * tl.program_id(1)
     p_at, g_at = _address(row, 0, P, ALIGN), _address(row, 1, P, ALIGN)
     m_at, v_at = _address(row, 2, GRAD_SCALE, ALIGN), _address(row, 3, GRAD_SCALE, ALIGN)
-    w_at = p_at
-    if MASTER:
-        w_at = _address(row, 4, GRAD_SCALE, ALIGN)
-    n = tl.multiple_of(tl.load(row + 5), ALIGN)
+    w_at, n = _address(row, 4, W, ALIGN), tl.multiple_of(tl.load(row + 5), ALIGN)
     for start in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
         c = (start * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         keep = c < n
@@ -1174,7 +1170,7 @@ def _adamw_kernel(TABLE, P, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, 
         w = tl.load(w_at + c, mask=keep, other=0.0).to(tl.float32)
         m += (g - m) * (1.0 - beta1)
         v += (g * g - v) * (1.0 - beta2)
-        w = w * decay - lr * (m * correct1) / (tl.sqrt(v * correct2) + eps)
+        w = w * decay - lr * (m * unbias1) / (tl.sqrt(v * unbias2) + eps)
         tl.store(m_at + c, m, mask=keep)
         tl.store(v_at + c, v, mask=keep)
         if MASTER:
@@ -1212,9 +1208,10 @@ def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas
     grad_scale = torch.ones((), device=p.device) if grad_scale is None else grad_scale.float()
     block = 64 if INTERPRETED else 2048
     programs = min(triton.cdiv(max(row[-1] for row in table), block), _programs(p, 8))
+    unbias = [1 / (1 - beta**step) for beta in betas]
     _adamw_kernel[programs, len(rows)](
-        torch.tensor(table).to(p.device, non_blocking=True), p, grad_scale, 1 - lr * weight_decay,
-        lr, *betas, eps, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step), step * len(rows),
+        torch.tensor(table).to(p.device, non_blocking=True), p, rows[0][4], grad_scale,
+        1 - lr * weight_decay, lr, *betas, eps, *unbias, step * len(rows),
         MASTER=bool(masters), STOCHASTIC=p.dtype == torch.bfloat16 and not masters,
         ALIGN=16 if all(n % 16 == 0 for row in table for n in row) else 1, BLOCK=block)
 
@@ -1288,7 +1285,7 @@ class _GroupedMM(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         (x, w, ends), dy, dw = ctx.saved_tensors, dy.contiguous(), None
         dx = _GroupedMM.apply(dy, w.mT, ends) if ctx.needs_input_grad[0] else None
