@@ -3,7 +3,6 @@
     python kernels.py bench              # every kernel against its peers on this machine's device
     python kernels.py bench --only norm  # the rows whose name contains a word
     python kernels.py bench --tune       # time other attention tiles on this GPU
-    python kernels.py compile            # compile every kernel for an H100 or H200, no GPU needed
 
 A matrix multiply keeps a GPU busy; everything between two of them waits for memory. An H200 does
 about 790 TFLOP/s in bf16 and moves 4.3 TB/s, so a loop that does fewer than 184 operations a byte
@@ -34,6 +33,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
 
@@ -62,7 +62,7 @@ TILES = {
 def _need(holds, what, *tensors):
     """Raise one line that says what a function takes and what it got."""
     if not holds:
-        got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors)
+        got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors if x is not None)
         raise ValueError(f"need {what}: got {got}")
 
 
@@ -136,12 +136,11 @@ FAR = 1 << 29  # more keys than any sequence has
 
 
 def _bounds(causal, window):
-    """How many keys to the (left, right) of its own position a query sees; None and -1 mean all."""
-    pair = window if isinstance(window, (tuple, list)) else (window and window - 1,) * 2
-    left, right = (FAR if n is None or n == -1 else n for n in pair)
-    if window == 0 or left < 0 or right < 0:
-        raise ValueError(f"window={window!r}: give a number of keys >= 1, or (left, right) >= 0")
-    return left, 0 if causal else right
+    """How many keys to the (left, right) of its own position a query sees."""
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: give a number of keys >= 1")
+    left = FAR if window is None else window - 1
+    return left, 0 if causal else left
 
 
 def _visible(Tq, Tk, left, right, device):
@@ -158,13 +157,10 @@ def flash_attention_reference(q, k, v, *, causal=True, window=None, softcap=0.0,
     s = torch.einsum("btkge,bske->bkgts", q * (E**-0.5 if scale is None else scale), k)
     s = softcap * torch.tanh(s / softcap) if softcap else s
     s = s.masked_fill(~_visible(Tq, Tk, *_bounds(causal, window), q.device), -math.inf)
-    m = s.amax(-1, keepdim=True).detach() if Tk else s.new_zeros(*s.shape[:-1], 1)
-    m = m.masked_fill(m == -math.inf, 0.0)  # a row that sees nothing: exp(-inf - 0) = 0, never NaN
-    p = torch.exp(s - m)
-    l = p.sum(-1, keepdim=True)
-    o = torch.einsum("bkgts,bske->btkge", p / l.masked_fill(l == 0, 1.0), v)
-    o = o.reshape(B, Tq, H, E)  # (B, Tq, K, G, E) -> (B, Tq, H, E)
-    lse = (m + torch.log(l)).reshape(B, H, Tq)  # (B, K, G, Tq, 1) -> (B, H, Tq)
+    lse = s.logsumexp(-1, keepdim=True)  # (B, K, G, Tq, 1)
+    p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0))  # a row that sees nothing: 0, not NaN
+    o = torch.einsum("bkgts,bske->btkge", p, v).reshape(B, Tq, H, E)  # (B, Tq, K, G, E) -> ...
+    lse = lse.reshape(B, H, Tq)
     return (o, lse) if return_lse else o
 
 
@@ -445,38 +441,29 @@ def _flash_backward_kv(Q, K, V, LSE, DO, DELTA, DK, DV, TABLE, sq, hq, sk, hk, s
 
 
 # ---- FlashAttention, the functions people call ---------------------------------------------------
-
-
-class _Problem(NamedTuple):
-    """What the kernels must know besides q (rows, H, E) and k, v (rows, K, E)."""
-
-    table: torch.Tensor  # (sequences, 4) int32: first row of q, queries, first row of k and v, keys
-    Tq: int  # the most queries and
-    Tk: int  # the most keys of a sequence
-    left: int
-    right: int
-    scale: float
-    softcap: float
+# Besides q (rows, H, E) and k, v (rows, K, E) the kernels need a `problem`: the table of sequences,
+# (n, 4): first row of q, queries, first row of k and v, keys; the most queries and the most keys of
+# one; how many keys to the (left, right) of its own a query sees; the scale; the softcap.
 
 
 @functools.lru_cache(maxsize=64)
 def _batch_table(B, Tq, Tk, device):
-    """The table of B sequences of equal lengths."""
+    """The table of B sequences of equal lengths, int32."""
     b = torch.arange(B, device=device, dtype=torch.int32)
     return torch.stack([b * Tq, torch.full_like(b, Tq), b * Tk, torch.full_like(b, Tk)], 1)
 
 
-def _launch_attention(kernel, name, q, k, v, tensors, p, splits=1):
+def _launch_attention(kernel, name, q, k, v, tensors, problem, splits=1):
     """Launch a kernel: a program for each tile of rows (or keys), kv head and sequence."""
+    table, Tq, Tk, (left, right), scale, softcap = problem
     tiles, (K, G) = _attention_tiles(name, q), (k.shape[1], q.shape[1] // k.shape[1])
-    by_keys = name == "backward_kv"
-    tall, tile = (p.Tk, tiles["BN"]) if by_keys else (p.Tq * G, tiles["BM"])
-    grid = triton.cdiv(tall, tile), K, len(p.table) * splits
-    before, after = (p.scale / p.softcap, p.softcap) if p.softcap else (0.0, p.scale)  # of tanh
+    rows = triton.cdiv(Tk, tiles["BN"]) if "kv" in name else triton.cdiv(Tq * G, tiles["BM"])
+    grid = rows, K, len(table) * splits
+    before, after = (scale / softcap, softcap) if softcap else (0.0, scale)  # of tanh
     if math.prod(grid):
-        kernel[grid](q, k, v, *tensors, p.table, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-                     len(q), splits, p.left, p.right, p.scale, before, after / math.log(2), G=G,
-                     CAP=bool(p.softcap), E=q.shape[2], **tiles)
+        kernel[grid](q, k, v, *tensors, table, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+                     len(q), splits, left, right, scale, before, after / math.log(2), G=G,
+                     CAP=bool(softcap), E=q.shape[2], **tiles)
 
 
 class _Flash(torch.autograd.Function):
@@ -512,8 +499,7 @@ class FlashAttentionTriton(_Flash):
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False):
         Tq, Tk, E = q.shape[1], *k.shape[1:]
-        problem = _Problem(_batch_table(1, Tq, Tk, q.device), Tq, Tk, FAR, 0 if is_causal else FAR,
-                           E**-0.5, 0.0)
+        problem = (_batch_table(1, Tq, Tk, q.device), Tq, Tk, _bounds(is_causal, None), E**-0.5, 0)
         heads = (x.transpose(0, 1) for x in (q, k, v))  # (B, T, E) -> (T, B, E)
         return _Flash.forward(ctx, *heads, problem)[0].transpose(0, 1)
 
@@ -539,12 +525,6 @@ def _heads_first(function, *inputs, **options):
     return function(*heads_first, enable_gqa=True, **options).transpose(1, 2)
 
 
-def _attend(q, k, v, table, Tq, Tk, causal, window, softcap, scale):
-    """The kernels on the sequences that table lists: (o like q (rows, H, E), lse (H, rows))."""
-    return _Flash.apply(q, k, v, _Problem(table, Tq, Tk, *_bounds(causal, window),
-                                          scale or q.shape[-1] ** -0.5, softcap))
-
-
 def flash_attention(q, k, v, *, causal=True, window=None, softcap=0.0, scale=None,
                     return_lse=False, impl=None):
     """Softmax attention that never holds the (Tq, Tk) scores.
@@ -555,15 +535,16 @@ def flash_attention(q, k, v, *, causal=True, window=None, softcap=0.0, scale=Non
     gradients flow (ring attention merges partial results by it).
 
     causal aligns bottom-right: the last query sees the last key. window=W: a query sees the W keys
-    up to its own (and W - 1 after it unless causal); or a pair (left, right) as in flash-attn.
-    softcap c: scores become c tanh(s / c). scale defaults to E^-0.5. A query that sees no key
-    gives 0 and an LSE of -inf. Deterministic to the bit. FlashAttention-2, algorithms 1 and 2.
+    up to its own (and W - 1 after it unless causal). softcap c: scores become c tanh(s / c). scale
+    defaults to E^-0.5. A query that sees no key gives 0 and an LSE of -inf. Deterministic to the
+    bit. FlashAttention-2, algorithms 1 and 2.
     """
     _check_attention(q, k, v, 4, scale)
-    (B, Tq, H, _), Tk = q.shape, k.shape[1]
+    (B, Tq, H, E), Tk = q.shape, k.shape[1]
     if _use_triton(q, impl):
-        o, lse = _attend(*(x.flatten(0, 1) for x in (q, k, v)),  # (B, T, heads, E) -> (B T, ...)
-                         _batch_table(B, Tq, Tk, q.device), Tq, Tk, causal, window, softcap, scale)
+        problem = (_batch_table(B, Tq, Tk, q.device), Tq, Tk, _bounds(causal, window),
+                   scale or E**-0.5, softcap)
+        o, lse = _Flash.apply(*(x.flatten(0, 1) for x in (q, k, v)), problem)  # (B T, heads, E)
         o, lse = o.view(q.shape), lse.view(H, B, Tq).transpose(0, 1)  # (H, B Tq) -> (B, H, Tq)
         return (o, lse) if return_lse else o
     if impl is None and window is None and not (softcap or return_lse or causal and Tq != Tk):
@@ -572,35 +553,31 @@ def flash_attention(q, k, v, *, causal=True, window=None, softcap=0.0, scale=Non
                                      scale=scale, return_lse=return_lse)
 
 
-def flash_attention_varlen_reference(q, k, v, cu_seqlens, cu_seqlens_k=None, **options):
+def flash_attention_varlen_reference(q, k, v, cu_seqlens, **options):
     """flash_attention_reference of each document by itself; q, k, v (total, heads, E)."""
-    cu_q = cu_seqlens.tolist()
-    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    parts = [flash_attention_reference(q[None, a:b], k[None, c:d], v[None, c:d], return_lse=True,
-                                       **options)
-             for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:])]
+    parts = [
+        flash_attention_reference(*(x[None, a:b] for x in (q, k, v)), return_lse=True, **options)
+        for a, b in itertools.pairwise(cu_seqlens.tolist())]
     return torch.cat([o[0] for o, _ in parts]), torch.cat([lse[0] for _, lse in parts], -1)
 
 
-def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, *, cu_seqlens_k=None, max_seqlen_k=None,
-                           causal=True, window=None, softcap=0.0, scale=None, return_lse=False,
-                           impl=None):
+def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, *, causal=True, window=None,
+                           softcap=0.0, scale=None, return_lse=False, impl=None):
     """flash_attention over documents packed end to end, none of which sees another.
 
     q (total, H, E), k and v (total, K, E). Document b is rows cu_seqlens[b] to cu_seqlens[b + 1]
     (integers (documents + 1,), from 0 to total), at most max_seqlen, perhaps none: [0, 2, 2, 5] are
-    documents of 2, 0 and 3 tokens. Keys take cu_seqlens_k and max_seqlen_k if theirs differ.
-    Returns (total, H, E), and with return_lse also (H, total). The rest as flash_attention.
+    documents of 2, 0 and 3 tokens. Returns (total, H, E), and with return_lse also (H, total). The
+    rest as flash_attention.
     """
     _check_attention(q, k, v, 3, scale)
-    cu_q, cu_k, Tk = cu_seqlens, cu_seqlens_k, max_seqlen_k
-    if cu_k is None:
-        cu_k, Tk = cu_q, max_seqlen
     if _use_triton(q, impl):
-        table = torch.stack([cu_q[:-1], cu_q.diff(), cu_k[:-1], cu_k.diff()], 1).to(torch.int32)
-        o, lse = _attend(q, k, v, table, max_seqlen, Tk, causal, window, softcap, scale)
+        start, length = cu_seqlens[:-1], cu_seqlens.diff()
+        table = torch.stack([start, length, start, length], 1).to(torch.int32)
+        o, lse = _Flash.apply(q, k, v, (table, max_seqlen, max_seqlen, _bounds(causal, window),
+                                        scale or q.shape[-1] ** -0.5, softcap))
     else:
-        o, lse = flash_attention_varlen_reference(q, k, v, cu_q, cu_k, causal=causal, window=window,
+        o, lse = flash_attention_varlen_reference(q, k, v, cu_seqlens, causal=causal, window=window,
                                                   softcap=softcap, scale=scale)
     return (o, lse) if return_lse else o
 
@@ -650,10 +627,9 @@ def flash_decode(q, k_cache, v_cache, cache_seqlens=None, *, window=None, softca
     sb, st, _, se = k_cache.stride()
     if k_cache.stride() != v_cache.stride() or se != 1 or st == 0 or sb % st:
         k_cache, v_cache, (sb, st) = k_cache.contiguous(), v_cache.contiguous(), (S, 1)
-    b = torch.arange(B, device=q.device)
-    lengths = torch.full_like(b, S) if cache_seqlens is None else cache_seqlens
-    table = torch.stack([b * Tq, torch.full_like(b, Tq), b * (sb // st), lengths], 1).int()
-    problem = _Problem(table, Tq, S, *_bounds(True, window), scale or E**-0.5, softcap)
+    table = _batch_table(B, Tq, sb // st, q.device).clone()
+    table[:, 3] = S if cache_seqlens is None else cache_seqlens
+    problem = table, Tq, S, _bounds(True, window), scale or E**-0.5, softcap
     tiles = _attention_tiles("decode", q)
     wanted = triton.cdiv(_programs(q, 2), B * K) if num_splits is None else num_splits
     splits = max(1, min(wanted, triton.cdiv(S, tiles["BN"]), 128))
@@ -727,10 +703,9 @@ class _RMSNorm(torch.autograd.Function):
         y, rstd = _like(x), torch.empty(x.numel() // D, dtype=torch.float32, device=x.device)
         BD = triton.next_power_of_2(D)
         BR = max(1, (64 if INTERPRETED else 4096) // BD)  # 16 to 64 numbers a thread
-        ctx.options = dict(D=D, BD=BD, BR=BR, HAS_RES=has_res,
-                           num_warps=max(1, min(BD * BR // 512, 32)))
+        ctx.tiles = dict(D=D, BD=BD, BR=BR, num_warps=max(1, min(BD * BR // 512, 32)))
         _rms_forward[(triton.cdiv(len(rstd), BR),)](x, residual, weight, y, total, rstd, len(rstd),
-                                                   eps, **ctx.options)
+                                                   eps, HAS_RES=has_res, **ctx.tiles)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
         return y, total if has_res else None
@@ -738,12 +713,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dsum):
         x, weight, rstd = ctx.saved_tensors
-        rows, D, has_res = len(rstd), x.shape[-1], ctx.options["HAS_RES"]
-        dy, dsum = (torch.zeros_like(x) if g is None else g.contiguous() for g in (dy, dsum))
-        grid = min(_programs(x, 4), triton.cdiv(rows, ctx.options["BR"]))
-        dx, dw = _like(x), torch.empty(grid, D, dtype=torch.float32, device=x.device)
-        _rms_backward[(grid,)](x, weight, dy, dsum, rstd, dx, dw, rows, **ctx.options)
-        return dx, dw.sum(0).to(weight.dtype), None, dx if has_res else None
+        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        more = dy if dsum is None else dsum.contiguous()  # not read if None
+        grid = min(_programs(x, 4), triton.cdiv(len(rstd), ctx.tiles["BR"]))
+        dx, dw = _like(x), torch.empty(grid, len(weight), dtype=torch.float32, device=x.device)
+        _rms_backward[(grid,)](x, weight, dy, more, rstd, dx, dw, len(rstd),
+                               HAS_RES=dsum is not None, **ctx.tiles)
+        return dx, dw.sum(0).to(weight.dtype), None, dx if ctx.needs_input_grad[3] else None
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None, *, impl=None):
@@ -752,11 +728,9 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, impl=None):
     x (..., D), weight (D,) or None. With residual (..., D) it normalises s = x + residual and
     returns (y, s): a pre-norm block's add and next norm in one pass. D up to 32,768.
     """
-    if weight is not None:
-        _need(weight.shape == x.shape[-1:], "x (..., D), weight (D,)", x, weight)
-    if residual is not None:
-        _need(residual.shape == x.shape and residual.dtype == x.dtype, "x and residual alike", x,
-              residual)
+    alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    _need(alike and (weight is None or weight.shape == x.shape[-1:]),
+          "x (..., D), weight (D,) and a residual like x", x, weight, residual)
     if not _use_triton(x, impl) or x.shape[-1] > 32768:
         return rms_norm_reference(x, weight, eps, residual)
     weight = x.new_ones(x.shape[-1]) if weight is None else weight.contiguous()
@@ -790,24 +764,22 @@ def _swiglu_kernel(GATE, UP, DY, OUT, DUP, s_gate, s_up, D, BD: constexpr, BACKW
 
 
 class _SwiGLU(torch.autograd.Function):
+    """gate, up (N, F) with any row stride -> y or, given dy, (dgate, dup); contiguous."""
+
     @staticmethod
-    def launch(gate, up, dy=None):
-        """gate, up (N, F) with any row stride -> y or, given dy, (dgate, dup); contiguous."""
+    def forward(ctx, gate, up, dy):
         out, BD = _like(gate), 32 if INTERPRETED else 2048
         dup = out if dy is None else _like(up)
         _swiglu_kernel[len(gate), triton.cdiv(gate.shape[1], BD)](
             gate, up, out if dy is None else dy, out, dup, gate.stride(0), up.stride(0),
             gate.shape[1], BD=BD, BACKWARD=dy is not None)
+        ctx.save_for_backward(gate, up)
         return out if dy is None else (out, dup)
 
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return _SwiGLU.launch(gate, up)
-
-    @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
-        return _SwiGLU.launch(*ctx.saved_tensors, dy.contiguous())
+        return *_SwiGLU.apply(*ctx.saved_tensors, dy.contiguous()), None
 
 
 def swiglu(gate, up, *, impl=None):
@@ -817,7 +789,7 @@ def swiglu(gate, up, *, impl=None):
     if not _use_triton(gate, impl):
         return swiglu_reference(gate, up)
     rows = (_rows_whole(x.reshape(-1, x.shape[-1])) for x in (gate, up))  # (..., F) -> (N, F)
-    return _SwiGLU.apply(*rows).view(gate.shape)
+    return _SwiGLU.apply(*rows, None).view(gate.shape)
 
 
 # ---- RoPE ----------------------------------------------------------------------------------------
@@ -876,25 +848,20 @@ def _rope_kernel(Q, K, YQ, YK, COS, SIN, POS, sq_b, sq_t, sq_h, sk_b, sk_t, sk_h
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def launch(q, k, cos, sin, positions, interleaved, sign):
-        """(q, k) rotated by the angles; sign = -1: back."""
+    def forward(ctx, q, k, cos, sin, positions, interleaved, sign):
         q, k = _rows_whole(q), _rows_whole(k)
         (B, T, H, E), K, power = q.shape, k.shape[2], triton.next_power_of_2
         outs = _like(q), _like(k)
         _rope_kernel[T, B](q, k, *outs, cos, sin, positions, *q.stride()[:3], *k.stride()[:3],
                            0 if len(positions) == 1 else T, sign, INTERLEAVED=interleaved, H=H,
                            KV=K, BH=power(H), BKV=power(K), HALF=E // 2, BHALF=power(E // 2))
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.how = interleaved, -sign
         return outs
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, interleaved):
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.interleaved = interleaved
-        return _Rope.launch(q, k, cos, sin, positions, interleaved, 1.0)
-
-    @staticmethod
     def backward(ctx, dq, dk):  # a rotation's transpose is the rotation back
-        return *_Rope.launch(dq, dk, *ctx.saved_tensors, ctx.interleaved, -1.0), *[None] * 4
+        return *_Rope.apply(dq, dk, *ctx.saved_tensors, *ctx.how), *[None] * 5
 
 
 def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
@@ -913,7 +880,7 @@ def apply_rope(q, k, cos, sin, positions=None, interleaved=False, *, impl=None):
     if not _use_triton(q, impl):
         return apply_rope_reference(q, k, cos, sin, positions, interleaved)
     positions = positions.reshape(-1, T).contiguous()
-    return _Rope.apply(q, k, cos.contiguous(), sin.contiguous(), positions, interleaved)
+    return _Rope.apply(q, k, cos.contiguous(), sin.contiguous(), positions, interleaved, 1.0)
 
 
 # ---- the output layer and its loss ---------------------------------------------------------------
@@ -944,7 +911,7 @@ def linear_cross_entropy_reference(x, weight, targets, *, ignore_index=-100, z_l
 
 def _loss_rows_reference(logits, t, scale, opts, grad):
     """_loss_rows in torch: (3, N), and logits (N, V) overwritten by scale (N,) dloss, if grad."""
-    _, z_loss, cap, smoothing = opts
+    z_loss, cap, smoothing = opts
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32: itself
     if cap:
         z = z.div_(cap).tanh_().mul_(cap)
@@ -1060,8 +1027,8 @@ def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
         torch.mm(x[c], weight.t(), out=logits)  # (n, D) (D, V) -> (n, V)
         if kernel:
             _loss_rows[triton.cdiv(n, tiles["BM"]), 1](
-                logits, logits, t[c], scale[c], *stats[:, c], n, V, buffer.shape[1], *opts[1:],
-                D=0, FUSED=False, CAP=opts[2] > 0, GRAD=want_x or want_w, BK=0, **tiles)
+                logits, logits, t[c], scale[c], *stats[:, c], n, V, buffer.shape[1], *opts,
+                D=0, FUSED=False, CAP=opts[1] > 0, GRAD=want_x or want_w, BK=0, **tiles)
         else:
             stats[:, c] = _loss_rows_reference(logits, t[c], scale[c], opts, want_x or want_w)
         if want_x:
@@ -1073,39 +1040,41 @@ def _chunked_core(kernel, x, weight, t, scale, opts, want_x, want_w):
 
 def _fused_core(x, weight, t, scale, opts, want_x, want_w):
     """_chunked_core without logits in memory: what is kept is a few numbers a token."""
-    (N, D), V, tiles, grads = x.shape, len(weight), _matmul_tiles(x), []
+    (N, D), V, tiles = x.shape, len(weight), _matmul_tiles(x)
     tokens, words = triton.cdiv(N, tiles["BM"]), triton.cdiv(V, tiles["BN"])
     splits = min(words, triton.cdiv(_programs(x, 2), tokens))
     stats = torch.empty(3, splits, N, dtype=torch.float32, device=x.device)
-    tiles.update(D=D, CAP=opts[2] > 0)
-    _loss_rows[tokens, splits](x, weight, t, scale, *stats, N, V, 0, *opts[1:], FUSED=True,
+    tiles.update(D=D, CAP=opts[1] > 0)
+    _loss_rows[tokens, splits](x, weight, t, scale, *stats, N, V, 0, *opts, FUSED=True,
                                GRAD=False, **tiles)
     stats = torch.stack([stats[0].logsumexp(0), stats[1].sum(0), stats[2].sum(0)])
-    for want, own, other in ((want_x, x, weight), (want_w, weight, x)):
-        out = torch.zeros(own.shape, dtype=torch.float32, device=x.device) if want else None
-        if want:
-            _fused_gradient[(triton.cdiv(len(own), tiles["BM"]),)](
-                own, other, t, scale, stats[0], out, N, V, len(own), len(other), *opts[1:],
-                FOR_W=own is weight, **tiles)
-        grads.append(out.to(own.dtype) if want else None)
-    return stats, *grads
+
+    def gradient(own, other, for_w):
+        out = torch.zeros(own.shape, dtype=torch.float32, device=x.device)
+        _fused_gradient[(triton.cdiv(len(own), tiles["BM"]),)](
+            own, other, t, scale, stats[0], out, N, V, len(own), len(other), *opts,
+            FOR_W=for_w, **tiles)
+        return out.to(own.dtype)
+
+    dx = gradient(x, weight, False) if want_x else None
+    return stats, dx, gradient(weight, x, True) if want_w else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, t, opts, reduction, core, training):
-        scale = (t != opts[0]).to(torch.promote_types(x.dtype, torch.float32))
-        ctx.now = reduction != "none"  # each loss' factor is known: take the gradients at once
+    def forward(ctx, x, weight, t, valid, opts, reduction, core, training):
+        scale = valid.to(torch.promote_types(x.dtype, torch.float32))
         if reduction == "mean":
             scale = scale / scale.sum().clamp_min(1)
+        ctx.now = reduction != "none"  # each loss' factor is known: take the gradients at once
         want = [ctx.now and training and need for need in ctx.needs_input_grad[:2]]
         (lse, logit, total), dx, dw = core(x, weight, t, scale, opts, *want)
-        (ignore_index, z_loss, _, smoothing), V = opts, len(weight)
+        (z_loss, _, smoothing), V = opts, len(weight)
         logit = logit.masked_fill((t < 0) | (t >= V), math.nan)  # shows a target that is no word
         loss = lse - (1 - smoothing) * logit - smoothing * total / V + z_loss * lse.square()
-        loss, logprob = (torch.where(t != ignore_index, x, 0.0) for x in (loss, logit - lse))
+        loss, logprob = (torch.where(valid, a, 0.0) for a in (loss, logit - lse))
         ctx.opts, ctx.core = opts, core
-        ctx.save_for_backward(*((dx, dw) if ctx.now else (x, weight, t)))
+        ctx.save_for_backward(*((dx, dw) if ctx.now else (x, weight, t, valid)))
         ctx.mark_non_differentiable(logprob)
         return (torch.dot(loss, scale) if ctx.now else loss), logprob
 
@@ -1114,10 +1083,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.now:
             grads = [g if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors]
         else:
-            x, weight, t = ctx.saved_tensors
-            scale = dloss.masked_fill(t == ctx.opts[0], 0.0).contiguous()
+            x, weight, t, valid = ctx.saved_tensors
+            scale = torch.where(valid, dloss, 0.0)
             grads = ctx.core(x, weight, t, scale, ctx.opts, *ctx.needs_input_grad[:2])[1:]
-        return *grads, *[None] * 5
+        return *grads, *[None] * 6
 
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, softcap=0.0,
@@ -1142,15 +1111,16 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, s
     if torch.is_autocast_enabled(x.device.type):
         x, weight = (a.to(torch.get_autocast_dtype(x.device.type)) for a in (x, weight))
     V, t = len(weight), targets.flatten()
-    if t.device.type == "cpu" and bool(((t != ignore_index) & ((t < 0) | (t >= V))).any()):
+    valid = t != ignore_index
+    if t.device.type == "cpu" and bool((valid & ((t < 0) | (t >= V))).any()):
         raise ValueError(f"targets must be in 0 .. {V - 1} or ignore_index={ignore_index}")
     kernel = _use_triton(x, "triton" if impl == "chunked" else impl)
     core = _fused_core if kernel and impl == "triton" else functools.partial(_chunked_core, kernel)
-    opts = (ignore_index, float(z_loss), float(softcap), float(label_smoothing))
+    opts = float(z_loss), float(softcap), float(label_smoothing)
     with torch.autocast(x.device.type, enabled=False):
         loss, logprob = _LinearCrossEntropy.apply(
-            x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), t.contiguous(), opts,
-            reduction, core, torch.is_grad_enabled())
+            x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), t.contiguous(), valid,
+            opts, reduction, core, torch.is_grad_enabled())
     loss = loss.view(targets.shape) if reduction == "none" else loss
     return (loss, logprob.view(targets.shape)) if return_logprobs else loss
 
@@ -1183,17 +1153,14 @@ def _address(ROW, i: constexpr, LIKE, ALIGN: constexpr):
 
 
 @triton.jit
-def _adamw_kernel(TABLE, P, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, correct2, seed,
+def _adamw_kernel(TABLE, P, W, GRAD_SCALE, decay, lr, beta1, beta2, eps, unbias1, unbias2, seed,
                   MASTER: constexpr, STOCHASTIC: constexpr, ALIGN: constexpr, BLOCK: constexpr):
     """Program (i, t) updates every S-th block of tensor t, from the i-th on, of S programs. TABLE
-    (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master, and the length."""
+    (tensors, 6): addresses of p, grad, exp_avg, exp_avg_sq, master or p, and the length."""
     row = TABLE + 6 * tl.program_id(1)
     p_at, g_at = _address(row, 0, P, ALIGN), _address(row, 1, P, ALIGN)
     m_at, v_at = _address(row, 2, GRAD_SCALE, ALIGN), _address(row, 3, GRAD_SCALE, ALIGN)
-    w_at = p_at
-    if MASTER:
-        w_at = _address(row, 4, GRAD_SCALE, ALIGN)
-    n = tl.multiple_of(tl.load(row + 5), ALIGN)
+    w_at, n = _address(row, 4, W, ALIGN), tl.multiple_of(tl.load(row + 5), ALIGN)
     for start in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
         c = (start * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         keep = c < n
@@ -1203,7 +1170,7 @@ def _adamw_kernel(TABLE, P, GRAD_SCALE, decay, lr, beta1, beta2, eps, correct1, 
         w = tl.load(w_at + c, mask=keep, other=0.0).to(tl.float32)
         m += (g - m) * (1.0 - beta1)
         v += (g * g - v) * (1.0 - beta2)
-        w = w * decay - lr * (m * correct1) / (tl.sqrt(v * correct2) + eps)
+        w = w * decay - lr * (m * unbias1) / (tl.sqrt(v * unbias2) + eps)
         tl.store(m_at + c, m, mask=keep)
         tl.store(v_at + c, v, mask=keep)
         if MASTER:
@@ -1241,9 +1208,10 @@ def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, betas
     grad_scale = torch.ones((), device=p.device) if grad_scale is None else grad_scale.float()
     block = 64 if INTERPRETED else 2048
     programs = min(triton.cdiv(max(row[-1] for row in table), block), _programs(p, 8))
+    unbias = [1 / (1 - beta**step) for beta in betas]
     _adamw_kernel[programs, len(rows)](
-        torch.tensor(table).to(p.device, non_blocking=True), p, grad_scale, 1 - lr * weight_decay,
-        lr, *betas, eps, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step), step * len(rows),
+        torch.tensor(table).to(p.device, non_blocking=True), p, rows[0][4], grad_scale,
+        1 - lr * weight_decay, lr, *betas, eps, *unbias, step * len(rows),
         MASTER=bool(masters), STOCHASTIC=p.dtype == torch.bfloat16 and not masters,
         ALIGN=16 if all(n % 16 == 0 for row in table for n in row) else 1, BLOCK=block)
 
@@ -1305,24 +1273,22 @@ def _grouped_weight_kernel(X, DY, DW, ENDS, D, FF, BM: constexpr, BN: constexpr,
 
 
 class _GroupedMM(torch.autograd.Function):
+    """x (N, D), w (G, D, F) of any strides, ends (G,) -> (N, F)."""
+
     @staticmethod
-    def launch(x, w, ends):
-        """x (N, D), w (G, D, F) of any strides -> (N, F)."""
+    def forward(ctx, x, w, ends):
         (N, D), (G, _, FF), tiles = x.shape, w.shape, _matmul_tiles(x)
         y = x.new_zeros(N, FF)
         _grouped_kernel[triton.cdiv(N, tiles["BM"]) + G, triton.cdiv(FF, tiles["BN"])](
             x, w, y, ends, G, *w.stride(), D, FF, BG=triton.next_power_of_2(G), **tiles)
+        ctx.save_for_backward(x, w, ends)
         return y
 
     @staticmethod
-    def forward(ctx, x, w, ends):
-        ctx.save_for_backward(x, w, ends)
-        return _GroupedMM.launch(x, w, ends)
-
-    @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (x, w, ends), dy, dw = ctx.saved_tensors, dy.contiguous(), None
-        dx = _GroupedMM.launch(dy, w.mT, ends) if ctx.needs_input_grad[0] else None
+        dx = _GroupedMM.apply(dy, w.mT, ends) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
             (G, D, FF), tiles, dw = w.shape, _matmul_tiles(x), _like(w)
             _grouped_weight_kernel[triton.cdiv(D, tiles["BM"]), triton.cdiv(FF, tiles["BN"]), G](
@@ -1355,13 +1321,12 @@ def symmetric_mm_reference(x):
 
 @triton.jit
 def _symmetric_kernel(X, Y, M, K, sx_b, sx_m, sx_k, BM: constexpr, BN: constexpr, BK: constexpr):
-    """Program p takes the tile (row, column) of p = row (row + 1) / 2 + column; BM = BN."""
-    p, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row += tl.where((row + 1) * (row + 2) // 2 <= p, 1, 0)  # where the root was rounded
-    row -= tl.where(row * (row + 1) // 2 > p, 1, 0)
+    """One program a tile, BM = BN; those above the diagonal have nothing to do."""
+    row, column, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if column > row:
+        return
     i = (row * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    j = ((p - row * (row + 1) // 2) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
+    j = (column * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
     acc = tl.zeros([BM, BN], tl.float32)
     X += b * sx_b
     for k0 in range(0, K, BK):
@@ -1382,7 +1347,7 @@ class _SymmetricMM(torch.autograd.Function):
         ctx.save_for_backward(x)
         (B, M, K), tiles = x.shape, _matmul_tiles(x)
         y, side = torch.empty(B, M, M, dtype=x.dtype, device=x.device), triton.cdiv(M, tiles["BM"])
-        _symmetric_kernel[side * (side + 1) // 2, B](x, y, M, K, *x.stride(), **tiles)
+        _symmetric_kernel[side, side, B](x, y, M, K, *x.stride(), **tiles)
         return y
 
     @staticmethod
@@ -1401,13 +1366,15 @@ def symmetric_mm(x, *, impl=None):
 
 # ---- bench: every kernel against its peers -------------------------------------------------------
 
+CHECKED = 512  # no dimension is larger where a case is checked: the fp64 twin holds all T^2 scores
+
 
 class _Case(NamedTuple):
     """A kernel at one size, and what it is compared with."""
 
     name: str
     shapes: list  # of the inputs
-    ours: Callable  # takes the inputs and impl=
+    ours: Callable
     twin: Callable
     peers: dict
     unit: str  # what the work counts: "FLOP" or "B"
@@ -1420,61 +1387,59 @@ def _sdpa(backend, *inputs):
         return _heads_first(F.scaled_dot_product_attention, *inputs, is_causal=True)
 
 
-@functools.lru_cache
-def _flex(T):
-    """Torch's compiled flex_attention with a causal mask over T positions."""
-    mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
-    return functools.partial(_heads_first, torch.compile(flex.flex_attention), block_mask=mask)
-
-
-def _cases(cuda, small):
-    """What bench times, at a GPU's or a CPU's sizes; small: what it checks and compile compiles."""
+def _cases(cuda):
+    """What bench times, at a GPU's or a CPU's sizes."""
     partial, (device, size) = functools.partial, ("cuda", 2) if cuda else ("cpu", 4)
     attention = [(4, 4096, 16, 16, 128), (2, 8192, 16, 16, 128), (1, 16384, 16, 16, 128),
                  (4, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)] if cuda else [(1, 1024, 8, 2, 64)]
     B, S, N, D, M, G, V = (16, 16384, 16384, 4096, 2048, 64, 131072) if cuda else (
         4, 4096, 4096, 512, 256, 8, 50257)
-    if small:
-        attention = [(1, 96, 2 * H // K, 2, E) for _, _, H, K, E in attention]
-        B, S, N, D, M, G, V = 1, 200, 130, 512, 128, 8, 1000
-
     for b, T, H, K, E in attention:
         peers = {"sdpa flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION)}
         if cuda:
-            peers.update({"sdpa cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
-                          "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
-                          "flex": _flex(T)})
+            mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
+            peers |= {"sdpa cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+                      "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+                      "flex": partial(_heads_first, torch.compile(flex.flex_attention),
+                                      block_mask=mask)}
         flop = 2 * b * H * T * T * E  # 4 B H T^2 E, of which causal needs half
         yield _Case("flash_attention", [(b, T, H, E), (b, T, K, E), (b, T, K, E)], flash_attention,
                     flash_attention_reference, peers, "FLOP", flop, flop * 7 // 2)
+    sdpa = partial(_heads_first, F.scaled_dot_product_attention)
     yield _Case("flash_decode", [(B, 1, H, E), (B, S, K, E), (B, S, K, E)], flash_decode,
-                flash_decode_reference,
-                {"sdpa": partial(_heads_first, F.scaled_dot_product_attention)}, "B",
-                2 * B * S * K * E * size)
+                flash_decode_reference, {"sdpa": sdpa}, "B", 2 * B * S * K * E * size)
 
+    def torchs(function, twin):  # a peer by itself and, on a GPU, the twin compiled
+        return {"torch": function, **({"compile": torch.compile(twin)} if cuda else {})}
+
+    norm, x = lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), N * D * size  # bytes
+    yield _Case("rms_norm", [(N, D), (D,)], rms_norm, rms_norm_reference,
+                torchs(norm, rms_norm_reference), "B", 2 * x, 5 * x)
+    yield _Case("swiglu", [(N, D)] * 2, swiglu, swiglu_reference,
+                torchs(swiglu_reference, swiglu_reference), "B", 3 * x, 8 * x)
     angle = dict(zip(("cos", "sin"), torch.randn(2, N, 64, device=device)))
-    rope, x = partial(apply_rope_reference, **angle), N * D * size  # bytes
-    for name, shapes, ours, twin, peer, *work in (
-            ("rms_norm", [(N, D), (D,)], rms_norm, rms_norm_reference,
-             lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), 2 * x, 5 * x),
-            ("swiglu", [(N, D)] * 2, swiglu, swiglu_reference, swiglu_reference, 3 * x, 8 * x),
-            ("apply_rope", [(1, N, D // 128, 128), (1, N, D // 512, 128)],  # k is D / 4
-             partial(apply_rope, **angle), rope, rope, 5 * x // 2, 5 * x)):
-        peers = {"torch": peer, **({"compile": torch.compile(twin)} if cuda else {})}
-        yield _Case(name, shapes, ours, twin, peers, "B", *work)
-    targets = torch.randint(V, (N,), device=device)
+    rope, twin = (partial(f, **angle) for f in (apply_rope, apply_rope_reference))
+    yield _Case("apply_rope", [(1, N, D // 128, 128), (1, N, D // 512, 128)],  # k is D / 4
+                rope, twin, torchs(twin, twin), "B", 5 * x // 2, 5 * x)
+
+    targets = torch.randint(CHECKED, (N,), device=device)
 
     def loss(function):  # divided, so that logits are of a model's size
-        return lambda x, w, **options: function(x / 16, w, targets, **options)
+        return lambda x, w: function(x / 16, w, targets[: len(x)])
 
+    naive = loss(lambda x, w, t: F.cross_entropy((x @ w.t()).float(), t))
     yield _Case("linear_cross_entropy", [(N, D), (V, D)], loss(linear_cross_entropy),
-                loss(linear_cross_entropy_reference),
-                {"F.cross_entropy": loss(lambda x, w, t: F.cross_entropy((x @ w.t()).float(), t))},
-                "FLOP", both=6 * N * D * V)
-    ends = (torch.linspace(0, 1, G + 1, device=device)[1:] ** 2 * N).int()  # the last get most
-    loop = partial(grouped_mm_reference, offsets=ends)
-    yield _Case("grouped_mm", [(N, M), (G, M, M)], partial(grouped_mm, offsets=ends), loop,
-                {"loop": loop}, "FLOP", 2 * N * M * M, 6 * N * M * M)
+                loss(linear_cross_entropy_reference), {"F.cross_entropy": naive}, "FLOP",
+                both=6 * N * D * V)
+    shares = torch.linspace(0, 1, G + 1, device=device)[1:] ** 2  # the last groups get most
+    ends = {n: (shares * n).int() for n in (N, CHECKED)}
+
+    def experts(function):
+        return lambda x, w: function(x, w, ends[len(x)])
+
+    yield _Case("grouped_mm", [(N, M), (G, M, M)], experts(grouped_mm),
+                experts(grouped_mm_reference), {"loop": experts(grouped_mm_reference)}, "FLOP",
+                2 * N * M * M, 6 * N * M * M)
     yield _Case("symmetric_mm", [(2 * M, 2 * M)], symmetric_mm, symmetric_mm_reference,
                 {"x @ x.mT": symmetric_mm_reference}, "FLOP", 8 * M**3)
 
@@ -1485,21 +1450,12 @@ def _inputs(shapes, device, dtype, seed=0):
     return [torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes]
 
 
-def _run(function, *inputs, backward=True, **options):
+def _run(function, *inputs, backward):
     """The outputs and, if backward, the inputs' gradients; an output is its own: it is not 0."""
     with torch.set_grad_enabled(backward):
-        outs = function(*inputs, **options)
+        outs = function(*inputs)
     outs = outs if isinstance(outs, tuple) else (outs,)
     return (*outs, *torch.autograd.grad(outs, inputs, outs)) if backward else outs
-
-
-def _error(case, device, dtype):
-    """The largest relative error of a case, forward and backward, against fp64."""
-    low = _inputs(case.shapes, device, dtype)
-    high = [x.detach().double().requires_grad_() for x in low]
-    pairs = zip(*(_run(f, *x, backward=case.both > 0)
-                  for f, x in ((case.ours, low), (case.twin, high))))
-    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
 def _seconds(call, sets):
@@ -1515,7 +1471,7 @@ def _seconds(call, sets):
         mark.record()
         call(*next(turn))
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:]))
+    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
 
 
 def _peak_mib(call, cuda):
@@ -1539,18 +1495,23 @@ def _print_row(name, shape, ours, peer, theirs, rate=0.0, unit="", limits=None, 
           f"| {rates} | {error} |", flush=True)
 
 
-def _bench_case(case, small, device, dtype, limits):
-    """Check a case at its small size, then print a row for each peer and pass."""
-    cuda, error = device == "cuda", _error(small, device, dtype)
-    if not error < (0.03 if cuda else 1e-5):
+def _bench_case(case, device, dtype, limits):
+    """Check a case against its twin in fp64, then print a row for each peer and pass."""
+    low = _inputs([[min(n, CHECKED) for n in s] for s in case.shapes], device, dtype)
+    high = [x.detach().double().requires_grad_() for x in low]
+    pairs = zip(*(_run(f, *x, backward=case.both > 0)
+                  for f, x in ((case.ours, low), (case.twin, high))))
+    error = torch.stack([(a.double() - b).abs().max() / b.abs().max() for a, b in pairs]).max()
+    if not error < (0.03 if device == "cuda" else 1e-5):
         raise ValueError(f"{case.name}: error {error:.1e} against the fp64 twin, not timed")
     size = sum(math.prod(s) for s in case.shapes) * dtype.itemsize
     sets = [_inputs(case.shapes, device, dtype, i)  # together larger than a 50 MB L2
             for i in range(max(2, min(8, 200_000_000 // size)))]
     shape = " ".join("x".join(map(str, s)) for s in case.shapes)
-    passes = [(name, work) for name, work in (("forward", case.forward),
-                                              ("forward+backward", case.both)) if work]
+    passes = ("forward", case.forward), ("forward+backward", case.both)
     for (peer, other), (name, work) in itertools.product(case.peers.items(), passes):
+        if not work:
+            continue
         runs = [functools.partial(_run, f, backward="backward" in name) for f in (case.ours, other)]
         try:
             ours, theirs = (_seconds(run, sets) for run in runs)
@@ -1560,30 +1521,17 @@ def _bench_case(case, small, device, dtype, limits):
         _print_row(f"{case.name} {name}", shape, ours * 1e3, peer, theirs * 1e3,
                    work / ours, case.unit, limits, f"{error:.0e}")
         if case.name == "linear_cross_entropy":  # which is about memory
-            ours, theirs = (_peak_mib(functools.partial(run, *sets[0]), cuda) for run in runs)
+            ours, theirs = (_peak_mib(functools.partial(run, *sets[0]), device == "cuda")
+                            for run in runs)
             _print_row(f"{case.name} peak MiB", shape, ours, peer, theirs)
-
-
-def _bench_adamw(device, limits):
-    """A step over 64 tensors, ours and torch's fused."""
-    side = 4096 if device == "cuda" else 256
-    params, grads = (_inputs([(side, side)] * 64, device, torch.float32, i) for i in range(2))
-    for p, g in zip(params, grads):
-        p.grad = g.detach()
-    moments = ([torch.zeros_like(p) for p in params] for _ in range(2))
-    step = functools.partial(fused_adamw, params, grads, *moments, lr=1e-4, step=1)
-    torchs = torch.optim.AdamW(params, lr=1e-4, fused=True).step
-    ours, theirs = (_seconds(lambda *_, f=f: f(), [params]) for f in (step, torchs))
-    _print_row("adamw fp32 step", f"64x{side}x{side}", ours * 1e3, "torch fused", theirs * 1e3,
-               28 * 64 * side**2 / ours, "B", limits)
 
 
 def bench(only=""):
     """Print the table: each kernel and pass, ours and each peer, and the share of the limit."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    cases = list(zip(_cases(cuda, False), _cases(cuda, True)))
-    names = [*dict.fromkeys(case.name for case, _ in cases), "adamw"]
+    cases = list(_cases(cuda))
+    names = [*dict.fromkeys(case.name for case in cases), "adamw"]
     if not any(only in name for name in names):
         raise ValueError(f"--only {only}: no such kernel; there are {', '.join(names)}")
     n, numbers = (8192, 1 << 29) if cuda else (2048, 1 << 25)
@@ -1596,11 +1544,20 @@ def bench(only=""):
           f"{limits['FLOP'] / 1e12:.3g} TFLOP/s, copy {limits['B'] / 1e12:.3g} TB/s\n\n"
           "| kernel | shape | ours ms | peer | ms | ratio | rate | of limit | error |\n"
           + "|---" * 9 + "|")
-    for case, small in cases:
+    for case in cases:
         if only in case.name:
-            _bench_case(case, small, device, dtype, limits)
-    if only in "adamw":
-        _bench_adamw(device, limits)
+            _bench_case(case, device, dtype, limits)
+    if only in "adamw":  # a step over 64 matrices, in place: no inputs, no backward
+        side = 4096 if cuda else 256
+        params, grads = (_inputs([(side, side)] * 64, device, torch.float32, i) for i in range(2))
+        for p, g in zip(params, grads):
+            p.grad = g.detach()
+        moments = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        step = functools.partial(fused_adamw, params, grads, *moments, lr=1e-4, step=1)
+        torchs = torch.optim.AdamW(params, lr=1e-4, fused=True).step
+        ours, theirs = (_seconds(lambda *_, f=f: f(), [params]) for f in (step, torchs))
+        _print_row("adamw fp32 step", f"64x{side}x{side}", ours * 1e3, "torch fused", theirs * 1e3,
+                   28 * 64 * side**2 / ours, "B", limits)
 
 
 def tune():
@@ -1619,56 +1576,16 @@ def tune():
               f"{timed.get(before, math.nan) * 1e3:.3g} ms", flush=True)
 
 
-def compile_all():
-    """Compile what bench runs for compute capability 9.0 (H100, H200) on a machine without a GPU:
-    the interpreter accepts programs that the compiler refuses."""
-    from triton.backends.compiler import GPUTarget
-
-    class Elsewhere:  # what Triton asks of a driver until it launches
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-
-    def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        shared[kernel.hash] = kernel.metadata.shared / 1024
-        print(f"{self.fn.__name__}: {shared[kernel.hash]:.0f} KiB of shared memory", flush=True)
-
-    triton.runtime.driver.set_active(Elsewhere())
-    run, shared, triton.JITFunction.run = triton.JITFunction.run, {}, compile_only
-    for dtype, case in itertools.product((torch.bfloat16, torch.float32), _cases(False, True)):
-        for impl in ("triton", "chunked")[: 1 + (case.name == "linear_cross_entropy")]:
-            inputs = _inputs(case.shapes, "cpu", dtype)
-            _run(case.ours, *inputs, impl=impl, backward=case.both > 0)
-    for dtype in (torch.bfloat16, torch.float32):
-        for E in (64, 128, 256):  # the tiles differ
-            capped = functools.partial(flash_attention, softcap=30.0 * (E == 64), impl="triton")
-            _run(capped, *_inputs([(1, 96, 2, E)] * 3, "cpu", dtype))
-        x, m = torch.zeros(4096, dtype=dtype), torch.zeros(4096)
-        for masters in (None, [m]):
-            fused_adamw([x], [x], [m], [m], masters, lr=1e-3, step=1, impl="triton")
-    print(f"{len(shared)} kernels compiled for sm_90")
-    if max(shared.values()) > 227:
-        raise ValueError("a kernel wants more than the 227 KiB of shared memory there are")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("bench", help="time every kernel against its peers")
-    sub.add_argument("--only", default="", help="kernels whose name contains this (default: all)")
-    sub.add_argument("--tune", action="store_true", help="time other attention tiles instead")
-    commands.add_parser("compile", help="compile every kernel for an H100 that is not here")
+    parser.add_argument("command", choices=["bench"], help="time every kernel against its peers")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--tune", action="store_true", help="time other attention tiles instead")
     args = parser.parse_args(argv)
     try:
-        if args.command == "compile":
-            if INTERPRETED:  # settled when Triton was imported: restart
-                os.environ["TRITON_INTERPRET"] = "0"
-                os.execv(sys.executable, [sys.executable, __file__, "compile"])
-            compile_all()
-        elif args.tune and not torch.cuda.is_available():
+        if args.tune and not torch.cuda.is_available():
             raise ValueError("--tune: timings need a GPU, and torch sees none")
-        else:
-            tune() if args.tune else bench(args.only)
+        tune() if args.tune else bench(args.only)
     except (ValueError, OSError) as problem:
         print(f"kernels.py: {problem}", file=sys.stderr)
         return 2
