@@ -429,7 +429,7 @@ class Transformer(nn.Module):
             x = x + self.pos(positions.clamp(max=c.context_length - 1))
         rope = self.rope.tables(positions, compute_dtype(x)) if c.position == "rope" else None
         x0 = x if c.residual_scalars else None
-        values = [table(ids) for table in self.value_tables]
+        values = [table(ids) for table in self.value_tables]  # of layer i, and again of layer -1-i
         values += [None] * (c.num_layers - 2 * len(values)) + values[::-1]
         for layer, value in zip(self.layers, values):
             x = layer(x, x0, rope=rope, mask=mask, cache=cache, values=value)
@@ -702,14 +702,15 @@ class KVCache:
     @torch.inference_mode()
     def prefill(self, prompts, first):
         """Read prompts (tuples of ids) into the rows from `first` on, each different one once."""
-        T, place = max(map(len, prompts), default=0), {ids: i for i, ids in enumerate(set(prompts))}
-        if T:
-            fresh = KVCache(self.model, len(place), T)
-            padded = torch.tensor([ids + (0,) * (T - len(ids)) for ids in place])
-            self.model.hidden(padded.to(self.device), fresh, [0] * len(place))
-            source = [place[ids] for ids in prompts]
-            for t, new in zip(self.k + self.v, fresh.k + fresh.v):
-                t[first:first + len(prompts), :T] = new[source]
+        T = max(map(len, prompts), default=0)
+        if not T:
+            return
+        place = {ids: i for i, ids in enumerate(set(prompts))}
+        padded = torch.tensor([ids + (0,) * (T - len(ids)) for ids in place], device=self.device)
+        fresh, source = KVCache(self.model, len(place), T), [place[ids] for ids in prompts]
+        self.model.hidden(padded, fresh, [0] * len(place))
+        for t, new in zip(self.k + self.v, fresh.k + fresh.v):
+            t[first:first + len(prompts), :T] = new[source]
 
     def step(self, ids, starts):
         """Logits (B, T, V) of ids (B, T) that continue each row at its start."""

@@ -352,6 +352,16 @@ def test_bf16_autocast_stays_close_and_gqa_repeats():
     torch.testing.assert_close(naive(ids), model(ids), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gradients_have_the_dtype_of_their_weights(dtype):
+    model, plain, ids = tiny().to(dtype), tiny(), random_ids(2, 16)
+    for m in (model, plain):
+        m.loss(ids, ids).backward()
+    for p, want in zip(model.parameters(), plain.parameters()):
+        assert p.grad.dtype == dtype
+        torch.testing.assert_close(p.grad.float(), want.grad, atol=0.01, rtol=0.1)
+
+
 def test_counts_by_hand():
     V, D, F_, L, T = 96, 32, 40, 2, 16
     model = tiny(d_ff=F_, num_kv_heads=2)
