@@ -132,7 +132,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out, **kind)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+        return project(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -438,7 +438,7 @@ class Transformer(nn.Module):
     def head(self, hidden):
         """hidden (..., D) -> logits (..., V)."""
         tied, cap = self.config.tie_embeddings, self.config.logit_softcap
-        logits = F.linear(hidden, self.embed.weight) if tied else self.lm_head(hidden)
+        logits = project(hidden, self.embed.weight) if tied else self.lm_head(hidden)
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     def forward(self, ids, cache=None, starts=None):
@@ -476,6 +476,22 @@ def kernels_for(x, attention):
     if x.is_cuda and attention == "flash":
         import kernels
         return kernels
+
+
+CPU_INFO = Path("/proc/cpuinfo")
+ON_AMD = CPU_INFO.exists() and "AuthenticAMD" in CPU_INFO.read_text()
+
+
+def project(x, weight, bias=None):
+    """x W^T + b. Of one to four rows on AMD's processors as W x^T, there up to twice as fast."""
+    rows = x.numel() // x.shape[-1]
+    if (not ON_AMD or not 0 < rows < 5 or torch.is_grad_enabled() or x.device.type != "cpu"
+            or compute_dtype(x) != torch.float32):
+        return F.linear(x, weight, bias)
+    h = x.reshape(rows, -1)
+    h = h.repeat(2, 1) if rows == 1 else h  # one column alone is no product of matrices
+    y = (weight @ h.T).T[:rows].view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 class ScaleByRMS(torch.autograd.Function):

@@ -89,6 +89,15 @@ def test_linear_embedding_swiglu_and_mlp():
         check(mlp, lambda x, m=mlp, f=f: f(x @ m.w1.weight.T) @ m.w2.weight.T, x)
 
 
+def test_few_rows_take_the_same_product(monkeypatch):
+    monkeypatch.setattr(M, "ON_AMD", True)
+    weight = torch.randn(7, 6)
+    for shape in ((1, 6), (1, 1, 6), (4, 6), (2, 2, 6), (5, 6), (0, 6)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(M.project(x, weight), x @ weight.T)
+
+
 def test_initialisation_is_a_truncated_normal():
     torch.manual_seed(0)
     std = (2 / (300 + 700)) ** 0.5
