@@ -451,23 +451,26 @@ class Words(dict):
         mixed = first * np.uint64(0x9E3779B97F4A7C15) ^ second * np.uint64(0xC2B2AE3D27D4EB4F)
         slot = (mixed >> np.uint64(64 - self.BITS)).astype(np.int64)  # the best mixed bits
 
-        def wrong(number, first, second):
-            return np.flatnonzero((self.first.take(number) != first)
-                                  | (self.second.take(number) != second))
+        def differ(number, first, second):  # from the key that has this number
+            return (self.first.take(number) != first) | (self.second.take(number) != second)
 
-        number = self.slots.take(slot)
-        todo = wrong(number, first, second)
-        while todo.size:  # a part of them: in the table it answers for many of the rest
-            some, todo = todo[:2048], todo[2048:]
+        def ask(some):
             ends = starts[some] + lengths[some]
             number[some] = [self.setdefault(data[i:j], len(self) + 1)
                             for i, j in zip(starts[some].tolist(), ends.tolist())]
-            fits = (lengths[some] < 16) & (number[some] >> self.BITS == 0)
-            fits = some[fits & (self.slots[slot[some]] == 0)]
-            self.slots[slot[fits]] = number[fits]
-            self.first[number[fits]], self.second[number[fits]] = first[fits], second[fits]
-            number[todo] = self.slots[slot[todo]]
-            todo = todo[wrong(number[todo], first[todo], second[todo])]
+
+        number = self.slots.take(slot)
+        todo = np.flatnonzero(differ(number, first, second))
+        new = todo[(number[todo] == 0) & (lengths[todo] < 16)]
+        self.slots[slot[new]] = new
+        new = new[self.slots[slot[new]] == new]  # one for each free slot; it answers for its copies
+        ask(new)
+        fits = number[new] >> self.BITS == 0
+        self.slots[slot[new]] = np.where(fits, number[new], 0)
+        new = new[fits]
+        self.first[number[new]], self.second[number[new]] = first[new], second[new]
+        number[todo] = self.slots[slot[todo]]
+        ask(todo[differ(number[todo], first[todo], second[todo])])
         return number
 
 
