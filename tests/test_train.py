@@ -288,8 +288,9 @@ def test_loss_falls_and_the_checkpoint_is_complete(undisturbed):
     curve = losses(undisturbed)
     assert len(curve) == 12 and curve[-1] < curve[0] - 0.2
     # a new model knows nothing and, with one table for both ends, expects each token again: of
-    # tied logits that of its own row is sqrt(D), those of the 299 others are normal
-    assert abs(curve[0] - math.log(299 * math.exp(0.5) + math.exp(32**0.5))) < 0.3
+    # tied logits that of its own row is about sqrt(D) = 5.7, give or take 0.7 for the length of the
+    # row, those of the 299 others are normal; uniform ones would be 0.96 away
+    assert abs(curve[0] - math.log(299 * math.exp(0.5) + math.exp(32**0.5))) < 0.8
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                  "train_state.pt", "loss.png"):
         assert (undisturbed / name).stat().st_size > 50
