@@ -1031,8 +1031,9 @@ def losses(out):
 
 
 def test_a_run_moves_from_four_ranks_to_two_to_one(corpus, tmp_path):
-    """4 ranks (FSDP x TP) -> 2 (pipeline) -> 1: the losses of a run that never moved. Untied, since
-    with one table rounding in another order grows to 2.5e-3 within these 12 steps."""
+    """4 ranks (FSDP x TP) -> 2 (pipeline) -> 1: the losses of a run that never moved. Rounding in
+    another order grows to 1.5e-3 within these 12 steps (3e-3 with torch 2.11, more with one table);
+    without the optimizers' state they are 2e-2 apart."""
     torchrun(corpus, tmp_path / "one", 1, "--no-tie-embeddings")
     moving = tmp_path / "moving"
     torchrun(corpus, moving, 4, "--parallel", "fsdp", "--tp", "2", "--keep", "9",
@@ -1043,7 +1044,7 @@ def test_a_run_moves_from_four_ranks_to_two_to_one(corpus, tmp_path):
                 shutil.rmtree(folder)
         torchrun(corpus, moving, ranks, *flags, "--keep", "9", "--no-tie-embeddings")
         assert len(losses(moving)) == 12
-        torch.testing.assert_close(losses(moving), losses(tmp_path / "one"), atol=2e-3, rtol=0)
+        torch.testing.assert_close(losses(moving), losses(tmp_path / "one"), atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("flags,message", [
