@@ -425,10 +425,10 @@ class Words(dict):
     """Numbers distinct words 1, 2, 3, ..., a whole array of them at a time: {bytes: number}.
 
     A dict knows every word, but to ask it word by word would take most of the time there is. So a
-    table stands before it. A word of up to 15 bytes and its length are exactly two
-    64-bit integers, its key; the slot that a hash of the key names holds the number of the first
-    word that came there. If that word has the same key, this is the number: nothing rests on the
-    hash. Only the others are looked up in the dict: words that are new, long, or lost their slot.
+    table stands before it. A word of up to 15 bytes and its length are exactly two 64-bit integers,
+    its key; the slot that a hash of the key names holds the number of the first word that came
+    there. If that word has the same key, this is the number: nothing rests on the hash. Only the
+    others are looked up in the dict: words that are new, long, or lost their slot.
     """
 
     # What counts of the first and of the last 8 bytes by length, and the length as the last byte.

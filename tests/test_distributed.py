@@ -1031,20 +1031,20 @@ def losses(out):
 
 
 def test_a_run_moves_from_four_ranks_to_two_to_one(corpus, tmp_path):
-    """4 ranks (FSDP x TP) -> 2 (pipeline) -> 1: the losses of a run that never moved. Rounding in
-    another order grows to 1.5e-3 within these 12 steps (3e-3 with torch 2.11, more with one table);
-    without the optimizers' state they are 2e-2 apart."""
-    torchrun(corpus, tmp_path / "one", 1, "--no-tie-embeddings")
+    """4 ranks (FSDP x TP) -> 2 (pipeline) -> 1: the losses of a run that never moved. Untied and at
+    a third of the rates, rounding in another order grows to 1e-3 within these 12 steps; without the
+    optimizers' state they are 0.09 apart."""
+    flags = ("--no-tie-embeddings", "--muon-lr", "0.01", "--lr", "0.008")
+    torchrun(corpus, tmp_path / "one", 1, *flags)
     moving = tmp_path / "moving"
-    torchrun(corpus, moving, 4, "--parallel", "fsdp", "--tp", "2", "--keep", "9",
-             "--no-tie-embeddings")
-    for ranks, last, flags in ((2, 8, ("--pp", "2")), (1, 4, ())):
+    torchrun(corpus, moving, 4, "--parallel", "fsdp", "--tp", "2", "--keep", "9", *flags)
+    for ranks, last, layout in ((2, 8, ("--pp", "2")), (1, 4, ())):
         for folder in moving.glob("step-*"):  # as if it had been killed after `last`
             if int(folder.name[5:]) > last:
                 shutil.rmtree(folder)
-        torchrun(corpus, moving, ranks, *flags, "--keep", "9", "--no-tie-embeddings")
+        torchrun(corpus, moving, ranks, *layout, "--keep", "9", *flags)
         assert len(losses(moving)) == 12
-        torch.testing.assert_close(losses(moving), losses(tmp_path / "one"), atol=5e-3, rtol=0)
+        torch.testing.assert_close(losses(moving), losses(tmp_path / "one"), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("flags,message", [

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train
@@ -284,13 +285,18 @@ def test_token_files_hold_every_document_and_its_end(tmp_path):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def test_loss_falls_and_the_checkpoint_is_complete(undisturbed):
+def test_loss_falls_and_the_checkpoint_is_complete(corpus, undisturbed):
     curve = losses(undisturbed)
     assert len(curve) == 12 and curve[-1] < curve[0] - 0.2
-    # a new model knows nothing and, with one table for both ends, expects each token again: of
-    # tied logits that of its own row is about sqrt(D) = 5.7, give or take 0.7 for the length of the
-    # row, those of the 299 others are normal; uniform ones would be 0.96 away
-    assert abs(curve[0] - math.log(299 * math.exp(0.5) + math.exp(32**0.5))) < 0.8
+    # the blocks of a new model add nothing: normed rows of the one table, times the table
+    state = torch.load(undisturbed / "train_state.pt", weights_only=True)
+    tokens = np.load(corpus.parent / "cache" / state["settings"]["data_name"] / "train.npy")
+    inputs, targets = train.Windows([tokens], 32, 0).batch(range(4), torch.device("cpu"))
+    torch.manual_seed(0)
+    table = train.model_py.Embedding(300, 32, std=32**-0.5).weight
+    logits = F.rms_norm(table[inputs], (32,), eps=1e-6) @ table.T
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    assert curve[0] == pytest.approx(expected, abs=1e-4)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                  "train_state.pt", "loss.png"):
         assert (undisturbed / name).stat().st_size > 50
